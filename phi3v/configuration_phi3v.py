@@ -1,0 +1,128 @@
+"""Configuration of Phi-3.5-vision: a Phi-3 decoder with a CLIP tower, read and written with the Hub's own keys."""
+
+from transformers import CLIPVisionConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.phi3.configuration_phi3 import Phi3Config
+
+# Saved folders point at the authors' code here, so that readers of the official format (vLLM among them) know them.
+HUB_REPO = "microsoft/Phi-3.5-vision-instruct"
+
+VIT_L_14_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "projection_dim": 768,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+}
+
+_EMBD_LAYER = {
+    "embedding_cls": "image",
+    "hd_transform_order": "sub_glb",
+    "projection_cls": "mlp",
+    "use_hd_transform": True,
+    "with_learnable_separator": True,
+}
+
+# The decoder's keys in the Hub's config.json, written whether or not they equal a default of transformers.
+_HUB_KEYS = (
+    "attention_dropout",
+    "bos_token_id",
+    "embd_pdrop",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "pad_token_id",
+    "resid_pdrop",
+    "rms_norm_eps",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
+
+
+class Phi3VConfig(Phi3Config):
+    """Decoder settings as in `Phi3Config`, and the CLIP tower's in `vision_config`.
+
+    `vision_config` is a `CLIPVisionConfig`, a dict of its settings, or None for ViT-L/14-336, which the Hub's
+    config.json leaves out. Its `image_size` is the side of a crop in pixels. `rope_scaling` is taken as the Hub has
+    it (`type` "su", `short_factor`, `long_factor`).
+
+    Raises ValueError if the crop side is not a multiple of two patches, which the 2x2 merge needs.
+    """
+
+    model_type = "phi3_v"
+    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=CLIPVisionConfig, init_kwargs=VIT_L_14_336)}
+
+    max_position_embeddings: int = 131072
+    sliding_window: int | None = 262144
+    vision_config: dict | CLIPVisionConfig | None = None
+    embd_layer: dict | None = None
+    img_processor: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        # The Hub's file asks for flash attention, which fails at once where it is not installed: whoever loads decides.
+        kwargs.pop("_attn_implementation", None)
+        super().__post_init__(**kwargs)
+        vision = self.vision_config
+        if vision.image_size % (2 * vision.patch_size):
+            raise ValueError(
+                f"vision_config.image_size {vision.image_size} is not a multiple of 2 x patch_size {vision.patch_size}"
+            )
+        self.embd_layer = self.embd_layer or dict(_EMBD_LAYER)
+        self.img_processor = self.img_processor or {
+            "image_dim_out": vision.hidden_size,
+            "model_name": "openai/clip-vit-large-patch14-336",
+            "name": "clip_vision_model",
+            "num_img_tokens": self.crop_tokens_per_side**2,
+        }
+
+    @property
+    def crop_tokens_per_side(self) -> int:
+        """Image tokens along one side of a crop after the 2x2 merge: 12 for 336 pixels and patches of 14."""
+        return self.vision_config.image_size // (2 * self.vision_config.patch_size)
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        rope = kwargs.get("rope_scaling")
+        if rope:
+            # transformers moves original_max_position_embeddings only for names it knows, and "su" is not one.
+            rope = {key: value for key, value in rope.items() if key != "type"} | {
+                "rope_type": rope.get("rope_type", rope.get("type"))
+            }
+            if rope["rope_type"] == "su":
+                rope["rope_type"] = "longrope"
+            kwargs["rope_scaling"] = rope
+        return super().convert_rope_params_to_dict(**kwargs)
+
+    def to_diff_dict(self):
+        """The dict that config.json holds: the Hub's keys, in its older names, which new readers know as well."""
+        saved = super().to_diff_dict()
+        saved.update({key: getattr(self, key) for key in _HUB_KEYS})
+        rope = saved.pop("rope_parameters", None) or self.rope_parameters
+        saved["rope_theta"] = rope["rope_theta"]
+        saved["rope_scaling"] = None
+        if rope["rope_type"] == "longrope":
+            saved["rope_scaling"] = {
+                "type": "su",
+                "short_factor": rope["short_factor"],
+                "long_factor": rope["long_factor"],
+            }
+        if (dtype := saved.pop("dtype", None)) is not None:
+            saved["torch_dtype"] = dtype
+        if all(getattr(self.vision_config, key) == value for key, value in VIT_L_14_336.items()):
+            saved.pop("vision_config", None)
+        saved["auto_map"] = {
+            "AutoConfig": f"{HUB_REPO}--configuration_phi3_v.Phi3VConfig",
+            "AutoModelForCausalLM": f"{HUB_REPO}--modeling_phi3_v.Phi3VForCausalLM",
+        }
+        return saved

@@ -1,0 +1,181 @@
+"""Images → crops: the HD transform's resizing and cutting, with pixels equal to the official processor's."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .configuration_phi3v import HUB_REPO
+
+WHITE = (255, 255, 255)
+
+
+class Phi3VImageProcessor(BaseImageProcessor):
+    """Cuts an image into at most `num_crops` square crops of `image_size` pixels and one global crop.
+
+    image_size, patch_size: the tower's, in pixels; the Hub's preprocessor_config.json leaves them out (336 and 14).
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]
+
+    def __init__(
+        self,
+        num_crops: int = 1,
+        image_mean=(0.48145466, 0.4578275, 0.40821073),
+        image_std=(0.26862954, 0.26130258, 0.27577711),
+        do_convert_rgb: bool = True,
+        image_size: int = 336,
+        patch_size: int = 14,
+        **kwargs,
+    ):
+        kwargs.pop("num_img_tokens", None)  # follows from the sizes
+        kwargs.pop("auto_map", None)
+        super().__init__(**kwargs)
+        if num_crops < 1:
+            raise ValueError(f"num_crops is {num_crops}, must be at least 1")
+        if image_size % (2 * patch_size):
+            raise ValueError(f"image_size {image_size} is not a multiple of 2 x patch_size {patch_size}")
+        self.num_crops = num_crops
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.do_convert_rgb = do_convert_rgb
+        self.image_size = image_size
+        self.patch_size = patch_size
+
+    @property
+    def crop_tokens_per_side(self) -> int:
+        return self.image_size // (2 * self.patch_size)
+
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in pixels that an image is resized to: as large as `num_crops` crops can cover.
+
+        Raises ValueError for an empty image, or one so long and thin that its short side would vanish.
+        """
+        if width < 1 or height < 1:
+            raise ValueError(f"image of {width} x {height} pixels is empty")
+        if width < height:
+            return self.resized_size(height, width)[::-1]
+        ratio = width / height
+        scale = 1
+        while (scale + 1) * math.ceil((scale + 1) / ratio) <= self.num_crops:
+            scale += 1
+        new_width = scale * self.image_size
+        new_height = int(new_width / ratio)
+        if new_height < 1:
+            raise ValueError(
+                f"image of {width} x {height} pixels is too thin: with num_crops {self.num_crops} its short side "
+                f"vanishes; its sides may differ by a factor of at most {new_width}"
+            )
+        return new_width, new_height
+
+    def crop_grid(self, width: int, height: int) -> tuple[int, int]:
+        """(crops down, crops across) that an image of this size in pixels is cut into."""
+        new_width, new_height = self.resized_size(width, height)
+        return math.ceil(new_height / self.image_size), math.ceil(new_width / self.image_size)
+
+    def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
+        """Tokens that an image of this size in pixels takes in the sequence: (h*w + 1)*g^2 + 1 + (h + 1)*g."""
+        h, w = self.crop_grid(width, height)
+        g = self.crop_tokens_per_side
+        return (h * w + 1) * g * g + 1 + (h + 1) * g
+
+    def calc_num_image_tokens(self, images) -> list[int]:
+        """`calc_num_image_tokens_from_image_size` of each image, PIL or numpy."""
+        return [self.calc_num_image_tokens_from_image_size(*to_pil(image).size) for image in as_list(images)]
+
+    def crops(self, image) -> torch.Tensor:
+        """(1 + h*w, 3, S, S) float32 normalised crops of one image, PIL or numpy: the global one, then row by row."""
+        image = to_pil(image)
+        if self.do_convert_rgb:
+            image = image.convert("RGB")
+        width, height = self.resized_size(*image.size)
+        h, w = self.crop_grid(*image.size)
+        size = self.image_size
+        # An upright image is turned before it is resized and back afterwards. Resizing along both axes at once rounds
+        # after each of them, so that without the turn some pixels would differ from the official ones by one.
+        upright = image.width < image.height
+        if upright:
+            image = image.transpose(Image.Transpose.TRANSPOSE)
+            width, height, h, w = height, width, w, h
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        canvas = Image.new("RGB", (w * size, h * size), WHITE)
+        canvas.paste(image, (0, (h * size - height) // 2))
+        if upright:
+            canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
+            h, w = w, h
+        pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous().float().div_(255)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+        pixels = pixels.sub_(mean).div_(std)[None]
+        overview = F.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False)
+        tiles = pixels.view(3, h, size, w, size).permute(1, 3, 0, 2, 4).reshape(h * w, 3, size, size)
+        return torch.cat([overview, tiles])
+
+    def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
+        """One image or a list, PIL or numpy (height, width, 3), to the official layout.
+
+        Returns `pixel_values` float32 (n_images, 1 + num_crops, 3, S, S) with zero crops at the end, `image_sizes`
+        int64 (n_images, 2) padded heights and widths, and `num_img_tokens`.
+        """
+        if kwargs:
+            raise TypeError(f"unknown arguments {sorted(kwargs)}: set num_crops when the image processor is created")
+        images = [to_pil(image) for image in as_list(images)]
+        size = self.image_size
+        pixel_values = torch.zeros(len(images), 1 + self.num_crops, 3, size, size)
+        image_sizes = torch.empty(len(images), 2, dtype=torch.long)
+        for i, image in enumerate(images):
+            crops = self.crops(image)
+            pixel_values[i, : len(crops)] = crops
+            h, w = self.crop_grid(*image.size)
+            image_sizes[i] = torch.tensor([h * size, w * size])
+        data = {
+            "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            "num_img_tokens": [self.calc_num_image_tokens_from_image_size(*image.size) for image in images],
+        }
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def __call__(self, images, return_tensors=None, **kwargs) -> BatchFeature:
+        return self.preprocess(images, return_tensors=return_tensors, **kwargs)
+
+    def to_dict(self):
+        return {
+            "auto_map": {
+                "AutoImageProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VImageProcessor",
+                "AutoProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VProcessor",
+            },
+            "do_convert_rgb": self.do_convert_rgb,
+            "image_mean": self.image_mean,
+            "image_processor_type": type(self).__name__,
+            "image_size": self.image_size,
+            "image_std": self.image_std,
+            "num_crops": self.num_crops,
+            "num_img_tokens": self.crop_tokens_per_side**2,
+            "patch_size": self.patch_size,
+            "processor_class": "Phi3VProcessor",
+        }
+
+
+def as_list(images) -> list:
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def to_pil(image) -> Image.Image:
+    """A PIL image as it is; a uint8 array (height, width), (height, width, 3) or (height, width, 4) as one.
+
+    Raises TypeError or ValueError for anything else.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"an image must be a PIL image or a numpy array, not {type(image).__name__}")
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+        raise ValueError(
+            f"an image array must be uint8 of shape (height, width, 3), not {image.dtype} of shape {image.shape}"
+        )
+    if image.size == 0:
+        raise ValueError(f"image array of shape {image.shape} is empty")
+    return Image.fromarray(image)

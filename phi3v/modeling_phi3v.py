@@ -1,0 +1,339 @@
+"""Phi-3.5-vision, composed of transformers' Phi-3 decoder and CLIP tower.
+
+Parameter names are the Hub checkpoint's, so weights load and save without renaming. What is ours is the image path
+between the two (HD transform, separators, projector), rotary frequencies chosen by example, and a loss that computes
+logits only where there is a label. No step of it makes the host wait for the device once per image.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPVisionModel
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel
+
+from .configuration_phi3v import Phi3VConfig
+
+IGNORE_INDEX = -100
+
+# The shipped generation config stops at </s>, which the model never writes: it ends a turn with <|end|> (32007) and
+# a conversation with <|endoftext|> (32000).
+_SHIPPED_EOS_ID = 2
+_STOP_IDS = [32007, 32000]
+
+
+class Phi3VRotaryEmbedding(nn.Module):
+    """LongRoPE ("su") cos/sin, with the long factors for just those rows that reach beyond the original length.
+
+    Frequencies are `1 / (factor * theta^(2i/d))`, scaled on cos/sin by sqrt(1 + ln(s) / ln(L)) with L the original
+    length and s = max length / L (LongRoPE, arXiv 2402.13753). They are kept as plain fp32 tensors and not as
+    buffers, because a buffer would be rounded by `model.to(torch.bfloat16)`.
+    """
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__()
+        rope = config.rope_parameters
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        self.theta = rope["rope_theta"]
+        self.attention_scaling = 1.0
+        self.factors = None
+        if rope["rope_type"] == "longrope":
+            self.original_length = config.original_max_position_embeddings
+            self.factors = (rope["short_factor"], rope["long_factor"])
+            stretch = config.max_position_embeddings / self.original_length
+            if stretch > 1:
+                log = torch.log(torch.tensor([stretch, self.original_length], dtype=torch.float64, device="cpu"))
+                self.attention_scaling = (1 + log[0] / log[1]).sqrt().item()
+        self._inv_freqs = {}
+
+    def inv_freq(self, device: torch.device) -> torch.Tensor:
+        """(1 or 2, rotary_dim / 2) inverse frequencies: the short and, with longrope, the long ones."""
+        if device not in self._inv_freqs:
+            exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device) / self.rotary_dim
+            factors = torch.tensor(self.factors or [[1.0]], dtype=torch.float32, device=device)
+            self._inv_freqs[device] = 1.0 / (factors * self.theta**exponent)
+        return self._inv_freqs[device]
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`position_ids` (batch, length) → cos, sin (batch, length, rotary_dim) in the dtype of `x`."""
+        inv_freq = self.inv_freq(x.device)
+        freqs = position_ids[..., None].float() * inv_freq[0]
+        if self.factors is not None:
+            is_long = position_ids.amax(-1, keepdim=True)[..., None] >= self.original_length
+            freqs = torch.where(is_long, position_ids[..., None].float() * inv_freq[1], freqs)
+        freqs = torch.cat((freqs, freqs), dim=-1)
+        return (
+            (freqs.cos() * self.attention_scaling).to(x.dtype),
+            (freqs.sin() * self.attention_scaling).to(x.dtype),
+        )
+
+
+class _ImageProcessorModule(nn.Module):
+    """Holds the tower under the name `vision_model`, as the Hub's parameter names have it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vision_model = CLIPVisionModel._from_config(config)
+
+
+class Phi3VImageEmbedding(nn.Module):
+    """Crops → image tokens: CLIP tower, 2x2 merge, separators, projector, and their order in the sequence.
+
+    An image of h x w sub-crops, each of g x g tokens, becomes h*g rows of w*g tokens with a separator after each row,
+    one separator of its own, and the global crop's g rows likewise: (h*w + 1)*g^2 + 1 + (h + 1)*g tokens.
+    """
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.grid = config.crop_tokens_per_side
+        self.crop_size = config.vision_config.image_size
+        self.glb_GN = nn.Parameter(torch.zeros(1, 1, 4 * width))
+        self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, 4 * width))
+        self.img_projection = nn.Sequential(
+            nn.Linear(4 * width, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+        )
+        self.img_processor = _ImageProcessorModule(config.vision_config)
+        # Features come from the last layer but one. What lies above is in the checkpoint, but is never run; without
+        # a gradient it must not be given to an optimizer either, whose weight decay would still shrink it.
+        tower = self.img_processor.vision_model
+        tower.encoder.layers[-1].requires_grad_(False)
+        tower.post_layernorm.requires_grad_(False)
+
+    def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
+        """(n_crops, 3, S, S) normalised pixels → (n_crops * g * g, 4 * width) merged patch features."""
+        tower = self.img_processor.vision_model
+        hidden = tower.pre_layrnorm(tower.embeddings(crops))
+        for layer in tower.encoder.layers[:-1]:
+            hidden = layer(hidden, None)
+        patches = hidden[:, 1:].unflatten(1, (self.grid, 2, self.grid, 2))  # (n_crops, g, 2, g, 2, width)
+        return patches.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(0, 2)
+
+    def forward(self, crops: torch.Tensor) -> torch.Tensor:
+        """(n_crops, 3, S, S) → (n_crops * g * g + 2, hidden): every crop's tokens, then the row separator `sub_GN`
+        and the image separator `glb_GN`. Each separator is projected once, however many rows it ends."""
+        features = self.encode_crops(crops)
+        return self.img_projection(torch.cat([features, self.sub_GN[0, 0], self.glb_GN[0]]))
+
+    def token_sources(self, is_image: torch.Tensor, image_sizes: torch.Tensor, n_crops: int) -> torch.Tensor:
+        """For every image token of the batch, the row of `forward`'s output that belongs there.
+
+        `is_image` (batch, length) marks image tokens; `image_sizes` (n_images, 2) are padded heights and widths in
+        pixels, in the order in which the images appear. Returns (batch, length) indices, 0 where there is no image.
+        Integer arithmetic of fixed shape, so nothing waits for the device.
+        """
+        g = self.grid
+        h, w = (image_sizes // self.crop_size).unbind(-1)  # (n_images,) sub-crops down and across
+        row = w * g + 1  # tokens of a row of sub-crops, with its separator
+        sub = h * g * row  # tokens of all sub-crops
+        total = sub + 1 + g * (g + 1)
+        rank = is_image.flatten().cumsum(0) - 1  # counts image tokens over the whole batch
+        image = torch.searchsorted(total.cumsum(0), rank.clamp(min=0), right=True).clamp(max=len(total) - 1)
+        t = rank - (total.cumsum(0) - total)[image]  # the token's number within its image
+        h, w, row, sub = h[image], w[image], row[image], sub[image]
+        crop_start = ((image_sizes // self.crop_size).prod(-1) + 1).cumsum(0)[image] - (h * w + 1)
+
+        in_sub = t < sub
+        u = torch.where(in_sub, t, t - sub - 1)  # global crop: counted from its own first token
+        width = torch.where(in_sub, row, g + 1)
+        y, x = u // width, u % width
+        crop = torch.where(in_sub, 1 + (y // g) * w + x // g, 0)
+        source = (crop_start + crop) * (g * g) + (y % g) * g + x % g
+        source = torch.where(x == width - 1, n_crops * g * g, source)
+        source = torch.where(t == sub, n_crops * g * g + 1, source)
+        return torch.where(is_image.flatten(), source, 0).view_as(is_image)
+
+
+class Phi3VPreTrainedModel(Phi3PreTrainedModel):
+    config: Phi3VConfig
+    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
+    _supports_flex_attn = False
+    # Some checkpoints hold a second copy of the text embedding under the image embedding.
+    _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\."]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Phi3VImageEmbedding):
+            init.normal_(module.glb_GN, std=self.config.initializer_range)
+            init.normal_(module.sub_GN, std=self.config.initializer_range)
+
+
+class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
+    """The decoder without its head, whose input embeddings hold image tokens where `input_ids` are negative."""
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__(config)
+        self.rotary_emb = Phi3VRotaryEmbedding(config)
+        self.vision_embed_tokens = Phi3VImageEmbedding(config)
+        self.post_init()
+
+    def embed(self, input_ids, pixel_values=None, image_sizes=None) -> torch.Tensor:
+        """Token embeddings (batch, length, hidden), image tokens filled from the crops in order of appearance.
+
+        Raises ValueError if images and image tokens do not match (checked without waiting for an accelerator).
+        """
+        embeds = self.embed_tokens(input_ids.clamp(min=0))
+        vision = self.vision_embed_tokens
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            if input_ids.device.type == "cpu" and (input_ids < 0).any():
+                raise ValueError("input_ids hold image tokens, but no pixel_values were given")
+            trains_vision = any(p.requires_grad for p in vision.parameters())
+            if self.training and torch.is_grad_enabled() and (trains_vision or is_deepspeed_zero3_enabled()):
+                # A text-only micro-batch must give every parameter a (zero) gradient and run the same modules as
+                # other ranks' micro-batches, or their all-reduce waits for ever.
+                crop = embeds.new_zeros(1, 3, vision.crop_size, vision.crop_size)
+                embeds = embeds + 0.0 * vision(crop).sum()
+            return embeds
+        if image_sizes is None:
+            raise ValueError("pixel_values need image_sizes, the padded (height, width) of each image")
+        image_sizes = image_sizes.to(input_ids.device)
+        crops_per_image = (image_sizes // vision.crop_size).prod(-1) + 1
+        if pixel_values.dim() == 5:  # the official layout, where every image has room for the same number of crops
+            if len(pixel_values) != len(image_sizes):
+                raise ValueError(f"{len(pixel_values)} images in pixel_values, but {len(image_sizes)} in image_sizes")
+            is_real = torch.arange(pixel_values.shape[1], device=input_ids.device) < crops_per_image[:, None]
+            pixel_values = pixel_values[is_real.to(pixel_values.device)]
+        is_image = input_ids < 0
+        if input_ids.device.type == "cpu":
+            self._check_images(is_image, image_sizes, crops_per_image, len(pixel_values))
+        table = vision(pixel_values.to(device=embeds.device, dtype=embeds.dtype))
+        source = vision.token_sources(is_image, image_sizes, len(pixel_values))
+        return torch.where(is_image[..., None], table.to(embeds.dtype)[source], embeds)
+
+    def _check_images(self, is_image, image_sizes, crops_per_image, n_crops):
+        g = self.vision_embed_tokens.grid
+        h, w = (image_sizes // self.vision_embed_tokens.crop_size).unbind(-1)
+        expected = ((h * w + 1) * g * g + 1 + (h + 1) * g).sum().item()
+        if (found := is_image.sum().item()) != expected:
+            raise ValueError(f"input_ids hold {found} image tokens, but image_sizes {image_sizes.tolist()} make {expected}")
+        if n_crops != (needed := crops_per_image.sum().item()):
+            raise ValueError(f"pixel_values hold {n_crops} crops, but image_sizes {image_sizes.tolist()} need {needed}")
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        pixel_values=None,
+        image_sizes=None,
+        **kwargs,
+    ):
+        """As `Phi3Model.forward`; `pixel_values` and `image_sizes` as in `Phi3VForCausalLM.forward`."""
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            # Positions count real tokens only, so that padding on either side never decides about the long factors.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
+    """Phi-3.5-vision with its language-model head."""
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__(config)
+        self.model = Phi3VModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self._correct_stop_ids()
+
+    def _correct_stop_ids(self):
+        if self.generation_config.eos_token_id in (_SHIPPED_EOS_ID, [_SHIPPED_EOS_ID]):
+            if self.config.vocab_size > max(_STOP_IDS):
+                self.generation_config.eos_token_id = list(_STOP_IDS)
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        super().adjust_generation_fn(*args, **kwargs)
+        self._correct_stop_ids()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Next-token loss, or logits.
+
+        input_ids: (batch, length); image tokens are negative, and images follow one another as in `pixel_values`.
+        attention_mask: (batch, length), 0 for padding on either side.
+        labels: (batch, length), -100 where there is no target. With labels only the loss is computed (`logits` is
+            None), and the vocabulary is projected for the supervised positions alone.
+        pixel_values: (n_images, 1 + max_crops, 3, S, S) in the official layout, whose padding crops are skipped by
+            `image_sizes`; or (n_crops, 3, S, S), the real crops alone, each image's global crop first.
+        image_sizes: (n_images, 2) padded height and width of each image in pixels.
+        num_items_in_batch: supervised tokens of the whole optimizer step. The loss is the sum over tokens divided by
+            it, which makes it independent of how a batch is cut into micro-batches and ranks; without it, the mean.
+        logits_to_keep: as in transformers, the number of last positions (0: all) or their indices.
+        """
+        supervised = None
+        if labels is not None:
+            # Found before the decoder runs: the host needs their number, and waits less the earlier it asks.
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+            supervised = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss, logits = None, None
+        if labels is None:
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        else:
+            scores = self.lm_head(hidden.flatten(0, 1)[supervised]).float()  # (n_supervised, vocabulary)
+            loss = F.cross_entropy(scores, targets[supervised], reduction="sum")
+            loss = loss / (max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+        """Drops the cache at the step where an example outgrows the original length: its cached keys were rotated
+        with the short factors, and the whole example is read again with the long ones."""
+        limit = self.model.rotary_emb.original_length if self.model.rotary_emb.factors else None
+        if limit and past_key_values is not None and past_key_values.get_seq_length() and input_ids.shape[1] > limit:
+            lengths = input_ids.shape[1] if attention_mask is None else attention_mask.sum(-1)
+            if torch.as_tensor(lengths == limit + 1).any():
+                past_key_values = None
+                kwargs.update(next_sequence_length=None, is_first_iteration=True)
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )

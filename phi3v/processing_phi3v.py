@@ -1,0 +1,156 @@
+"""Prompts with images → token ids and crops, as the official processor makes them, for one prompt or many."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from .configuration_phi3v import HUB_REPO
+from .image_processing_phi3v import Phi3VImageProcessor, as_list
+
+IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+
+
+class Phi3VProcessor(ProcessorMixin):
+    """Image processor and tokenizer. `<|image_k|>` in a prompt stands for its image k, counted from 1.
+
+    Tags may repeat and stand in any order. The model fills image tokens in the order of `pixel_values`, so images
+    are emitted in the order in which their tags appear, an image that appears twice a second time.
+    """
+
+    def __init__(self, image_processor, tokenizer, chat_template=None):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, num_crops: int | None = None, **kwargs):
+        """Loads from a folder or the Hub; `num_crops` replaces the saved maximum of crops per image."""
+        image_processor = Phi3VImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if num_crops is not None:
+            image_processor = Phi3VImageProcessor(**{**image_processor.to_dict(), "num_crops": num_crops})
+        # The tokenizer class named in the Hub's files gives other ids in transformers 5: it drops the space token
+        # after special tokens. The plain fast tokenizer follows tokenizer.json, with which the model was trained.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls(image_processor, tokenizer)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves the files that the Hub's repository has, so that other readers of the format find theirs."""
+        folder = Path(save_directory)
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder, save_jinja_files=False)
+        auto_map = {"AutoProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VProcessor"}
+        common = {"auto_map": auto_map, "processor_class": type(self).__name__}
+        _write_json(folder / "processor_config.json", common)
+        tokenizer_config = folder / "tokenizer_config.json"
+        saved = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+        # Under names that transformers 4 knows, and without what is true of this load alone.
+        saved["additional_special_tokens"] = saved.pop("extra_special_tokens", [])
+        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+        saved["chat_template"] = self.chat_template
+        for key in ("backend", "is_local", "local_files_only"):
+            saved.pop(key, None)
+        _write_json(tokenizer_config, saved | common)
+        return [str(path) for path in folder.iterdir()]
+
+    def tokenize(self, text: str, num_img_tokens: list[int]) -> tuple[list[int], list[int]]:
+        """Ids of one prompt, and the images (from 0) in the order of their tags.
+
+        The text between tags is tokenized piece by piece, each with its own `<s>`: so the official processor does
+        it, and so the model is served. Image k stands as `-k`, once for each of its `num_img_tokens[k - 1]` tokens.
+        Raises ValueError if tags and images do not match.
+        """
+        pieces = IMAGE_TAG.split(text)
+        tags = [int(tag) for tag in pieces[1::2]]
+        if set(tags) != set(range(1, len(num_img_tokens) + 1)):
+            found = ", ".join(f"<|image_{tag}|>" for tag in sorted(set(tags))) or "none"
+            wanted = f"<|image_1|> to <|image_{len(num_img_tokens)}|>" if num_img_tokens else "no tags"
+            raise ValueError(
+                f"image tags do not match the {len(num_img_tokens)} images given: found {found}, expected {wanted}"
+            )
+        chunks = self.tokenizer(pieces[0::2]).input_ids
+        ids = list(chunks[0])
+        for tag, chunk in zip(tags, chunks[1:], strict=True):
+            ids += [-tag] * num_img_tokens[tag - 1] + chunk
+        return ids, [tag - 1 for tag in tags]
+
+    def __call__(
+        self,
+        text: str | list[str],
+        images=None,
+        return_tensors: str | None = "pt",
+        padding: bool = True,
+        padding_side: str | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+    ) -> BatchFeature:
+        """One prompt or a list, with its images.
+
+        images: for one prompt an image or a list; for a list of prompts a list with one list of images (or None) a
+            prompt, or a flat list that is dealt out in the prompts' order. PIL or numpy.
+        padding_side: "left" or "right"; by default the tokenizer's.
+        truncation: cuts prompts of more than `max_length` ids at their end, but never inside the images.
+
+        Returns `input_ids` and `attention_mask` (n_prompts, length), and if there are images `pixel_values` and
+        `image_sizes` of all prompts one after another. Raises ValueError if tags and images do not match.
+        """
+        prompts = [text] if isinstance(text, str) else list(text)
+        if truncation and max_length is None:
+            raise ValueError("truncation needs max_length")
+        sequences, ordered = [], []
+        for prompt, own in zip(prompts, self._deal(prompts, images, isinstance(text, str)), strict=True):
+            ids, order = self.tokenize(prompt, self.image_processor.calc_num_image_tokens(own))
+            if truncation and len(ids) > max_length:
+                if any(i < 0 for i in ids[max_length:]):
+                    raise ValueError(
+                        f"a prompt of {len(ids)} ids can't be cut to max_length {max_length}: that would cut into its "
+                        "images; use fewer crops (num_crops) or a larger max_length"
+                    )
+                ids = ids[:max_length]
+            sequences.append(ids)
+            ordered += [own[i] for i in order]
+        data = self.pad(sequences, padding_side) if padding else {"input_ids": sequences}
+        if not padding:
+            data["attention_mask"] = [[1] * len(ids) for ids in sequences]
+        if ordered:
+            pixels = self.image_processor(ordered, return_tensors=return_tensors)
+            data["pixel_values"], data["image_sizes"] = pixels["pixel_values"], pixels["image_sizes"]
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def pad(self, sequences: list[list[int]], padding_side: str | None = None) -> dict[str, torch.Tensor]:
+        """Lists of ids → `input_ids` and `attention_mask`, int64 (n_sequences, length of the longest)."""
+        side = padding_side or self.tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side is {side!r}, must be 'left' or 'right'")
+        length = max(map(len, sequences), default=0)
+        ids = torch.full((len(sequences), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            span = slice(length - len(sequence), length) if side == "left" else slice(len(sequence))
+            ids[row, span] = torch.tensor(sequence)
+            mask[row, span] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    @staticmethod
+    def _deal(prompts, images, single) -> list[list]:
+        """A list of images for each prompt."""
+        if images is None:
+            return [[] for _ in prompts]
+        images = as_list(images)
+        if single:
+            return [images]
+        if any(own is None or isinstance(own, (list, tuple)) for own in images):
+            if len(images) != len(prompts):
+                raise ValueError(f"{len(images)} lists of images for {len(prompts)} prompts")
+            return [[] if own is None else as_list(own) for own in images]
+        wanted = [len(set(IMAGE_TAG.findall(prompt))) for prompt in prompts]
+        if sum(wanted) != len(images):
+            raise ValueError(f"the prompts' image tags ask for {sum(wanted)} images, but {len(images)} were given")
+        flat = iter(images)
+        return [[next(flat) for _ in range(n)] for n in wanted]
+
+
+def _write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
