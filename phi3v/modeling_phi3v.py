@@ -100,8 +100,11 @@ class Phi3VImageEmbedding(nn.Module):
             nn.Linear(4 * width, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
         self.img_processor = _ImageProcessorModule(config.vision_config)
-        # Features come from the last layer but one. What lies above is in the checkpoint, but is never run; without
-        # a gradient it must not be given to an optimizer either, whose weight decay would still shrink it.
+        self.freeze_unused()
+
+    def freeze_unused(self):
+        """Features come from the last layer but one. What lies above is in the checkpoint, but is never run: it gets
+        no gradient, and must not be given to an optimizer either, whose weight decay would still shrink it."""
         tower = self.img_processor.vision_model
         tower.encoder.layers[-1].requires_grad_(False)
         tower.post_layernorm.requires_grad_(False)
@@ -255,6 +258,13 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self._correct_stop_ids()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        model.model.vision_embed_tokens.freeze_unused()  # loading makes every parameter trainable
+        return loaded
 
     def _correct_stop_ids(self):
         if self.generation_config.eos_token_id in (_SHIPPED_EOS_ID, [_SHIPPED_EOS_ID]):
