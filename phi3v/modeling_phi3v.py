@@ -6,6 +6,7 @@ logits only where there is a label. No step of it makes the host wait for the de
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionModel
@@ -187,12 +188,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if pixel_values is None or pixel_values.shape[0] == 0:
             if input_ids.device.type == "cpu" and (input_ids < 0).any():
                 raise ValueError("input_ids hold image tokens, but no pixel_values were given")
-            trains_vision = any(p.requires_grad for p in vision.parameters())
-            if self.training and torch.is_grad_enabled() and (trains_vision or is_deepspeed_zero3_enabled()):
-                # A text-only micro-batch must give every parameter a (zero) gradient and run the same modules as
-                # other ranks' micro-batches, or their all-reduce waits for ever.
-                crop = embeds.new_zeros(1, 3, vision.crop_size, vision.crop_size)
-                embeds = embeds + 0.0 * vision(crop).sum()
+            if self.training and torch.is_grad_enabled() and dist.is_initialized():
+                embeds = embeds + self._vision_without_images(embeds)
             return embeds
         if image_sizes is None:
             raise ValueError("pixel_values need image_sizes, the padded (height, width) of each image")
@@ -209,6 +206,15 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         table = vision(pixel_values.to(device=embeds.device, dtype=embeds.dtype))
         source = vision.token_sources(is_image, image_sizes, len(pixel_values))
         return torch.where(is_image[..., None], table.to(embeds.dtype)[source], embeds)
+
+    def _vision_without_images(self, embeds) -> torch.Tensor:
+        """A zero that depends on every trainable vision parameter. A text-only micro-batch must give each of them a
+        (zero) gradient as other ranks' micro-batches do, or their all-reduce waits for ever."""
+        vision = self.vision_embed_tokens
+        if is_deepspeed_zero3_enabled():  # there every rank must run the same modules, for these gather parameters
+            return 0.0 * vision(embeds.new_zeros(1, 3, vision.crop_size, vision.crop_size)).sum()
+        trained = [p.flatten()[0] for p in vision.parameters() if p.requires_grad]
+        return 0.0 * torch.stack(trained).sum().to(embeds.dtype) if trained else embeds.new_zeros(())
 
     def _check_images(self, is_image, image_sizes, crops_per_image, n_crops):
         g = self.vision_embed_tokens.grid
