@@ -126,7 +126,9 @@ def find_videos(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
             seen[path.parent.name, path.stem] = path
         names = {path.parent.name for path in found}
         if comma := [name for name in sorted(names) if "," in name]:
-            raise InputError(f"class {comma[0]!r} holds a comma, which separates classes in the prompt: rename the folder")
+            raise InputError(
+                f"class {comma[0]!r} holds a comma, which separates classes in the prompt: rename the folder"
+            )
         if unseen := names - classes if split != "train" and "train" in videos else None:
             print(f"warning: {split} has classes that train lacks: {', '.join(sorted(unseen))}", file=sys.stderr)
         classes |= names

@@ -64,7 +64,9 @@ class RecipeArguments:
     model_name_or_path: str = field(
         default="microsoft/Phi-3.5-vision-instruct", metadata={"help": "a folder, or a repository on the Hub"}
     )
-    use_flash_attention: bool = field(default=False, metadata={"help": "short for --attn_implementation flash_attention_2"})
+    use_flash_attention: bool = field(
+        default=False, metadata={"help": "short for --attn_implementation flash_attention_2"}
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "flash_attention_2, sdpa or eager; default: the best that is installed and the GPU can run"},

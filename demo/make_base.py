@@ -194,10 +194,15 @@ DIGIT_SETS = {split: load_digits(split) for split in ("train", "val")}
 
 def train(model, processor, steps: int, batch_size: int, learning_rate: float):
     loader = DataLoader(
-        Questions(processor, "train", steps * batch_size), batch_size, num_workers=1, collate_fn=Collator(processor, "right")
+        Questions(processor, "train", steps * batch_size),
+        batch_size,
+        num_workers=1,
+        collate_fn=Collator(processor, "right"),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.05, cycle_momentum=False
+    )
     model.train()
     progress = tqdm(loader, desc="training the base")
     for batch in progress:

@@ -1,6 +1,12 @@
 """Phi-3.5-vision as a library. Importing it registers the model with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from .configuration_phi3v import Phi3VConfig
 from .image_processing_phi3v import Phi3VImageProcessor
@@ -10,7 +16,9 @@ from .processing_phi3v import Phi3VProcessor
 AutoConfig.register("phi3_v", Phi3VConfig)
 AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM)
 AutoModelForImageTextToText.register(Phi3VConfig, Phi3VForCausalLM)
-AutoImageProcessor.register(Phi3VConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), Phi3VImageProcessor))
+AutoImageProcessor.register(
+    Phi3VConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), Phi3VImageProcessor)
+)
 AutoProcessor.register(Phi3VConfig, Phi3VProcessor)
 
 __all__ = ["Phi3VConfig", "Phi3VForCausalLM", "Phi3VImageProcessor", "Phi3VProcessor"]

@@ -221,7 +221,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         h, w = (image_sizes // self.vision_embed_tokens.crop_size).unbind(-1)
         expected = ((h * w + 1) * g * g + 1 + (h + 1) * g).sum().item()
         if (found := is_image.sum().item()) != expected:
-            raise ValueError(f"input_ids hold {found} image tokens, but image_sizes {image_sizes.tolist()} make {expected}")
+            raise ValueError(
+                f"input_ids hold {found} image tokens, but image_sizes {image_sizes.tolist()} make {expected}"
+            )
         if n_crops != (needed := crops_per_image.sum().item()):
             raise ValueError(f"pixel_values hold {n_crops} crops, but image_sizes {image_sizes.tolist()} need {needed}")
 
