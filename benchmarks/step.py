@@ -105,7 +105,8 @@ def main():
         median = statistics.median(times)
         print(
             f"{name:16}{batch['input_ids'].shape[1]:>8}{median:>9.3f}{min(times):>8.3f}{max(times):>8.3f}"
-            f"{median / base:>8.2f}{counted[name] / counted['stock text-512']:>12.2f}{counted[name] / median / 1e9:>9.1f}"
+            f"{median / base:>8.2f}{counted[name] / counted['stock text-512']:>12.2f}"
+            f"{counted[name] / median / 1e9:>9.1f}"
         )
 
 

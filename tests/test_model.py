@@ -240,7 +240,7 @@ def test_generation_switches_to_the_long_factors_at_an_examples_own_length():
     with torch.no_grad():
         wanted = [greedy(model, batch_of([i], "left"), 16, ()) for i in range(3)]
     batch = batch_of([0, 1, 2], "left")
-    assert batch["attention_mask"].sum(-1).tolist() == [22, 39, 14]
+    assert batch["attention_mask"].sum(-1).tolist() == [22, 49, 14]
     ids = model.generate(**batch, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert ids[:, batch["input_ids"].shape[1] :].tolist() == wanted
 
