@@ -1,13 +1,44 @@
-# `make install` sets up .venv; `make test` also installs what the tests need, and runs them.
+# make demo      installs, makes data, fine-tunes the demo's checkpoint, evaluates it before and after
+# make install   the first part alone: .venv with requirements.txt
+# make test      installs, checks the style, runs the tests
 PYTHON ?= python3
 BIN := .venv/bin
+TASK ?= ucf101
+MODE ?= full
+DATA := output/demo/data/$(TASK)
+OUT := output/demo/$(TASK)-$(MODE)
 
-.PHONY: install test
+FLAGS_full :=
+FLAGS_frozen := --freeze_vision_model
+FLAGS_ucf101 := --num_crops 1 --num_train_epochs 5
+
+.PHONY: demo install test
+
+demo: check-demo .venv/installed $(DATA)/made
+	@echo "== fine-tuning demo/base_checkpoint: TASK=$(TASK) MODE=$(MODE), one process per GPU or two on a CPU"
+	rm -rf $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone \
+		--nproc_per_node=$$($(BIN)/python -c "import torch; print(torch.accelerator.device_count() or 2)") \
+		finetune_hf_trainer_$(TASK).py --model_name_or_path demo/base_checkpoint --data_dir $(DATA) \
+		--output_dir $(OUT) --fp32 --learning_rate 2e-3 --batch_size 16 --batch_size_per_gpu 8 \
+		--dataloader_num_workers 1 $(FLAGS_$(TASK)) $(FLAGS_$(MODE))
+
+.PHONY: check-demo
+check-demo:
+	@test -n "$(filter ucf101,$(TASK))" || { echo "error: TASK=$(TASK) is unknown: ucf101"; exit 2; }
+	@test -n "$(filter full frozen,$(MODE))" || { echo "error: MODE=$(MODE) is unknown: full or frozen"; exit 2; }
+
+output/demo/data/ucf101/made: demo/make_data.py demo/digits.py convert_ucf101.py | .venv/installed
+	@echo "== drawing videos of handwritten digits that move, and converting them to frames and conversations"
+	rm -rf $(@D)
+	$(BIN)/python demo/make_data.py --task ucf101 --out_dir output/demo/videos
+	$(BIN)/python convert_ucf101.py --source output/demo/videos/UCF101_subset.tar.gz --out_dir $(@D)
+	@touch $@
 
 install: .venv/installed
 
 .venv/installed: requirements.txt
-	@echo "installing requirements.txt into .venv (some minutes, about 6 GB)"
+	@echo "== installing requirements.txt into .venv (some minutes, about 6 GB)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@

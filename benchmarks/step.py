@@ -79,7 +79,7 @@ def main():
     stock = Phi3ForCausalLM(Phi3Config(**DECODER)).train()
     if args.checkpointing:
         for model in (ours, stock):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
     text = text_batch()
     cases = {
         "stock text-512": (stock, text),

@@ -11,6 +11,7 @@ import gzip
 import io
 import os
 import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import av
@@ -61,27 +62,35 @@ def encode_avi(frames: list[Image.Image]) -> bytes:
 
 
 def make_ucf101(out_dir: Path, videos: dict[str, int]):
-    """`videos`: how many of each split. Raises ValueError for a number that the classes can't share."""
+    """Writes the archive, whole or not at all. `videos`: how many of each split.
+
+    Raises ValueError for a number that the classes can't share.
+    """
     if bad := [f"{split} {n}" for split, n in videos.items() if n < 1 or n % len(MOTIONS)]:
         raise ValueError(f"numbers of videos must be positive multiples of {len(MOTIONS)}: {', '.join(bad)}")
     path = out_dir / "UCF101_subset.tar.gz"
     partial = path.with_name(path.name + ".partial")
-    progress = tqdm(total=sum(videos.values()), desc="making videos", unit="video")
-    with open(partial, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as zipped:
-        with tarfile.open(fileobj=zipped, mode="w") as tar:
-            for number, (split, n) in enumerate(videos.items()):
-                digits, _ = load_digits(split)
-                rng = np.random.default_rng(number)
-                for motion in MOTIONS:
-                    for k in range(n // len(MOTIONS)):
-                        content = encode_avi(motion_frames(motion, digits[rng.integers(len(digits))], rng))
-                        name = f"v_{motion}_g{k // 4 + 1:02d}_c{k % 4 + 1:02d}.avi"
-                        member = tarfile.TarInfo(f"UCF101_subset/{split}/{motion}/{name}")
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
-                        progress.update()
-    progress.close()
-    os.replace(partial, path)
+    with ExitStack() as stack:
+        stack.callback(partial.unlink, missing_ok=True)
+        progress = stack.enter_context(tqdm(total=sum(videos.values()), desc="making videos", unit="video"))
+        raw = stack.enter_context(open(partial, "wb"))
+        zipped = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+        tar = stack.enter_context(tarfile.open(fileobj=zipped, mode="w"))
+        for number, split in enumerate(sorted(videos)):
+            digits, _ = load_digits(split)
+            rng = np.random.default_rng(number)
+            for motion in MOTIONS:
+                for k in range(videos[split] // len(MOTIONS)):
+                    content = encode_avi(motion_frames(motion, digits[rng.integers(len(digits))], rng))
+                    name = f"v_{motion}_g{k // 4 + 1:02d}_c{k % 4 + 1:02d}.avi"
+                    member = tarfile.TarInfo(f"UCF101_subset/{split}/{motion}/{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                    progress.update()
+        tar.close()
+        zipped.close()
+        raw.close()
+        os.replace(partial, path)
     print(path)
 
 
@@ -91,10 +100,10 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--out_dir", type=Path, required=True)
     parser.add_argument("--videos", type=int, nargs=3, default=[480, 96, 64], metavar=("TRAIN", "VAL", "TEST"))
     args = parser.parse_args(argv)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
         make_ucf101(args.out_dir, dict(zip(("train", "val", "test"), args.videos, strict=True)))
-    except ValueError as e:
+    except (OSError, ValueError) as e:
         parser.error(str(e))
 
 

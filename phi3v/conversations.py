@@ -10,17 +10,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
 
+from .errors import InputError
 from .modeling_phi3v import IGNORE_INDEX
 from .processing_phi3v import IMAGE_TAG, Phi3VProcessor
 
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>")
 END_TOKENS = ("<|end|>", "<|endoftext|>")
 _RESERVED = re.compile("|".join(map(re.escape, ROLE_TOKENS + END_TOKENS)) + "|" + IMAGE_TAG.pattern)
-
-
-class InputError(ValueError):
-    """Something a user gave is wrong: one line that says where, what, and what to do."""
 
 
 def read_conversations(path: Path, images_dir: Path) -> list[dict]:
@@ -146,6 +144,24 @@ def _labels(ids: list[int], tokenizer) -> list[int]:
         else:
             labels.append(token if answering else IGNORE_INDEX)
     return labels
+
+
+class ConversationDataset(Dataset):
+    """Encodes a conversation when it is asked for, so that images are opened one micro-batch at a time.
+
+    conversations: examples as `read_conversations` returns them; for_generation as in `encode_conversation`.
+    """
+
+    def __init__(self, conversations: list[dict], processor: Phi3VProcessor, for_generation: bool = False):
+        self.conversations = conversations
+        self.processor = processor
+        self.for_generation = for_generation
+
+    def __len__(self):
+        return len(self.conversations)
+
+    def __getitem__(self, i):
+        return encode_conversation(self.processor, self.conversations[i]["conversations"], self.for_generation)
 
 
 class Collator:

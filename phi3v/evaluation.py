@@ -1,7 +1,5 @@
 """Batched greedy generation over all ranks."""
 
-import contextlib
-
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
@@ -21,14 +19,14 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int = 64,
     num_workers: int = 0,
-    autocast_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype = torch.float32,
     disable_tqdm: bool = False,
 ) -> list[str]:
     """The model's greedy answer to each example, in the order of `dataset`, on every rank.
 
     dataset: examples of `encode_conversation(…, for_generation=True)`. Each rank answers its share, `batch_size`
         examples at a time, padded left; a batch ends when all of its answers have.
-    autocast_dtype: for weights that are kept in fp32 while the hardware computes in half precision.
+    compute_dtype: half precision here makes autocast compute in it, whatever the weights are kept in.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = list(range(rank, len(dataset), world_size))
@@ -37,7 +35,7 @@ def generate_answers(
     )
     stop_ids = processor.tokenizer.convert_tokens_to_ids(list(END_TOKENS))
     device = model.device
-    autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
+    autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
     was_training = model.training
     model.eval()
     answers = []

@@ -232,9 +232,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
         inputs_embeds=None,
-        use_cache=None,
         pixel_values=None,
         image_sizes=None,
         **kwargs,
@@ -248,12 +246,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             # Positions count real tokens only, so that padding on either side never decides about the long factors.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         return super().forward(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
 
 
@@ -288,7 +281,6 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -320,7 +312,6 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if use_cache is None and labels is not None else use_cache,
             pixel_values=pixel_values,
@@ -335,23 +326,16 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             scores = self.lm_head(hidden.flatten(0, 1)[supervised]).float()  # (n_supervised, vocabulary)
             loss = F.cross_entropy(scores, targets[supervised], reduction="sum")
             loss = loss / (max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         """Drops the cache at the step where an example outgrows the original length: its cached keys were rotated
         with the short factors, and the whole example is read again with the long ones."""
         limit = self.model.rotary_emb.original_length if self.model.rotary_emb.factors else None
-        if limit and past_key_values is not None and past_key_values.get_seq_length() and input_ids.shape[1] > limit:
+        cache = "cache" if "cache" in kwargs else "past_key_values"  # its name before transformers 5.24
+        if limit and input_ids.shape[1] > limit and kwargs.get(cache) is not None and kwargs[cache].get_seq_length():
             lengths = input_ids.shape[1] if attention_mask is None else attention_mask.sum(-1)
             if torch.as_tensor(lengths == limit + 1).any():
-                past_key_values = None
-                kwargs.update(next_sequence_length=None, is_first_iteration=True)
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+                kwargs.update({cache: None, "next_sequence_length": None, "is_first_iteration": True})
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)

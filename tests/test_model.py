@@ -257,7 +257,7 @@ def test_stop_tokens_of_the_shipped_generation_config_are_corrected(tmp_path):
 def test_every_used_parameter_gets_a_gradient(checkpointing):
     model = load().train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     inputs, saved = case_inputs("img1_c4_1x2")
     model(**inputs, labels=torch.tensor(saved["labels"])).loss.backward()
     for name, parameter in model.named_parameters():
@@ -273,7 +273,7 @@ def test_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = load().train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model(**inputs, labels=torch.tensor(saved["labels"])).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

@@ -1,0 +1,23 @@
+"""Wrong input: one line from one rank, and the exit status that says so."""
+
+import os
+import sys
+import time
+
+
+class InputError(ValueError):
+    """Something a user gave is wrong: one line that says where, what, and what to do."""
+
+
+def exit_on_input_error(main):
+    """Calls `main`. An InputError ends the process with a line `error: …` and status 2, without a traceback."""
+    try:
+        main()
+    except InputError as e:
+        if int(os.environ.get("RANK", 0)) > 0:
+            # Rank 0 meets most errors too. It reports them, and torchrun ends this process before it wakes up.
+            time.sleep(20)
+        # From a loader's worker the message comes behind the worker's traceback, and with the class's name.
+        message = str(e).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
