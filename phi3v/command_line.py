@@ -1,5 +1,6 @@
 """The flags of a script: a recipe's own, and the Trainer's beside them."""
 
+import argparse
 import dataclasses
 import os
 import socket
@@ -23,9 +24,14 @@ REFUSED = {
     "activation_checkpointing_kwargs": "checkpointing is non-reentrant here, or the frozen parts would stop gradients",
     "auto_find_batch_size": "the effective batch would change; lower --batch_size_per_gpu",
     "average_tokens_across_devices": "without it the loss would depend on how examples fall on processes",
+    "no_average_tokens_across_devices": "without it the loss would depend on how examples fall on processes",
+    "label_smoothing_factor": "the model computes its own loss, from the positions that have a label",
+    "use_liger_kernel": "it has no kernels for this model",
     "remove_unused_columns": "all columns are the model's",
     "label_names": "labels are the model's own",
     "prediction_loss_only": "evaluation generates answers",
+    "bf16_full_eval": "evaluation computes in the precision of training",
+    "fp16_full_eval": "evaluation computes in the precision of training",
     "batch_eval_metrics": "evaluation generates answers",
     "include_for_metrics": "evaluation generates answers",
     "eval_accumulation_steps": "evaluation generates answers",
@@ -65,8 +71,18 @@ def parse_flags(recipe_class: type, trainer_defaults: dict, description: str, ar
     for flag in sorted(given):
         if flag in REFUSED or flag.startswith("hub_"):
             raise InputError(f"--{flag} is not taken here: {REFUSED.get(flag, REFUSED['push_to_hub'])}")
-    parser = _Parser((recipe_class, TrainingArguments), description=description, allow_abbrev=False)
+    parser = _Parser(
+        (recipe_class, TrainingArguments),
+        usage="torchrun --nproc_per_node=N %(prog)s [flags]",
+        description=description,
+        allow_abbrev=False,
+    )
     parser.set_defaults(**trainer_defaults)
+    parser._optionals.title = "the Trainer's own"
+    parser._action_groups.insert(0, parser._action_groups.pop())
+    for action in parser._actions:
+        if action.dest in REFUSED or action.dest.startswith("hub_"):
+            action.help = argparse.SUPPRESS
     # The `deepspeed` launcher adds --local_rank, which the environment says as well.
     values = vars(parser.parse_args([arg for arg in argv if not arg.startswith("--local_rank")]))
     recipe = recipe_class(**{field.name: values.pop(field.name) for field in dataclasses.fields(recipe_class)})

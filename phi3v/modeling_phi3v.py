@@ -185,12 +185,14 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         """
         embeds = self.embed_tokens(input_ids.clamp(min=0))
         vision = self.vision_embed_tokens
+        is_image = input_ids < 0
         if pixel_values is None or pixel_values.shape[0] == 0:
-            if input_ids.device.type == "cpu" and (input_ids < 0).any():
+            if input_ids.device.type == "cpu" and is_image.any():
                 raise ValueError("input_ids hold image tokens, but no pixel_values were given")
-            if self.training and torch.is_grad_enabled() and dist.is_initialized():
-                embeds = embeds + self._vision_without_images(embeds)
-            return embeds
+            if not self._needs_vision_graph():
+                return embeds
+            blank = embeds.new_zeros(1, 3, vision.crop_size, vision.crop_size)
+            return self._fill_in(embeds, is_image, blank, is_image.new_tensor([blank.shape[2:]], dtype=torch.long))
         if image_sizes is None:
             raise ValueError("pixel_values need image_sizes, the padded (height, width) of each image")
         image_sizes = image_sizes.to(input_ids.device)
@@ -200,21 +202,27 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 raise ValueError(f"{len(pixel_values)} images in pixel_values, but {len(image_sizes)} in image_sizes")
             is_real = torch.arange(pixel_values.shape[1], device=input_ids.device) < crops_per_image[:, None]
             pixel_values = pixel_values[is_real.to(pixel_values.device)]
-        is_image = input_ids < 0
         if input_ids.device.type == "cpu":
             self._check_images(is_image, image_sizes, crops_per_image, len(pixel_values))
-        table = vision(pixel_values.to(device=embeds.device, dtype=embeds.dtype))
-        source = vision.token_sources(is_image, image_sizes, len(pixel_values))
+        return self._fill_in(embeds, is_image, pixel_values, image_sizes)
+
+    def _fill_in(self, embeds, is_image, crops, image_sizes) -> torch.Tensor:
+        """`embeds` with image tokens in the places that `is_image` marks."""
+        table = self.vision_embed_tokens(crops.to(device=embeds.device, dtype=embeds.dtype))
+        source = self.vision_embed_tokens.token_sources(is_image, image_sizes, len(crops))
         return torch.where(is_image[..., None], table.to(embeds.dtype)[source], embeds)
 
-    def _vision_without_images(self, embeds) -> torch.Tensor:
-        """A zero that depends on every trainable vision parameter. A text-only micro-batch must give each of them a
-        (zero) gradient as other ranks' micro-batches do, or their all-reduce waits for ever."""
-        vision = self.vision_embed_tokens
-        if is_deepspeed_zero3_enabled():  # there every rank must run the same modules, for these gather parameters
-            return 0.0 * vision(embeds.new_zeros(1, 3, vision.crop_size, vision.crop_size)).sum()
-        trained = [p.flatten()[0] for p in vision.parameters() if p.requires_grad]
-        return 0.0 * torch.stack(trained).sum().to(embeds.dtype) if trained else embeds.new_zeros(())
+    def _needs_vision_graph(self) -> bool:
+        """Whether a micro-batch without images must still go through the vision part, with a blank crop.
+
+        Other ranks' micro-batches may have images. DDP waits for a gradient of every trainable parameter. ZeRO-2 is
+        worse: it joins gradients in the order in which the backward pass yields them, so where that order differs
+        between ranks it adds up gradients of different parameters, silently. The same graph gives the same order.
+        """
+        trained = self.training and torch.is_grad_enabled() and dist.is_initialized()
+        return trained and (
+            is_deepspeed_zero3_enabled() or any(p.requires_grad for p in self.vision_embed_tokens.parameters())
+        )
 
     def _check_images(self, is_image, image_sizes, crops_per_image, n_crops):
         g = self.vision_embed_tokens.grid
