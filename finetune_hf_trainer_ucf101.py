@@ -7,6 +7,8 @@
     torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py --data_dir DATA --bf16 --use_flash_attention
     # only the language model learns: less memory, faster
     torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir DATA --freeze_vision_model
+    # one gaming card: adapters, on a base in 4 bits
+    torchrun --nproc_per_node=1 finetune_hf_trainer_ucf101.py --data_dir DATA --use_qlora
     # several nodes: the same on each, with --nnodes, --node_rank, --master_addr and --master_port
     # a CPU, the small checkpoint of the demo, and its data
     torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py --data_dir output/demo/data/ucf101 \\
@@ -20,24 +22,22 @@ with one turn or several, each with images of its own or none. All answers of a 
 one is what evaluation asks for, and its metric is the share of exact matches.
 """
 
-import importlib
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.command_line import parse_flags, quiet_console, world_size
+from phi3v.adapters import add_adapter, load_separators, save_separators
+from phi3v.command_line import check_flags, parse_flags, quiet_console, read_deepspeed_config
 from phi3v.conversations import Collator, ConversationDataset, read_conversations
 from phi3v.errors import InputError, exit_on_input_error
-from phi3v.evaluation import generate_answers
-from phi3v.hardware import DTYPES, check_accelerator, choose_attention, choose_precision
+from phi3v.evaluation import generate_answers, write_report
+from phi3v.hardware import DTYPES, choose_attention, choose_precision
 
-HERE = Path(__file__).resolve().parent
 METRIC = "accuracy"
 
 
@@ -51,26 +51,44 @@ class RecipeArguments:
 
     # data
     data_dir: str = field(metadata={"help": "folder with ucf101_train.jsonl, ucf101_val.jsonl and images/"})
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first N examples only"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first N examples only"})
     num_crops: int = field(
         default=4, metadata={"help": "at most this many crops an image, 1 to 16; eight frames a video need few"}
     )
+    # shared: flags
+    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first N examples only"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first N examples only"})
     # model
     model_name_or_path: str = field(
         default="microsoft/Phi-3.5-vision-instruct", metadata={"help": "a folder, or a repository on the Hub"}
-    )
-    use_flash_attention: bool = field(
-        default=False, metadata={"help": "short for --attn_implementation flash_attention_2"}
     )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "flash_attention_2, sdpa or eager; default: the best that is installed and the GPU can run"},
     )
+    use_flash_attention: bool = field(
+        default=False, metadata={"help": "short for --attn_implementation flash_attention_2"}
+    )
     fp32: bool = field(default=False, metadata={"help": "full precision; default: fp16 on a GPU, fp32 on a CPU"})
     # what is trained
     freeze_vision_model: bool = field(
         default=False, metadata={"help": "keep tower, projector and separators; the text embedding still trains"}
+    )
+    train_projector: bool = field(
+        default=False, metadata={"help": "with --freeze_vision_model: train the projector all the same"}
+    )
+    use_lora: bool = field(default=False, metadata={"help": "train adapters alone; needs no DeepSpeed"})
+    use_qlora: bool = field(
+        default=False, metadata={"help": "LoRA on a base in 4 bits (NF4): a third of the memory, slower"}
+    )
+    quantize_vision: bool = field(
+        default=False, metadata={"help": "with QLoRA: 4 bits for tower and projector too; saves 0.5 GB, costs accuracy"}
+    )
+    lora_rank: int = field(default=64, metadata={"help": "rank of the adapters"})
+    lora_alpha_ratio: float = field(default=2.0, metadata={"help": "alpha as a multiple of the rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
+    use_dora: bool = field(default=False, metadata={"help": "with LoRA: DoRA, often a bit better and slower"})
+    train_separators: bool = field(
+        default=False, metadata={"help": "with LoRA: train the separators between rows of crops and images too"}
     )
     # optimisation
     batch_size: int = field(default=16, metadata={"help": "examples an optimizer step, over all processes"})
@@ -78,13 +96,19 @@ class RecipeArguments:
         default=1, metadata={"help": "micro-batch: examples a process handles at once; the rest is accumulated"}
     )
     wd: float = field(default=0.01, metadata={"help": "weight decay"})
+    vision_lr: float | None = field(default=None, metadata={"help": "the tower's; default: --learning_rate"})
+    projector_lr: float | None = field(
+        default=None, metadata={"help": "the projector's and the separators'; default: --learning_rate"}
+    )
     # evaluation
     no_eval_before: bool = field(default=False, metadata={"help": "skip the evaluation before training"})
     max_new_tokens: int = field(default=64, metadata={"help": "longest answer in tokens"})
     # the rest
     no_tqdm: bool = field(default=False, metadata={"help": "no progress bars"})
+    # end shared
 
 
+# shared: arguments
 TRAINER_DEFAULTS = {
     "output_dir": "./output/",
     "num_train_epochs": 1,
@@ -99,44 +123,25 @@ TRAINER_DEFAULTS = {
     "dataloader_num_workers": 4,
     "per_device_eval_batch_size": 8,
     "activation_checkpointing": True,
-    "ddp_find_unused_parameters": False,
-    "deepspeed": str(HERE / "ds_config" / "zero2.json"),
+    "ddp_find_unused_parameters": False,  # none is unused: see Phi3VModel._needs_vision_graph
 }
 
 
-# shared: arguments
 def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, TrainingArguments]:
     """Reads and checks all flags; raises InputError before anything is loaded."""
     args, trainer, given = parse_flags(RecipeArguments, TRAINER_DEFAULTS, __doc__.splitlines()[0], argv)
-    for name in ("batch_size", "batch_size_per_gpu", "num_crops", "max_new_tokens", "max_train_samples"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise InputError(f"--{name} is {value}, must be at least 1")
-    if args.max_eval_samples is not None and args.max_eval_samples < 1:
-        raise InputError(f"--max_eval_samples is {args.max_eval_samples}, must be at least 1")
-    if args.num_crops > 16:
-        raise InputError(f"--num_crops is {args.num_crops}, the model was trained with at most 16")
-    step = world_size() * args.batch_size_per_gpu  # examples that all processes handle at once
-    if args.batch_size % step:
-        raise InputError(
-            f"--batch_size {args.batch_size} can't be shared out: {world_size()} processes x --batch_size_per_gpu "
-            f"{args.batch_size_per_gpu} must divide it"
-        )
-    model = Path(args.model_name_or_path)
-    is_hub_name = args.model_name_or_path.count("/") == 1 and model.parts[0] not in ("/", ".", "..")
-    if not (model / "config.json").is_file() and (not is_hub_name or model.parent.is_dir()):
-        raise InputError(f"--model_name_or_path {model}: there is no such folder with a config.json in it")
-    check_accelerator()
+    args.use_lora |= args.use_qlora
+    if "deepspeed" not in given and not args.use_lora:
+        trainer["deepspeed"] = Path(__file__).resolve().parent / "ds_config" / "zero2.json"
+    trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
+    accumulation = check_flags(args, trainer, given)
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32)
-    if args.use_flash_attention and args.attn_implementation not in (None, "flash_attention_2"):
-        raise InputError(f"--use_flash_attention contradicts --attn_implementation {args.attn_implementation}")
-    asked = "flash_attention_2" if args.use_flash_attention else args.attn_implementation
-    args.attn_implementation = choose_attention(asked, precision)
+    args.attn_implementation = choose_attention(args.attn_implementation, args.use_flash_attention, precision)
     trainer.update(
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        deepspeed=read_deepspeed_config(trainer["deepspeed"]),
         per_device_train_batch_size=args.batch_size_per_gpu,
-        gradient_accumulation_steps=args.batch_size // step,
+        gradient_accumulation_steps=accumulation,
         weight_decay=args.wd,
         disable_tqdm=args.no_tqdm,
         remove_unused_columns=False,
@@ -145,40 +150,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, Tra
         save_strategy="steps" if "save_steps" in given else "no",
         eval_strategy="steps" if "eval_steps" in given else "no",
     )
-    prepare_output_dir(Path(trainer["output_dir"]), resuming=trainer["resume_from_checkpoint"] is not None)
     try:
         return args, TrainingArguments(**trainer)
     except (ValueError, TypeError) as e:
         raise InputError(" ".join(str(e).split())) from None
-
-
-def read_deepspeed_config(path: str | None) -> dict | None:
-    if path in (None, "none"):
-        return None
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"--deepspeed {path} can't be read: give a json file, or none") from None
-    except ValueError as e:
-        raise InputError(f"--deepspeed {path} is not valid JSON: {e}") from None
-    if not torch.accelerator.is_available():
-        # DeepSpeed would compile a shared-memory all-reduce at first use, which takes a minute and a C++ compiler.
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    return config
-
-
-def prepare_output_dir(folder: Path, resuming: bool):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--output_dir {folder} is not writable")
-    if not resuming and any(folder.glob("checkpoint-*")):
-        raise InputError(
-            f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or "
-            "choose another folder"
-        )
 
 
 # end shared
@@ -195,30 +170,68 @@ def load_data(args: RecipeArguments) -> tuple[list[dict], list[dict]]:
         raise InputError(f"--data_dir {folder} is not a folder: python convert_ucf101.py --out_dir {folder} makes it")
     train = read_conversations(folder / "ucf101_train.jsonl", folder / "images")
     evaluation = read_conversations(folder / "ucf101_val.jsonl", folder / "images")
-    return train[: args.max_train_samples], evaluation[: args.max_eval_samples]
+    return train, evaluation
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Model
+# Model and what of it trains
 
 
-def load_model(args: RecipeArguments, training_args: TrainingArguments) -> Phi3VForCausalLM:
-    # DeepSpeed keeps an fp32 copy of half-precision weights in its optimizer. Without it, the weights that the
-    # optimizer updates are fp32, and autocast computes in half precision.
-    dtype = compute_dtype(training_args) if training_args.deepspeed else torch.float32
+# shared: model
+def load_model(args: RecipeArguments, training_args: TrainingArguments):
+    """The model with just those parameters trainable that the flags say."""
+    # DeepSpeed keeps an fp32 copy of half-precision weights in its optimizer, and adapters are fp32 on a frozen base.
+    # Elsewhere the weights that the optimizer updates are fp32, and autocast computes in half precision.
+    dtype = compute_dtype(training_args) if training_args.deepspeed or args.use_lora else torch.float32
+    quantization = None
+    if args.use_qlora:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head"] + ([] if args.quantize_vision else [".*vision_embed_tokens"]),
+        )
     try:
         model = Phi3VForCausalLM.from_pretrained(
-            args.model_name_or_path, dtype=dtype, attn_implementation=args.attn_implementation
+            args.model_name_or_path,
+            dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            quantization_config=quantization,
+            device_map={"": training_args.device} if args.use_qlora else None,
         )
     except OSError as e:
         raise InputError(f"--model_name_or_path {args.model_name_or_path}: {' '.join(str(e).split())}") from None
+    vision = model.model.vision_embed_tokens
+    if args.use_lora:
+        targets = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+        if not args.freeze_vision_model:
+            used = "|".join(map(str, range(len(vision.img_processor.vision_model.encoder.layers) - 1)))
+            tower = (
+                rf"img_processor\.vision_model\.encoder\.layers\.({used})\..*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+            )
+            targets += rf"|model\.vision_embed_tokens\.({tower}|img_projection\.[02])"
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha_ratio * args.lora_rank,
+            lora_dropout=args.lora_dropout,
+            use_dora=args.use_dora,
+            init_lora_weights="gaussian",
+            target_modules=targets,
+        )
+        return add_adapter(model, config, args.train_separators)
     if args.freeze_vision_model:
-        model.model.vision_embed_tokens.requires_grad_(False)
+        vision.requires_grad_(False)
+        vision.img_projection.requires_grad_(args.train_projector)
     return model
 
 
 def compute_dtype(training_args: TrainingArguments) -> torch.dtype:
     return DTYPES["bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"]
+
+
+# end shared
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -234,31 +247,30 @@ def score(prediction: str, answers: list[str]) -> float:
     return float(normalise(prediction) in map(normalise, answers))
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
 # shared: training
 class RecipeTrainer(Trainer):
-    """A Trainer that evaluates by generating answers."""
+    """A Trainer that evaluates by generating answers, and has learning rates of their own for tower and projector."""
 
-    def __init__(self, *, recipe: RecipeArguments, eval_conversations: list[dict], **kwargs):
+    def __init__(self, *, recipe: RecipeArguments, eval_conversations, **kwargs):
         super().__init__(**kwargs)
         self.recipe = recipe
         self.eval_conversations = eval_conversations
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        metrics = {f"{metric_key_prefix}_{METRIC}": self.report()[METRIC]}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     def report(self) -> dict:
         """The metric over the evaluation set, with every prediction."""
         predictions = generate_answers(
-            self.accelerator.unwrap_model(self.model).to(self.args.device),
+            self.accelerator.unwrap_model(self.model),
             self.processing_class,
             self.eval_dataset,
             self.args.per_device_eval_batch_size,
             self.recipe.max_new_tokens,
-            num_workers=self.args.dataloader_num_workers,
+            device=self.args.device,
             compute_dtype=compute_dtype(self.args),
+            num_workers=self.args.dataloader_num_workers,
             disable_tqdm=self.args.disable_tqdm,
         )
         rows = []
@@ -269,21 +281,40 @@ class RecipeTrainer(Trainer):
         mean = sum(row["score"] for row in rows) / len(rows)
         return {"metric": METRIC, METRIC: mean, "num_examples": len(rows), "predictions": rows}
 
-    def write_report(self, name: str) -> float:
-        """Writes `report` to the output folder and returns the metric."""
-        report = self.report()
-        if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / name
-            path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            print(f"{path}: {METRIC} {report[METRIC]:.4f} over {report['num_examples']} examples", flush=True)
-        return report[METRIC]
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = {f"{metric_key_prefix}_{METRIC}": self.report()[METRIC]}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
+    def create_optimizer(self, model=None):
+        """The Trainer's, with the groups of parameters split by part of the model. (An optimizer that is given to
+        the Trainer ready-made would be ignored under DeepSpeed.)"""
+        super().create_optimizer(model)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
 
-# end shared
+        def rate(parameter):
+            if ".img_processor." in names[parameter]:
+                return self.recipe.vision_lr
+            return self.recipe.projector_lr if ".vision_embed_tokens." in names[parameter] else None
 
+        for group in list(self.optimizer.param_groups):
+            for own_rate in sorted({rate(p) for p in group["params"]} - {None}):
+                own = [p for p in group["params"] if rate(p) == own_rate]
+                group["params"] = [p for p in group["params"] if rate(p) != own_rate]
+                self.optimizer.add_param_group({**group, "params": own, "lr": own_rate})
+        self.optimizer.param_groups = [group for group in self.optimizer.param_groups if group["params"]]
+        return self.optimizer
 
-# ---------------------------------------------------------------------------------------------------------------
-# Training
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.recipe.train_separators and self.args.should_save:
+            save_separators(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.recipe.train_separators:
+            load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
 
 
 def main(argv: list[str] | None = None) -> RecipeTrainer:
@@ -291,6 +322,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
     quiet_console()
     set_seed(training_args.seed)
     train, evaluation = load_data(args)
+    train, evaluation = train[: args.max_train_samples], evaluation[: args.max_eval_samples]
     try:
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
     except OSError as e:
@@ -307,23 +339,27 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
         processing_class=processor,
     )
     if trainer.is_world_process_zero():
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = trainer.get_num_trainable_parameters()
         print(
-            f"{len(train)} training and {len(evaluation)} evaluation examples; {trained:,} of "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters train; {training_args.world_size} processes x "
-            f"micro-batch {args.batch_size_per_gpu} x {training_args.gradient_accumulation_steps} accumulated",
+            f"{len(train)} training and {len(evaluation)} evaluation examples; {trained:,} parameters train, of "
+            f"{model.num_parameters():,}; {training_args.world_size} processes x micro-batch {args.batch_size_per_gpu} "
+            f"x {training_args.gradient_accumulation_steps} accumulated",
             flush=True,
         )
-    before = None if args.no_eval_before else trainer.write_report("eval_before.json")
+    before = None if args.no_eval_before else write_report(trainer, "eval_before.json")
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
-    model.to(compute_dtype(training_args))  # what is evaluated is what is saved
+    if not args.use_lora:
+        model.to(compute_dtype(training_args))  # what is evaluated is what is saved
     trainer.save_model()
-    after = trainer.write_report("eval_after.json")
+    after = write_report(trainer, "eval_after.json")
     if trainer.is_world_process_zero():
         change = f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f}"
-        print(f"{METRIC} {change}; model, processor and reports are in {training_args.output_dir}")
+        print(f"{METRIC} {change}; the model, its processor and the reports are in {training_args.output_dir}")
     return trainer
+
+
+# end shared
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ turns, and medians are shown. FLOPs are counted by torch's FlopCounterMode, atte
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3v import Phi3VConfig, Phi3VForCausalLM
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
+from phi3v import Phi3VConfig, Phi3VForCausalLM  # noqa: E402
 
 DECODER = {
     "hidden_size": 512,

@@ -2,13 +2,17 @@
 
 import argparse
 import dataclasses
+import importlib
+import json
 import os
 import socket
 import sys
 import warnings
+from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import logging
+from transformers.utils import is_bitsandbytes_available, logging
 
 from .errors import InputError
 
@@ -51,6 +55,27 @@ REFUSED = {
     "save_strategy": "use --save_steps",
 }
 
+# Flags of the recipes that count something.
+COUNTS = {
+    "batch_size",
+    "batch_size_per_gpu",
+    "num_crops",
+    "max_new_tokens",
+    "max_train_samples",
+    "max_eval_samples",
+    "lora_rank",
+}
+# Flags that say how something is done, and the flag that says to do it.
+NEEDS = {
+    "train_projector": "freeze_vision_model",
+    "quantize_vision": "use_qlora",
+    "lora_rank": "use_lora",
+    "lora_alpha_ratio": "use_lora",
+    "lora_dropout": "use_lora",
+    "use_dora": "use_lora",
+    "train_separators": "use_lora",
+}
+
 
 class _Parser(HfArgumentParser):
     def error(self, message):
@@ -87,6 +112,81 @@ def parse_flags(recipe_class: type, trainer_defaults: dict, description: str, ar
     values = vars(parser.parse_args([arg for arg in argv if not arg.startswith("--local_rank")]))
     recipe = recipe_class(**{field.name: values.pop(field.name) for field in dataclasses.fields(recipe_class)})
     return recipe, values, given
+
+
+def check_flags(args, trainer: dict, given: set[str]) -> int:
+    """Checks what all recipes have in common, and makes the output folder.
+
+    args, trainer, given: as `parse_flags` returns them; `trainer["deepspeed"]` as `read_deepspeed_config` does.
+    Returns the number of micro-batches that a process accumulates for an optimizer step. Raises InputError.
+    """
+    for name in sorted(COUNTS & given):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} is {getattr(args, name)}, must be at least 1")
+    if args.num_crops > 16:
+        raise InputError(f"--num_crops is {args.num_crops}, the model was trained with at most 16")
+    if not 0 <= args.lora_dropout < 1:
+        raise InputError(f"--lora_dropout is {args.lora_dropout}, must be at least 0 and below 1")
+    for name in ("learning_rate", "vision_lr", "projector_lr", "lora_alpha_ratio"):
+        value = getattr(args, name, trainer.get(name))
+        if value is not None and value <= 0:
+            raise InputError(f"--{name} is {value}, must be above 0")
+    for flag, needed in NEEDS.items():
+        if flag in given and not getattr(args, needed):
+            raise InputError(f"--{flag} has no effect without --{needed}")
+    frozen = args.freeze_vision_model and "--freeze_vision_model"
+    for flag in ("vision_lr", "projector_lr", "quantize_vision", "train_separators"):
+        if frozen and flag in given and not (flag == "projector_lr" and args.train_projector):
+            raise InputError(f"--{flag} contradicts {frozen}")
+    if args.use_lora and args.train_projector:
+        raise InputError("--train_projector contradicts --use_lora: adapters are the only thing that trains")
+    if args.use_qlora and not is_bitsandbytes_available():
+        raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
+    if args.use_qlora and trainer["deepspeed"] and trainer["deepspeed"].get("zero_optimization", {}).get("stage") == 3:
+        raise InputError("--use_qlora can't run under ZeRO-3, which would split 4-bit weights: leave out --deepspeed")
+    step = world_size() * args.batch_size_per_gpu  # examples that all processes handle at once
+    if args.batch_size % step:
+        raise InputError(
+            f"--batch_size {args.batch_size} can't be shared out: {world_size()} processes x --batch_size_per_gpu "
+            f"{args.batch_size_per_gpu} must divide it"
+        )
+    model = Path(args.model_name_or_path)
+    is_hub_name = args.model_name_or_path.count("/") == 1 and model.parts[0] not in ("/", ".", "..", "~")
+    if not (model / "config.json").is_file() and (not is_hub_name or model.parent.is_dir()):
+        raise InputError(f"--model_name_or_path {model}: there is no such folder with a config.json in it")
+    _make_output_dir(Path(trainer["output_dir"]), resuming=trainer["resume_from_checkpoint"] is not None)
+    return args.batch_size // step
+
+
+def _make_output_dir(folder: Path, resuming: bool):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output_dir {folder} is not writable")
+    if not resuming and any(folder.glob("checkpoint-*")):
+        raise InputError(
+            f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
+        )
+
+
+def read_deepspeed_config(path: str | Path | None) -> dict | None:
+    """The content of a DeepSpeed json; None for None and "none". Raises InputError."""
+    if path is None or str(path) == "none":
+        return None
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"--deepspeed {path} can't be read: give a json file, or none") from None
+    except ValueError as e:
+        raise InputError(f"--deepspeed {path} is not valid JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"--deepspeed {path} must hold a JSON object")
+    if not torch.accelerator.is_available():
+        # DeepSpeed would compile a shared-memory all-reduce at first use, which takes a minute and a C++ compiler.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    return config
 
 
 def world_size() -> int:

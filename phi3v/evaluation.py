@@ -1,4 +1,9 @@
-"""Batched greedy generation over all ranks."""
+"""Batched greedy generation over all ranks, and the report of what it gave."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,31 +23,37 @@ def generate_answers(
     dataset: Dataset,
     batch_size: int,
     max_new_tokens: int = 64,
-    num_workers: int = 0,
+    device: torch.device | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    num_workers: int = 0,
     disable_tqdm: bool = False,
 ) -> list[str]:
     """The model's greedy answer to each example, in the order of `dataset`, on every rank.
 
+    model: a Phi3VForCausalLM, or a PeftModel around one.
     dataset: examples of `encode_conversation(…, for_generation=True)`. Each rank answers its share, `batch_size`
         examples at a time, padded left; a batch ends when all of its answers have.
+    device: where to, if the model is elsewhere.
     compute_dtype: half precision here makes autocast compute in it, whatever the weights are kept in.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    own = list(range(rank, len(dataset), world_size))
+    # Every rank gets as many, the last ones some twice: under ZeRO-3 no rank can go on without the others.
+    own = [i % len(dataset) for i in range(rank, -(-len(dataset) // world_size) * world_size, world_size)]
+    device = device or model.device
+    split = [p for p in model.parameters() if hasattr(p, "ds_id")]  # by ZeRO-3, which has them on their device
+    if not split:
+        model.to(device)
     loader = DataLoader(
         Subset(dataset, own), batch_size, num_workers=num_workers, collate_fn=Collator(processor, "left")
     )
     stop_ids = processor.tokenizer.convert_tokens_to_ids(list(END_TOKENS))
-    device = model.device
-    autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
     was_training = model.training
     model.eval()
     answers = []
-    for batch in tqdm(loader, desc="generating", disable=disable_tqdm or rank != 0):
-        batch.pop("labels")
-        batch = {key: value.to(device) for key, value in batch.items()}
-        with autocast:
+    with _whole(model, split), torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+        for batch in tqdm(loader, desc="generating", disable=disable_tqdm or rank != 0):
+            batch.pop("labels")
+            batch = {key: value.to(device) for key, value in batch.items()}
             ids = model.generate(
                 **batch,
                 do_sample=False,
@@ -50,8 +61,30 @@ def generate_answers(
                 eos_token_id=stop_ids,
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
-        new_ids = ids[:, batch["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+            new_ids = ids[:, batch["input_ids"].shape[1] :]
+            answers += [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
     model.train(was_training)
     gathered = dict(gather_object(list(zip(own, answers, strict=True))))
     return [gathered[i] for i in range(len(dataset))]
+
+
+def _whole(model, split: list):
+    """A context in which split parameters are whole, where no DeepSpeed engine sees to that layer by layer."""
+    if not split or any(module._forward_pre_hooks for module in model.modules()):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(split)
+
+
+def write_report(trainer, name: str) -> float:
+    """Writes `trainer.report()` to a file of the output folder, whole or not at all, and returns the metric."""
+    report = trainer.report()
+    value = report[report["metric"]]
+    if trainer.is_world_process_zero():
+        path = Path(trainer.args.output_dir) / name
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        print(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples", flush=True)
+    return value

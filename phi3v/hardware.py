@@ -14,7 +14,7 @@ def _is_ampere() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def check_accelerator():
+def _check_accelerator():
     """Raises InputError for a GPU that the installed torch was not built for; its first kernel would fail."""
     if torch.cuda.is_available() and torch.version.cuda:
         major, minor = torch.cuda.get_device_capability()
@@ -36,6 +36,7 @@ def choose_precision(bf16: bool, fp16: bool, fp32: bool) -> str:
     asked = [name for name, on in (("bf16", bf16), ("fp16", fp16), ("fp32", fp32)) if on]
     if len(asked) > 1:
         raise InputError(f"--{asked[0]} and --{asked[1]} contradict each other: give one")
+    _check_accelerator()
     has_gpu = torch.accelerator.is_available()
     precision = asked[0] if asked else ("fp16" if has_gpu else "fp32")
     if precision == "fp16" and not has_gpu:
@@ -45,11 +46,15 @@ def choose_precision(bf16: bool, fp16: bool, fp32: bool) -> str:
     return precision
 
 
-def choose_attention(asked: str | None, precision: str) -> str:
+def choose_attention(asked: str | None, use_flash: bool, precision: str) -> str:
     """The attention implementation asked for, by default flash attention where it can run, else sdpa.
 
-    Raises InputError for an unknown one, and for flash attention where something that it needs is missing.
+    use_flash: asks for flash attention in other words. Raises InputError for an unknown one, for a contradiction,
+    and for flash attention where something that it needs is missing.
     """
+    if use_flash and asked not in (None, "flash_attention_2"):
+        raise InputError(f"--use_flash_attention contradicts --attn_implementation {asked}")
+    asked = "flash_attention_2" if use_flash else asked
     if asked is not None and asked not in ATTENTION:
         raise InputError(f"--attn_implementation {asked} is unknown: {', '.join(ATTENTION)}")
     missing = None
