@@ -34,9 +34,10 @@ from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.adapters import add_adapter, load_separators, save_separators
 from phi3v.command_line import check_flags, parse_flags, quiet_console, read_deepspeed_config
 from phi3v.conversations import Collator, ConversationDataset, read_conversations
-from phi3v.errors import InputError, exit_on_input_error
+from phi3v.errors import InputError, blaming, exit_on_input_error
 from phi3v.evaluation import generate_answers, write_report
 from phi3v.hardware import DTYPES, choose_attention, choose_precision
+from phi3v.optimizer import set_part_rates
 
 METRIC = "accuracy"
 
@@ -192,16 +193,13 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head"] + ([] if args.quantize_vision else [".*vision_embed_tokens"]),
         )
-    try:
-        model = Phi3VForCausalLM.from_pretrained(
-            args.model_name_or_path,
-            dtype=dtype,
-            attn_implementation=args.attn_implementation,
-            quantization_config=quantization,
-            device_map={"": training_args.device} if args.use_qlora else None,
-        )
-    except OSError as e:
-        raise InputError(f"--model_name_or_path {args.model_name_or_path}: {' '.join(str(e).split())}") from None
+    model = Phi3VForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=args.attn_implementation,
+        quantization_config=quantization,
+        device_map={"": training_args.device} if args.use_qlora else None,
+    )
     vision = model.model.vision_embed_tokens
     if args.use_lora:
         targets = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -291,19 +289,7 @@ class RecipeTrainer(Trainer):
         """The Trainer's, with the groups of parameters split by part of the model. (An optimizer that is given to
         the Trainer ready-made would be ignored under DeepSpeed.)"""
         super().create_optimizer(model)
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-
-        def rate(parameter):
-            if ".img_processor." in names[parameter]:
-                return self.recipe.vision_lr
-            return self.recipe.projector_lr if ".vision_embed_tokens." in names[parameter] else None
-
-        for group in list(self.optimizer.param_groups):
-            for own_rate in sorted({rate(p) for p in group["params"]} - {None}):
-                own = [p for p in group["params"] if rate(p) == own_rate]
-                group["params"] = [p for p in group["params"] if rate(p) != own_rate]
-                self.optimizer.add_param_group({**group, "params": own, "lr": own_rate})
-        self.optimizer.param_groups = [group for group in self.optimizer.param_groups if group["params"]]
+        set_part_rates(self.optimizer, self.model, self.recipe.vision_lr, self.recipe.projector_lr)
         return self.optimizer
 
     def _save(self, output_dir=None, state_dict=None):
@@ -321,13 +307,12 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
     args, training_args = parse_arguments(argv)
     quiet_console()
     set_seed(training_args.seed)
-    train, evaluation = load_data(args)
+    with training_args.main_process_first(desc="data"):  # one process fills caches, the others read them
+        train, evaluation = load_data(args)
     train, evaluation = train[: args.max_train_samples], evaluation[: args.max_eval_samples]
-    try:
+    with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
-    except OSError as e:
-        raise InputError(f"--model_name_or_path {args.model_name_or_path}: {' '.join(str(e).split())}") from None
-    model = load_model(args, training_args)
+        model = load_model(args, training_args)
     trainer = RecipeTrainer(
         model=model,
         args=training_args,

@@ -4,12 +4,13 @@ A conversation is a list of turns `{"images": [...], "user": text, "assistant": 
 before its text, and their numbers run on over the turns.
 """
 
+import io
 import json
 import re
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from .errors import InputError
@@ -18,6 +19,8 @@ from .processing_phi3v import IMAGE_TAG, Phi3VProcessor
 
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>")
 END_TOKENS = ("<|end|>", "<|endoftext|>")
+# What PIL raises for a file that is no image, or a damaged one.
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 _RESERVED = re.compile("|".join(map(re.escape, ROLE_TOKENS + END_TOKENS)) + "|" + IMAGE_TAG.pattern)
 
 
@@ -57,19 +60,24 @@ def _read_line(line: str, where: str, images_dir: Path) -> dict:
         if not isinstance(turn, dict):
             raise InputError(f"{field} must be an object with images, user and assistant")
         for role in ("user", "assistant"):
-            text = turn.get(role)
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f"{field}.{role} is {text!r}, must be a text that is not empty")
-            if found := _RESERVED.search(text):
-                raise InputError(
-                    f"{field}.{role} holds {found[0]!r}, which the chat format reserves: take it out (images are "
-                    "listed in images, and their tags are put before the text)"
-                )
+            check_text(turn.get(role), f"{field}.{role}")
         names = turn.get("images", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError(f"{field}.images is {names!r}, must be a list of file names (empty for none)")
         turn["images"] = [_image_path(name, f"{field}.images[{k}]", images_dir) for k, name in enumerate(names)]
     return {"id": example.get("id", where), "conversations": turns}
+
+
+def check_text(text, where: str) -> str:
+    """Returns a text that can stand in a conversation; raises InputError for anything else."""
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{where} is {text!r}, must be a text that is not empty")
+    if found := _RESERVED.search(text):
+        raise InputError(
+            f"{where} holds {found[0]!r}, which the chat format reserves: take it out (images are listed in images, "
+            "and their tags are put before the text)"
+        )
+    return text
 
 
 def _image_path(name: str, field: str, images_dir: Path) -> Path:
@@ -86,7 +94,7 @@ def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_genera
 
     Every turn ends `<|end|>\\n` and the last also `<|endoftext|>`. The loss covers each answer and its end tokens.
     `for_generation` leaves out the last answer, so that the ids are exactly those that stand before it in training.
-    Images in `turns` are PIL images or paths.
+    Images in `turns` are PIL images, paths, or undecoded images of `datasets`.
 
     Returns `input_ids` and `labels` int64 (length,), `pixel_values` float32 (n_crops, 3, S, S) and `image_sizes`
     int64 (n_images, 2) in pixels; without images the last two have length 0.
@@ -125,11 +133,15 @@ def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_genera
 def _opened(image) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.copy()
+    name = image
+    if isinstance(image, dict):  # {"bytes", "path"}, as `datasets` has them, with either
+        name = image["path"] or "an image of the table"
+        image = io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
     try:
         opened = Image.open(image)
         opened.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as e:
-        raise InputError(f"{image} can't be read as an image ({e}): replace it or take its example out") from None
+    except IMAGE_ERRORS as e:
+        raise InputError(f"{name} can't be read as an image ({e}): replace it or take its example out") from None
     return opened
 
 

@@ -1,5 +1,6 @@
 """Wrong input: one line from one rank, and the exit status that says so."""
 
+import contextlib
 import os
 import sys
 import time
@@ -7,6 +8,15 @@ import time
 
 class InputError(ValueError):
     """Something a user gave is wrong: one line that says where, what, and what to do."""
+
+
+@contextlib.contextmanager
+def blaming(flag: str, value):
+    """Turns an OSError into an InputError that names the flag and its value."""
+    try:
+        yield
+    except OSError as e:
+        raise InputError(f"--{flag} {value}: {' '.join(str(e).split())}") from None
 
 
 def exit_on_input_error(main):

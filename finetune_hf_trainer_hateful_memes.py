@@ -1,0 +1,364 @@
+"""Fine-tune Phi-3.5-vision to tell hateful memes from harmless ones.
+
+    torchrun --nproc_per_node=4 finetune_hf_trainer_hateful_memes.py
+
+    # Ampere or newer: bf16 and flash attention are the best settings
+    torchrun --nproc_per_node=4 finetune_hf_trainer_hateful_memes.py --bf16 --use_flash_attention --batch_size 64 \\
+        --output_dir OUT --learning_rate 5e-5 --num_train_epochs 2
+    # V100: fp16, the default on a GPU
+    torchrun --nproc_per_node=8 finetune_hf_trainer_hateful_memes.py --batch_size 64
+    # several nodes: the same on each, with --nnodes, --node_rank, --master_addr and --master_port
+    # no data-centre GPU: adapters; on one gaming card, on a base in 4 bits
+    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --batch_size 64 --use_lora
+    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --batch_size 64 --use_lora --use_qlora
+    # a CPU, the small checkpoint of the demo, and its data
+    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --data_dir output/demo/data/hateful_memes \\
+        --model_name_or_path demo/base_checkpoint --num_crops 1 --learning_rate 2e-3 --batch_size_per_gpu 8
+
+The data are the configuration hateful_memes of the Hub's HuggingFaceM4/the_cauldron: a picture, and a question about
+it to answer with yes or no. It has one split, train; its first 500 rows are for evaluation. The metric is the share
+of exact matches.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
+from phi3v.adapters import add_adapter, load_separators, save_separators
+from phi3v.command_line import check_flags, parse_flags, quiet_console, read_deepspeed_config
+from phi3v.conversations import Collator, ConversationDataset
+from phi3v.errors import InputError, blaming, exit_on_input_error
+from phi3v.evaluation import generate_answers, write_report
+from phi3v.hardware import DTYPES, choose_attention, choose_precision
+from phi3v.optimizer import set_part_rates
+from phi3v.tables import Conversations, load_table, question_keys, without_seen_images
+
+METRIC = "accuracy"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arguments: the recipe's here, the Trainer's own (--seed, --max_steps, --logging_steps, --report_to, …) beside them.
+
+
+@dataclass
+class RecipeArguments:
+    _argument_group_name = "recipe"
+
+    # data
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder with a copy of the_cauldron in a folder of that name; default: the Hub"}
+    )
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "split to evaluate on; default: the first 500 rows of train, which then train nothing"},
+    )
+    num_crops: int = field(default=16, metadata={"help": "at most this many crops an image, 1 to 16: detail, and time"})
+    # shared: flags
+    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first N examples only"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first N examples only"})
+    # model
+    model_name_or_path: str = field(
+        default="microsoft/Phi-3.5-vision-instruct", metadata={"help": "a folder, or a repository on the Hub"}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "flash_attention_2, sdpa or eager; default: the best that is installed and the GPU can run"},
+    )
+    use_flash_attention: bool = field(
+        default=False, metadata={"help": "short for --attn_implementation flash_attention_2"}
+    )
+    fp32: bool = field(default=False, metadata={"help": "full precision; default: fp16 on a GPU, fp32 on a CPU"})
+    # what is trained
+    freeze_vision_model: bool = field(
+        default=False, metadata={"help": "keep tower, projector and separators; the text embedding still trains"}
+    )
+    train_projector: bool = field(
+        default=False, metadata={"help": "with --freeze_vision_model: train the projector all the same"}
+    )
+    use_lora: bool = field(default=False, metadata={"help": "train adapters alone; needs no DeepSpeed"})
+    use_qlora: bool = field(
+        default=False, metadata={"help": "LoRA on a base in 4 bits (NF4): a third of the memory, slower"}
+    )
+    quantize_vision: bool = field(
+        default=False, metadata={"help": "with QLoRA: 4 bits for tower and projector too; saves 0.5 GB, costs accuracy"}
+    )
+    lora_rank: int = field(default=64, metadata={"help": "rank of the adapters"})
+    lora_alpha_ratio: float = field(default=2.0, metadata={"help": "alpha as a multiple of the rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
+    use_dora: bool = field(default=False, metadata={"help": "with LoRA: DoRA, often a bit better and slower"})
+    train_separators: bool = field(
+        default=False, metadata={"help": "with LoRA: train the separators between rows of crops and images too"}
+    )
+    # optimisation
+    batch_size: int = field(default=16, metadata={"help": "examples an optimizer step, over all processes"})
+    batch_size_per_gpu: int = field(
+        default=1, metadata={"help": "micro-batch: examples a process handles at once; the rest is accumulated"}
+    )
+    wd: float = field(default=0.01, metadata={"help": "weight decay"})
+    vision_lr: float | None = field(default=None, metadata={"help": "the tower's; default: --learning_rate"})
+    projector_lr: float | None = field(
+        default=None, metadata={"help": "the projector's and the separators'; default: --learning_rate"}
+    )
+    # evaluation
+    no_eval_before: bool = field(default=False, metadata={"help": "skip the evaluation before training"})
+    max_new_tokens: int = field(default=64, metadata={"help": "longest answer in tokens"})
+    # the rest
+    no_tqdm: bool = field(default=False, metadata={"help": "no progress bars"})
+    # end shared
+
+
+# shared: arguments
+TRAINER_DEFAULTS = {
+    "output_dir": "./output/",
+    "num_train_epochs": 1,
+    "learning_rate": 4e-5,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.03,  # a share of all steps: a fixed 50 would be longer than many a short run
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-7,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "dataloader_num_workers": 4,
+    "per_device_eval_batch_size": 8,
+    "activation_checkpointing": True,
+    "ddp_find_unused_parameters": False,  # none is unused: see Phi3VModel._needs_vision_graph
+}
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, TrainingArguments]:
+    """Reads and checks all flags; raises InputError before anything is loaded."""
+    args, trainer, given = parse_flags(RecipeArguments, TRAINER_DEFAULTS, __doc__.splitlines()[0], argv)
+    args.use_lora |= args.use_qlora
+    if "deepspeed" not in given and not args.use_lora:
+        trainer["deepspeed"] = Path(__file__).resolve().parent / "ds_config" / "zero2.json"
+    trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
+    accumulation = check_flags(args, trainer, given)
+    precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32)
+    args.attn_implementation = choose_attention(args.attn_implementation, args.use_flash_attention, precision)
+    trainer.update(
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        per_device_train_batch_size=args.batch_size_per_gpu,
+        gradient_accumulation_steps=accumulation,
+        weight_decay=args.wd,
+        disable_tqdm=args.no_tqdm,
+        remove_unused_columns=False,
+        use_cpu=not torch.accelerator.is_available(),
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        save_strategy="steps" if "save_steps" in given else "no",
+        eval_strategy="steps" if "eval_steps" in given else "no",
+    )
+    try:
+        return args, TrainingArguments(**trainer)
+    except (ValueError, TypeError) as e:
+        raise InputError(" ".join(str(e).split())) from None
+
+
+# end shared
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_data(args: RecipeArguments) -> tuple[Conversations, Conversations]:
+    """Training and evaluation conversations: one for each question about a picture."""
+
+    def load(split):
+        return load_table("HuggingFaceM4/the_cauldron", "hateful_memes", split, args.data_dir, ("images", "texts"))
+
+    evaluation = load(args.eval_split or "train[:500]")
+    train = without_seen_images(load("train" if args.eval_split else "train[500:]"), evaluation)
+    return questions(train), questions(evaluation)
+
+
+def questions(table) -> Conversations:
+    def build(content, row, item):
+        text = content["texts"][item]
+        turn = {"images": content["images"], "user": text["user"], "assistant": text["assistant"]}
+        return {"id": f"{row}-{item}", "conversations": [turn]}
+
+    return Conversations(table, question_keys(table, "the_cauldron (hateful_memes)"), build)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model and what of it trains
+
+
+# shared: model
+def load_model(args: RecipeArguments, training_args: TrainingArguments):
+    """The model with just those parameters trainable that the flags say."""
+    # DeepSpeed keeps an fp32 copy of half-precision weights in its optimizer, and adapters are fp32 on a frozen base.
+    # Elsewhere the weights that the optimizer updates are fp32, and autocast computes in half precision.
+    dtype = compute_dtype(training_args) if training_args.deepspeed or args.use_lora else torch.float32
+    quantization = None
+    if args.use_qlora:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head"] + ([] if args.quantize_vision else [".*vision_embed_tokens"]),
+        )
+    model = Phi3VForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=args.attn_implementation,
+        quantization_config=quantization,
+        device_map={"": training_args.device} if args.use_qlora else None,
+    )
+    vision = model.model.vision_embed_tokens
+    if args.use_lora:
+        targets = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+        if not args.freeze_vision_model:
+            used = "|".join(map(str, range(len(vision.img_processor.vision_model.encoder.layers) - 1)))
+            tower = (
+                rf"img_processor\.vision_model\.encoder\.layers\.({used})\..*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+            )
+            targets += rf"|model\.vision_embed_tokens\.({tower}|img_projection\.[02])"
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha_ratio * args.lora_rank,
+            lora_dropout=args.lora_dropout,
+            use_dora=args.use_dora,
+            init_lora_weights="gaussian",
+            target_modules=targets,
+        )
+        return add_adapter(model, config, args.train_separators)
+    if args.freeze_vision_model:
+        vision.requires_grad_(False)
+        vision.img_projection.requires_grad_(args.train_projector)
+    return model
+
+
+def compute_dtype(training_args: TrainingArguments) -> torch.dtype:
+    return DTYPES["bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"]
+
+
+# end shared
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Metric
+
+
+def normalise(text: str) -> str:
+    return text.strip().rstrip(".").lower()
+
+
+def score(prediction: str, answers: list[str]) -> float:
+    """1 for an answer that is right but for case, surrounding blanks and a final full stop, else 0."""
+    return float(normalise(prediction) in map(normalise, answers))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+# shared: training
+class RecipeTrainer(Trainer):
+    """A Trainer that evaluates by generating answers, and has learning rates of their own for tower and projector."""
+
+    def __init__(self, *, recipe: RecipeArguments, eval_conversations, **kwargs):
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.eval_conversations = eval_conversations
+
+    def report(self) -> dict:
+        """The metric over the evaluation set, with every prediction."""
+        predictions = generate_answers(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.eval_dataset,
+            self.args.per_device_eval_batch_size,
+            self.recipe.max_new_tokens,
+            device=self.args.device,
+            compute_dtype=compute_dtype(self.args),
+            num_workers=self.args.dataloader_num_workers,
+            disable_tqdm=self.args.disable_tqdm,
+        )
+        rows = []
+        for example, prediction in zip(self.eval_conversations, predictions, strict=True):
+            answers = example.get("answers") or [example["conversations"][-1]["assistant"]]
+            rows.append({"id": example["id"], "prediction": prediction, "answers": answers})
+            rows[-1]["score"] = score(prediction, answers)
+        mean = sum(row["score"] for row in rows) / len(rows)
+        return {"metric": METRIC, METRIC: mean, "num_examples": len(rows), "predictions": rows}
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = {f"{metric_key_prefix}_{METRIC}": self.report()[METRIC]}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model=None):
+        """The Trainer's, with the groups of parameters split by part of the model. (An optimizer that is given to
+        the Trainer ready-made would be ignored under DeepSpeed.)"""
+        super().create_optimizer(model)
+        set_part_rates(self.optimizer, self.model, self.recipe.vision_lr, self.recipe.projector_lr)
+        return self.optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.recipe.train_separators and self.args.should_save:
+            save_separators(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.recipe.train_separators:
+            load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
+
+
+def main(argv: list[str] | None = None) -> RecipeTrainer:
+    args, training_args = parse_arguments(argv)
+    quiet_console()
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="data"):  # one process fills caches, the others read them
+        train, evaluation = load_data(args)
+    train, evaluation = train[: args.max_train_samples], evaluation[: args.max_eval_samples]
+    with blaming("model_name_or_path", args.model_name_or_path):
+        processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
+        model = load_model(args, training_args)
+    trainer = RecipeTrainer(
+        model=model,
+        args=training_args,
+        recipe=args,
+        data_collator=Collator(processor, "right"),
+        train_dataset=ConversationDataset(train, processor),
+        eval_dataset=ConversationDataset(evaluation, processor, for_generation=True),
+        eval_conversations=evaluation,
+        processing_class=processor,
+    )
+    if trainer.is_world_process_zero():
+        trained = trainer.get_num_trainable_parameters()
+        print(
+            f"{len(train)} training and {len(evaluation)} evaluation examples; {trained:,} parameters train, of "
+            f"{model.num_parameters():,}; {training_args.world_size} processes x micro-batch {args.batch_size_per_gpu} "
+            f"x {training_args.gradient_accumulation_steps} accumulated",
+            flush=True,
+        )
+    before = None if args.no_eval_before else write_report(trainer, "eval_before.json")
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
+    if not args.use_lora:
+        model.to(compute_dtype(training_args))  # what is evaluated is what is saved
+    trainer.save_model()
+    after = write_report(trainer, "eval_after.json")
+    if trainer.is_world_process_zero():
+        change = f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f}"
+        print(f"{METRIC} {change}; the model, its processor and the reports are in {training_args.output_dir}")
+    return trainer
+
+
+# end shared
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)

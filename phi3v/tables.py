@@ -1,0 +1,115 @@
+"""Data sets of the Hub, or local folders of the same layout, as tables whose images stay on disk until needed."""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+from PIL import Image
+
+from .conversations import IMAGE_ERRORS, check_text
+from .errors import InputError
+
+
+def load_table(
+    repo: str, config: str | None, split: str, data_dir: str | None, columns: tuple[str, ...]
+) -> datasets.Dataset:
+    """A split (or a slice, "train[500:]") of a data set with undecoded images: `{"bytes", "path"}`.
+
+    data_dir: a folder that holds a folder by the repository's own name, laid out as a snapshot of the repository;
+        None for the Hub. columns: what the table must have.
+    Raises InputError where it can't be loaded, lacks a column, or is empty.
+    """
+    source = repo if data_dir is None else Path(data_dir) / repo.split("/")[1]
+    where = f"{source}{f' ({config})' if config else ''}"
+    if data_dir is not None and not source.is_dir():
+        raise InputError(f"--data_dir {data_dir} holds no folder {source.name}, a copy of {repo}")
+    try:
+        table = datasets.load_dataset(str(source), config, split=split)
+    except Exception as e:  # what can go wrong on the way has no class in common
+        raise InputError(f"{where}, split {split}, can't be loaded: {' '.join(str(e).split())[:300]}") from None
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise InputError(f"{where} has no column {missing[0]!r}, only {', '.join(table.column_names)}")
+    if len(table) == 0:
+        raise InputError(f"{where}, split {split}, is empty")
+    # Decoded only when an example is asked for: a table of pages is larger than the memory.
+    features = table.features.copy()
+    for name, feature in features.items():
+        if isinstance(feature, datasets.Image):
+            features[name] = datasets.Image(decode=False)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            features[name] = datasets.List(datasets.Image(decode=False))
+    return table.cast(features) if features != table.features else table
+
+
+def without_seen_images(train: datasets.Dataset, evaluation: datasets.Dataset) -> datasets.Dataset:
+    """`train` without the rows of which an image is also in `evaluation`, pixel for pixel; says how many there were.
+
+    Both have a column `image`, or `images` with several. The hashes are kept in the cache of `datasets`.
+    """
+    seen = {digest for row in _hashes(evaluation) for digest in row}
+    keep = [i for i, row in enumerate(_hashes(train)) if seen.isdisjoint(row)]
+    if len(keep) == len(train):
+        return train
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{len(train) - len(keep)} of {len(train)} training rows left out: their images are evaluated on")
+    if not keep:
+        raise InputError("every training image is in the evaluation set too: choose another split")
+    return train.select(keep)
+
+
+def _hashes(table: datasets.Dataset):
+    column = "images" if "images" in table.column_names else "image"
+
+    def digest(row: dict, index: int) -> dict:
+        images = row[column] if isinstance(row[column], list) else [row[column]]
+        result = []
+        for image in images:
+            try:
+                with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+                    rgb = opened.convert("RGB")
+            except IMAGE_ERRORS as e:
+                raise InputError(f"row {index}: its image can't be read ({e})") from None
+            result.append(hashlib.sha1(repr(rgb.size).encode() + rgb.tobytes()).hexdigest())
+        return {"hashes": result}
+
+    pixels = table.select_columns([column])
+    workers = min(8, len(os.sched_getaffinity(0))) if len(table) > 5000 else None
+    return pixels.map(digest, with_indices=True, num_proc=workers, remove_columns=[column], desc="hashing images")[
+        "hashes"
+    ]
+
+
+def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
+    """(row, item) of every question in the column `texts`, whose rows are lists of `{"user", "assistant", …}`.
+
+    name: the table's, for messages. Raises InputError where a question or an answer is missing.
+    """
+    keys = []
+    for row, texts in enumerate(table["texts"]):
+        for item, text in enumerate(texts):
+            for role in ("user", "assistant"):
+                check_text(text[role], f"{name} row {row}: texts[{item}].{role}")
+            keys.append((row, item))
+    return keys
+
+
+class Conversations(Sequence):
+    """Conversations that are built from a table's rows when they are asked for.
+
+    keys: a pair of row and item for each conversation. build: makes one of the row's content, the row and the item.
+    """
+
+    def __init__(self, table: datasets.Dataset, keys: list[tuple[int, int]], build: Callable):
+        self.table, self.keys, self.build = table, keys, build
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Conversations(self.table, self.keys[i], self.build)
+        row, item = self.keys[i]
+        return self.build(self.table[row], row, item)
