@@ -25,10 +25,12 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import deepspeed
 import torch
 from peft import LoraConfig
 from rapidfuzz.distance import Levenshtein
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
@@ -226,6 +228,8 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
     # DeepSpeed keeps an fp32 copy of half-precision weights in its optimizer, and adapters are fp32 on a frozen base.
     # Elsewhere the weights that the optimizer updates are fp32, and autocast computes in half precision.
     dtype = compute_dtype(training_args) if training_args.deepspeed or args.use_lora else torch.float32
+    if is_deepspeed_zero3_enabled():
+        deepspeed.init_distributed()  # parameters are split while they load, before the Trainer has DeepSpeed start
     quantization = None
     if args.use_qlora:
         quantization = BitsAndBytesConfig(
