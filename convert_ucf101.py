@@ -8,17 +8,30 @@ Of a video with n frames, frame floor(i * n / num_frames) is taken for i = 0, 1,
 repeats the nearest ones. OUT_DIR gets `images/{split}/{Class}/{video}.{i}.jpg` (JPEG quality 95, not resized),
 `ucf101_{split}.jsonl`, and `conversion.json`, which says how it was made. It appears whole or not at all, and is the
 same on every run. Ids number the videos found, so that leaving out a bad one renumbers no other.
+
+A video is bad, and left out with a message, if it has no frames, if its decoder is missing or stops with an error, or
+if an .avi is shorter than its header says: the frames that are left would not be spread over the whole clip. Damage
+that the decoder patches up with a warning is no reason: old XviD clips have some, and any player shows them. A cut .mkv
+or .webm decodes as a shorter video and is not noticed.
 """
 
 import argparse
+import fcntl
+import hashlib
+import io
 import json
+import lzma
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tarfile
-import tempfile
+import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import av
@@ -30,168 +43,182 @@ SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm")
 JPEG_QUALITY = 95
 KEPT_BYTES = 64 * 2**20  # a few hundred frames of 320 x 240
 LAYOUT = "{train,val,test}/Class/video.avi"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InputError(ValueError):
     """Something a user gave is wrong: one line that says what, and what to do."""
 
 
-def wanted_frames(n: int, num_frames: int) -> list[int]:
-    """Indices of `num_frames` frames, evenly spaced from the first, among `n`."""
-    return [i * n // num_frames for i in range(num_frames)]
-
-
 def convert_video(video: Path, stem: Path, num_frames: int) -> str | None:
     """Writes the video's frames to `{stem}.{i}.jpg`; returns what is wrong with the video, or None.
+
+    Raises OSError if the frames can't be written, which is not the video's fault.
+    """
+    try:
+        jpegs = sample_jpegs(video, num_frames)
+    except Exception as e:  # whatever a decoder makes of a strange file, the other videos are still good
+        return " ".join(str(getattr(e, "strerror", None) or e or type(e).__name__).split())
+    for i, jpeg in enumerate(jpegs):
+        Path(f"{stem}.{i}.jpg").write_bytes(jpeg)
+    return None
+
+
+def sample_jpegs(video: Path, num_frames: int) -> list[bytes]:
+    """The wanted frames as JPEG files. Raises ValueError, OSError or av.FFmpegError if the video is bad.
 
     All frames are decoded in order: what a container says about their number is not reliable, and seeking finds
     other frames. The number is known only at the end, so frames are kept until they fill KEPT_BYTES. A video that
     has more is decoded a second time, and needs the memory of one frame however long it is.
     """
-    try:
-        if is_cut_avi(video):
-            return "its file ends too early"
-        kept, kept_bytes, n = [], 0, 0
-        for frame in decoded(video):
-            n += 1
-            kept_bytes += sum(plane.buffer_size for plane in frame.planes)
-            if kept_bytes <= KEPT_BYTES:
-                kept.append(frame)
-            else:
-                kept.clear()
-        if n == 0:
-            return "it has no frames"
-        wanted = {}
-        for i, index in enumerate(wanted_frames(n, num_frames)):
-            wanted.setdefault(index, []).append(i)
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        for index, frame in enumerate(kept or decoded(video)):
-            if index in wanted:
-                image = frame.to_image()
-                for i in wanted[index]:
-                    image.save(f"{stem}.{i}.jpg", quality=JPEG_QUALITY)
-            if index == max(wanted):
-                break
-    except (av.FFmpegError, OSError, ValueError) as e:
-        for i in range(num_frames):
-            Path(f"{stem}.{i}.jpg").unlink(missing_ok=True)
-        return f"it can't be decoded ({' '.join(str(e).split())})"
-    return None
+    if is_cut_avi(video):
+        raise ValueError("the file is shorter than its header says")
+    kept, kept_bytes, n = [], 0, 0
+    for frame in decoded(video):
+        n += 1
+        kept_bytes += sum(plane.buffer_size for plane in frame.planes)
+        if kept_bytes <= KEPT_BYTES:
+            kept.append(frame)
+        else:
+            kept.clear()
+    if n == 0:
+        raise ValueError("the video has no frames")
+    wanted = [i * n // num_frames for i in range(num_frames)]
+    jpegs = dict.fromkeys(wanted)
+    for index, frame in enumerate(kept or decoded(video)):
+        if index in jpegs:
+            buffer = io.BytesIO()
+            frame.to_image().save(buffer, "JPEG", quality=JPEG_QUALITY)
+            jpegs[index] = buffer.getvalue()
+    return [jpegs[index] for index in wanted]
 
 
 def is_cut_avi(video: Path) -> bool:
     """Whether an .avi is shorter than its header says: cut between two frames, it would decode as a shorter video."""
+    end = 0
     with open(video, "rb") as file:
-        head = file.read(8)
-    return head[:4] == b"RIFF" and int.from_bytes(head[4:], "little") + 8 > video.stat().st_size
+        while (head := file.read(8))[:4] == b"RIFF":  # an .avi of more than 1 GB has several
+            size = int.from_bytes(head[4:], "little")
+            if size == 2**32 - 1:  # written to a pipe: the size was not known
+                return False
+            end = file.seek(size, os.SEEK_CUR)
+    return end > video.stat().st_size
 
 
 def decoded(video: Path):
-    """The frames of the first video stream, in order. Raises ValueError without one, av.FFmpegError if damaged."""
+    """The frames of the first video stream, in order."""
     with av.open(str(video)) as container:
         if not container.streams.video:
-            raise ValueError("no video stream")
+            raise ValueError("the file has no video stream")
         stream = container.streams.video[0]
         stream.thread_count = 1  # videos are decoded beside one another instead
-        # Damage is an error instead of a frame that is patched up.
-        stream.codec_context.options = {"err_detect": "explode"}
         yield from container.decode(stream)
 
 
-def find_videos(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """Videos of each split, sorted by class and file name, and the sorted class names of all splits.
+def find_videos(root: Path, source: Path) -> dict[str, list[Path]]:
+    """The videos of each split below `root`, sorted by class and file name.
 
-    Raises InputError if the folder has another layout, or names that can't be told apart in the output.
+    Raises InputError, which names `source`, for another layout or for names that the output can't hold.
     """
     if not any((root / split).is_dir() for split in SPLITS):  # an archive may hold a folder around the splits
-        inner = [path for path in root.iterdir() if path.is_dir() and any((path / s).is_dir() for s in SPLITS)]
+        inner = [path for path in root.iterdir() if any((path / split).is_dir() for split in SPLITS)]
         if len(inner) != 1:
-            raise InputError(f"{root} holds none of the folders train, val and test: expected {LAYOUT}")
+            raise InputError(f"{source} holds none of the folders train, val and test: expected {LAYOUT}")
         root = inner[0]
-    videos, classes = {}, set()
+    videos, classes = {}, {}
     for split in SPLITS:
-        found = [
-            path
-            for path in (root / split).glob("*/*")
-            if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-        ]
+        # Not glob, which passes over a folder that may not be read.
+        folders = [path for path in (root / split).iterdir() if path.is_dir()] if (root / split).is_dir() else []
+        found = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+        found = [path for path in found if path.is_file() and not path.name.startswith(".")]
         if not found:
-            print(f"note: no videos for {split}, so no ucf101_{split}.jsonl", file=sys.stderr)
+            print(f"note: no videos for {split}, so no ucf101_{split}.jsonl")
             continue
         videos[split] = sorted(found, key=lambda path: (path.parent.name, path.name))
-        seen = {}
-        for path in videos[split]:
-            if other := seen.get((path.parent.name, path.stem)):
+        classes[split] = {path.parent.name for path in found}
+        for path, other in zip(videos[split], [None, *videos[split]], strict=False):
+            if other and path.with_suffix("") == other.with_suffix(""):
                 raise InputError(f"{path} and {other.name} would give the same images: rename one of them")
-            seen[path.parent.name, path.stem] = path
-        names = {path.parent.name for path in found}
-        if comma := [name for name in sorted(names) if "," in name]:
-            raise InputError(
-                f"class {comma[0]!r} holds a comma, which separates classes in the prompt: rename the folder"
-            )
-        if unseen := names - classes if split != "train" and "train" in videos else None:
+            if "," in path.parent.name:
+                raise InputError(f"{path.parent} holds a comma, which separates classes in the prompt: rename it")
+            if any("\ud800" <= letter <= "\udfff" for letter in path.parent.name + path.name):
+                raise InputError(f"{str(path)!r} is not UTF-8, as jsonl must be: rename it")
+        if unseen := classes[split] - classes.get("train", classes[split]):
             print(f"warning: {split} has classes that train lacks: {', '.join(sorted(unseen))}", file=sys.stderr)
-        classes |= names
     if not videos:
-        raise InputError(f"{root} holds no videos: expected {LAYOUT} (or {', '.join(SUFFIXES[1:])})")
-    return videos, sorted(classes)
+        raise InputError(f"{source} holds no videos: expected {LAYOUT} (or {', '.join(SUFFIXES[1:])})")
+    return videos
 
 
-def write_conversion(root: Path, out: Path, num_frames: int, num_workers: int) -> dict:
-    """Converts all videos below `root` into the empty folder `out`; returns the counts and the bad videos."""
-    videos, classes = find_videos(root)
-    prompt = f"Classify the video into one of the following classes: {', '.join(classes)}."
-    jobs = [(split, path) for split, paths in videos.items() for path in paths]
-    names = [f"{split}/{path.parent.name}/{path.stem}" for split, path in jobs]
-    with ProcessPoolExecutor(num_workers) as pool:
-        try:
-            problems = list(
-                tqdm(
-                    pool.map(
-                        convert_video,
-                        [path for _, path in jobs],
-                        [out / "images" / name for name in names],
-                        [num_frames] * len(jobs),
-                    ),
-                    total=len(jobs),
-                    desc="converting",
-                    unit="video",
-                )
-            )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    counts, bad = dict.fromkeys(videos, 0), []
-    files = {split: open(out / f"ucf101_{split}.jsonl", "w", encoding="utf-8") for split in videos}
+def end_with_parent(read_end: int, write_end: int):
+    """Makes a worker end when its parent does, even by SIGKILL: then nobody holds the pipe's write end any more."""
+    os.close(write_end)
+    threading.Thread(target=lambda: os.read(read_end, 1) or os._exit(1), daemon=True).start()
+
+
+@contextmanager
+def worker_pool(num_workers: int):
+    pipe = os.pipe()
+    fork = multiprocessing.get_context("fork")  # the workers inherit the pipe and the lock
+    pool = ProcessPoolExecutor(num_workers, fork, initializer=end_with_parent, initargs=pipe)
     try:
-        for number, ((split, path), name, problem) in enumerate(zip(jobs, names, problems, strict=True)):
-            if problem:
-                bad.append(f"{split}/{path.parent.name}/{path.name}: {problem}")
-                continue
-            turn = {
-                "images": [f"{name}.{i}.jpg" for i in range(num_frames)],
-                "user": prompt,
-                "assistant": path.parent.name,
-            }
-            example = {"id": f"{split}-{number:010d}", "source": "ucf101", "conversations": [turn]}
-            files[split].write(json.dumps(example, ensure_ascii=False) + "\n")
-            counts[split] += 1
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.kill()  # a worker that goes on would write into a folder that is being removed
+        raise
     finally:
-        for file in files.values():
-            file.close()
-    if not any(counts.values()):
+        pool.shutdown()
+        for end in pipe:
+            os.close(end)
+
+
+def write_conversion(videos: dict[str, list[Path]], out: Path, num_frames: int, num_workers: int) -> dict:
+    """Converts the videos into the empty folder `out`; returns the counts and the bad videos."""
+    jobs = [(split, path, f"{split}/{path.parent.name}/{path.stem}") for split in videos for path in videos[split]]
+    for split, path, _ in jobs:
+        (out / "images" / split / path.parent.name).mkdir(parents=True, exist_ok=True)
+    with worker_pool(min(num_workers, len(jobs))) as pool:
+        # Workers, which start here, inherit that signals are blocked: this process ends them. And Python would lose a
+        # signal during a fork, because it ignores what handlers raise there.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        # Not pool.map: it cancels futures, and a pool whose workers were killed prints a traceback for those.
+        futures = [pool.submit(convert_video, path, out / "images" / name, num_frames) for _, path, name in jobs]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        # disable=None: no bar in a log file
+        problems = [future.result() for future in tqdm(futures, desc="converting", unit="video", disable=None)]
+    classes = sorted({path.parent.name for _, path, _ in jobs})
+    prompt = f"Classify the video into one of the following classes: {', '.join(classes)}."
+    lines, bad = {split: [] for split in videos}, []
+    for number, ((split, path, name), problem) in enumerate(zip(jobs, problems, strict=True)):
+        if problem:
+            bad.append(f"{name}{path.suffix}: {problem}")
+            continue
+        images = [f"{name}.{i}.jpg" for i in range(num_frames)]
+        turn = {"images": images, "user": prompt, "assistant": path.parent.name}
+        example = {"id": f"{split}-{number:010d}", "source": "ucf101", "conversations": [turn]}
+        lines[split].append(json.dumps(example, ensure_ascii=False) + "\n")
+    if len(bad) == len(jobs):
         raise InputError(f"none of the {len(jobs)} videos can be decoded; the first: {bad[0]}")
-    return {"videos": counts, "bad": bad}
+    for split in videos:
+        (out / f"ucf101_{split}.jsonl").write_text("".join(lines[split]), encoding="utf-8")
+    return {"videos": {split: len(lines[split]) for split in videos}, "bad": bad}
 
 
 def unpack(archive: Path, folder: Path):
-    """Unpacks into `folder`, and refuses an archive that reaches out of it."""
+    """Unpacks into `folder`. Raises InputError for an archive that is damaged or reaches out of the folder."""
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
+            # tarfile stops at the first block that is no header. Behind it is the checksum, verified only if read.
+            while rest := tar.fileobj.read(2**20):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("data after its end")
     except tarfile.FilterError as e:
         raise InputError(f"{archive} is not safe to unpack: {e}") from None
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
+    except (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError, OSError) as e:
+        if getattr(e, "errno", None):  # the system's fault, not the archive's
+            raise
         raise InputError(f"{archive} can't be unpacked ({e}): is it complete, and a .tar.gz?") from None
 
 
@@ -210,55 +237,98 @@ def find_source(source: str | None) -> Path:
         raise InputError(f"{HUB_DATASET} can't be downloaded ({reason}): pass a local copy with --source") from None
 
 
-def describe(source: Path, num_frames: int) -> dict:
-    """What a finished conversion depends on."""
-    files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files)
-    return {"files": len(files), "bytes": size, "num_frames": num_frames, "jpeg_quality": JPEG_QUALITY}
+def fingerprint(root: Path, files: list[Path]) -> str:
+    """SHA-256 over names and contents: cheap beside decoding, and sees a file repaired in place, which sizes don't."""
+    digest = hashlib.sha256()
+    for path in files:
+        content = b"unreadable"  # a bad video, which will be left out
+        with suppress(OSError), open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").digest()
+        digest.update(os.fsencode(path.relative_to(root)) + b"\0" + content)
+    return digest.hexdigest()
+
+
+def finished_result(out: Path, settings: dict) -> dict | None:
+    """The result of an earlier conversion in `out`, None if there is nothing. Raises InputError for anything else."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out_dir {out} is a file")
+    manifest = out / "conversion.json"
+    if not manifest.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"--out_dir {out} holds other files: choose a new or empty folder")
+        return None
+    try:
+        done = json.loads(manifest.read_text(encoding="utf-8"))
+        found, result = dict(done["settings"]), {"videos": dict(done["videos"]), "bad": list(done["bad"])}
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{manifest} is broken: remove {out}, or choose another --out_dir") from None
+    if other := [f"{key} {found.get(key)}, not {settings[key]}" for key in settings if found.get(key) != settings[key]]:
+        raise InputError(f"{out} was converted with {'; '.join(other)}: remove it, or choose another --out_dir")
+    return result
+
+
+@contextmanager
+def locked(out: Path):
+    """Makes this the only conversion that writes to `out`; the lock ends with its processes, however they end."""
+    path = out.parent / f".{out.name}.lock"
+    with open(path, "w") as lock:  # a file, because NFS can't lock a folder
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The file may be gone, with the conversion that held it, since it was opened.
+            mine = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise InputError(f"another conversion is writing --out_dir {out}: wait for its end")
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+@contextmanager
+def fresh_folder(path: Path):
+    """An empty folder in place of what a killed run left, removed at the end unless it was renamed."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def convert(args: argparse.Namespace) -> int:
     """Runs the conversion; returns the exit status."""
-    out = Path(args.out_dir).absolute()
+    out = Path(args.out_dir).resolve()
     source = find_source(args.source)
-    settings = describe(source, args.num_frames)
-    manifest = out / "conversion.json"
-    if out.is_file():
-        raise InputError(f"--out_dir {out} is a file")
-    if manifest.is_file():
-        done = json.loads(manifest.read_text(encoding="utf-8"))
-        if done["settings"] != settings:
-            raise InputError(
-                f"{out} was converted with other settings ({done['settings']}): remove it, or choose another --out_dir"
-            )
+    videos = None if source.is_file() else find_videos(source, source)
+    sha256 = fingerprint(source, [path for paths in videos.values() for path in paths] if videos else [source])
+    settings = {"source_sha256": sha256, "num_frames": args.num_frames, "jpeg_quality": JPEG_QUALITY}
+    if result := finished_result(out, settings):
         print(f"{out} is converted already; remove it to convert again")
-        return summarise(out, done["result"], args.skip_bad_videos)
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"--out_dir {out} holds other files: choose a new or empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in out.parent.glob(f".{out.name}.partial-*"):
-        if not is_running(int(leftover.name.rsplit("-", 1)[1])):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir()
+        return summarise(out, result, args.skip_bad_videos)
+    if os.path.ismount(out):
+        raise InputError(f"--out_dir {out} is a mount point, which can't appear whole: name a folder in it")
+    # Named after the output, so that the next run finds and removes what a killed one left.
+    partial = out.parent / f".{out.name}.partial"
+    unpacked = Path(args.tmp_dir or out.parent) / f".{out.name}.{hashlib.md5(os.fsencode(out)).hexdigest()}.unpacked"
+    made = [folder for folder in out.parents if not folder.exists()]
     try:
-        if source.is_file():
-            if args.tmp_dir:
-                Path(args.tmp_dir).mkdir(parents=True, exist_ok=True)
-            # Beside the output by default: inside the folder that the next run clears up if this one is killed.
-            with tempfile.TemporaryDirectory(dir=args.tmp_dir or partial) as unpacked:
-                unpack(source, Path(unpacked))
-                result = write_conversion(Path(unpacked), partial, args.num_frames, args.num_workers)
-        else:
-            result = write_conversion(source, partial, args.num_frames, args.num_workers)
-        content = {"settings": settings, "result": result}
-        (partial / "conversion.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(out), fresh_folder(partial), fresh_folder(unpacked):
+            if videos is None:
+                unpack(source, unpacked)
+                videos = find_videos(unpacked, source)
+            result = write_conversion(videos, partial, args.num_frames, args.num_workers)
+            manifest = json.dumps({"settings": settings, **result}, indent=2, ensure_ascii=False)
+            (partial / "conversion.json").write_text(manifest + "\n", encoding="utf-8")
             partial.rename(out)  # onto an empty folder, or none
-        except OSError:
-            raise InputError(f"--out_dir {out} was filled by another process meanwhile: nothing was changed") from None
+    except OSError as e:
+        raise InputError(f"--out_dir {out} can't be made ({e}): nothing is left of it") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:  # still empty if the conversion failed
+            with suppress(OSError):
+                folder.rmdir()
     return summarise(out, result, args.skip_bad_videos)
 
 
@@ -273,14 +343,10 @@ def summarise(out: Path, result: dict, skip_bad_videos: bool) -> int:
     return 0
 
 
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def stop(number, _frame):
+    for other in STOP_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)  # a second Ctrl-C must not end the cleaning up
+    raise KeyboardInterrupt(number)
 
 
 def positive(text: str) -> int:
@@ -295,22 +361,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 if videos were left out, 2 for wrong input."""
+    """Returns the exit status: 0, 1 if videos were left out, 2 for wrong input, 130 or 143 after a signal."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--source", help=f"folder {LAYOUT} or a .tar.gz of one; default: {HUB_DATASET} on the Hub")
     parser.add_argument("--out_dir", default="./ucf101", help="new or empty folder (default: %(default)s)")
     parser.add_argument("--tmp_dir", help="where an archive is unpacked for the time being; default: beside the output")
     parser.add_argument("--num_frames", type=positive, default=8, help="frames a video (default: %(default)s)")
-    parser.add_argument(
-        "--num_workers", type=positive, default=len(os.sched_getaffinity(0)), help="processes; default: one per CPU"
-    )
+    parser.add_argument("--num_workers", type=positive, default=cpus, help="processes; default: one per CPU")
     parser.add_argument("--skip_bad_videos", action="store_true", help="status 0 although videos had to be left out")
     try:
         return convert(parser.parse_args(argv))
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt as e:
+        number = e.args[0] if e.args else signal.SIGINT
+        message, status = f"stopped by {signal.Signals(number).name}", 128 + number
+    except BrokenProcessPool:
+        message, status = "a worker process was killed: with too little memory, try fewer --num_workers", 2
+    except (InputError, OSError) as e:
+        message, status = " ".join(str(e).split()), 2
+    print(f"error: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
     sys.exit(main())

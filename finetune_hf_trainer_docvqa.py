@@ -375,11 +375,11 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
         processing_class=processor,
     )
     if trainer.is_world_process_zero():
-        trained = trainer.get_num_trainable_parameters()
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         print(
-            f"{len(train)} training and {len(evaluation)} evaluation examples; {trained:,} parameters train, of "
-            f"{model.num_parameters():,}; {training_args.world_size} processes x micro-batch {args.batch_size_per_gpu} "
-            f"x {training_args.gradient_accumulation_steps} accumulated",
+            f"{len(train)} training and {len(evaluation)} evaluation examples; {trained:,} parameters train; "
+            f"{training_args.world_size} processes x micro-batch {args.batch_size_per_gpu} x "
+            f"{training_args.gradient_accumulation_steps} accumulated",
             flush=True,
         )
     before = None if args.no_eval_before else write_report(trainer, "eval_before.json")

@@ -161,6 +161,11 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
     # Some checkpoints hold a second copy of the text embedding under the image embedding.
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\."]
 
+    def enable_input_require_grads(self):
+        """Does nothing. transformers calls it with activation checkpointing, for the reentrant kind, which loses the
+        gradients of layers whose inputs need none. The non-reentrant kind does not, and with inputs that need
+        gradients every backward pass would go through a frozen tower for nothing."""
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
