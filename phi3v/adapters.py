@@ -19,6 +19,11 @@ def add_adapter(model: Phi3VForCausalLM, config: LoraConfig, train_separators: b
     train_separators: trains the row and image separators as well. They are bare parameters, which PEFT does not
         save: `save_separators` and `load_adapter` do.
     """
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks weights when it first infers, rounding them once more, and the layers pass
+        # on no gradient afterwards: an evaluation before training would ruin the training.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     adapted = get_peft_model(model, config)
     # An adapter on lm_head makes PEFT save the whole base layer beside it, which did not change.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)

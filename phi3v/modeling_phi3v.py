@@ -280,6 +280,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         model.model.vision_embed_tokens.freeze_unused()  # loading makes every parameter trainable
         return loaded
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As transformers' own, under the names that the parameters have here, which are the Hub's. Translated back by
+        transformers' rules for a bare CLIP model, which it applies under ZeRO-3, they would be neither's."""
+        super().save_pretrained(save_directory, **{"save_original_format": False} | kwargs)
+
     def _correct_stop_ids(self):
         if self.generation_config.eos_token_id in (_SHIPPED_EOS_ID, [_SHIPPED_EOS_ID]):
             if self.config.vocab_size > max(_STOP_IDS):

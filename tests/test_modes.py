@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CHECKPOINT
+from conftest import CHECKPOINT, ROOT
 from safetensors.torch import load_file
 
 import finetune_hf_trainer_ucf101 as script
@@ -139,11 +139,16 @@ def trained(request, toy_data, tmp_path_factory):
     return request.param, out, script.main([*flags_of(request.param, toy_data, out), *steps])
 
 
-def logits(model, batch):
+def logits(model, batch, dtype=torch.float64):
     """In double precision: at logits of some 25, fp32 arithmetic alone blurs them by 2e-5."""
-    inputs = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+    inputs.pop("labels")
     with torch.no_grad():
-        return model.double().eval()(**inputs | {"labels": None}).logits[batch["attention_mask"].bool()]
+        return model.eval()(**inputs).logits[batch["attention_mask"].bool()]
+
+
+def base():
+    return Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
 
 
 def test_an_adapter_holds_no_base_weights(trained):
@@ -159,26 +164,40 @@ def test_an_adapter_holds_no_base_weights(trained):
 
 def test_a_saved_adapter_is_the_trained_model(trained, batch):
     mode, out, trainer = trained
-    if mode == "qlora":
-        base = trainer.model.unload()
-        again = load_adapter(base, out)
-    else:
-        again = load_adapter(Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32), out)
-    start = logits(Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32), batch)
-    found = logits(again, batch)
-    assert (found - start).abs().max() > 0.1
-    if mode != "qlora":
-        torch.testing.assert_close(found, logits(trainer.model, batch), rtol=0, atol=1e-5)
+    found = logits(load_adapter(base(), out).double(), batch)
+    assert (found - logits(base().double(), batch)).abs().max() > 0.1
+    if mode != "qlora":  # which was trained on another base: see below
+        torch.testing.assert_close(found.float(), logits(trainer.model, batch, torch.float32), rtol=0, atol=1e-4)
 
 
 def test_merging(trained, batch, tmp_path):
     mode, out, _ = trained
-    start = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
-    expected = logits(load_adapter(start, out), batch)
-    merge_tool.main([str(out), str(tmp_path / "merged"), "--dtype", "fp32"])
-    merged, info = Phi3VForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
+    merge_tool.main([str(out), str(tmp_path), "--dtype", "fp32"])
+    merged, info = Phi3VForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    torch.testing.assert_close(logits(merged, batch), expected, rtol=0, atol=1e-5)
-    names = load_file(tmp_path / "merged" / "model.safetensors").keys()
+    expected = logits(load_adapter(base(), out).double(), batch)
+    torch.testing.assert_close(logits(merged.double(), batch), expected, rtol=0, atol=1e-5)
+    names = load_file(tmp_path / "model.safetensors").keys()
     assert names == load_file(CHECKPOINT / "model.safetensors").keys() and set(SEPARATORS) <= names
-    assert Phi3VProcessor.from_pretrained(tmp_path / "merged").image_processor.num_crops == 4
+    assert Phi3VProcessor.from_pretrained(tmp_path).image_processor.num_crops == 4
+
+
+@pytest.mark.parametrize("trained", ["qlora"], indirect=True)
+def test_merging_into_the_rounded_base_gives_the_model_that_qlora_trained(trained, batch, tmp_path):
+    _, out, trainer = trained
+    merge_tool.main([str(out), str(tmp_path), "--dtype", "fp32", "--dequantize"])
+    merged = logits(Phi3VForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), batch, torch.float32)
+    evaluated = logits(trainer.model, batch, torch.float32)
+    torch.testing.assert_close(merged, evaluated, rtol=0, atol=1e-3)
+    plain = logits(load_adapter(base(), out), batch, torch.float32)
+    assert (plain - evaluated).abs().max() > 0.1  # what rounding the base does
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nowhere", "out"], "nowhere holds no adapter_config.json"), (["ADAPTER", "."], ". is not empty")],
+)
+def test_merging_what_cannot_be_merged(arguments, message, trained, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(merge_tool.InputError, match=message):
+        merge_tool.main([str(trained[1]) if a == "ADAPTER" else a for a in arguments])

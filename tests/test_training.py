@@ -104,9 +104,12 @@ def test_micro_batches_of_four(toy_data, tmp_path, one_process):
     assert_same_run(losses, tmp_path, one_process)
 
 
-def test_two_ranks_under_zero2_are_one_training(toy_data, tmp_path, one_process):
-    first, second = two_ranks(toy_data, tmp_path, *SIX_STEPS, "--batch_size_per_gpu", "1")
-    assert first == second and first["engine"] == "DeepSpeedEngine"
+@pytest.mark.parametrize("config", ["zero2", "zero2_offload", "zero3"])
+def test_two_ranks_under_deepspeed_are_one_training(config, toy_data, tmp_path, one_process):
+    flags = [*SIX_STEPS, "--batch_size_per_gpu", "1", "--deepspeed", ROOT / "ds_config" / f"{config}.json"]
+    first, second = two_ranks(toy_data, tmp_path, *flags)
+    assert first["losses"] == second["losses"] and first["engine"] == "DeepSpeedEngine"
+    assert first == second or config == "zero3"  # where each rank keeps its own part of the weights
     assert_same_run(first["losses"], tmp_path / "out", one_process)
 
 
@@ -174,6 +177,16 @@ WRONG = [
     ("--bf16 --fp16", "contradict each other"),
     ("--bf16 --fp32", "contradict each other"),
     ("--fp16", "--fp16 needs a GPU"),
+    ("--lora_rank 8", "--lora_rank has no effect without --use_lora"),
+    ("--use_lora --lora_rank 0", "--lora_rank is 0"),
+    ("--use_lora --lora_dropout 1", "--lora_dropout is 1.0"),
+    ("--use_dora", "--use_dora has no effect without --use_lora"),
+    ("--quantize_vision", "no effect without --use_qlora"),
+    ("--train_projector", "no effect without --freeze_vision_model"),
+    ("--use_lora --freeze_vision_model --train_projector", "--train_projector contradicts --use_lora"),
+    ("--freeze_vision_model --vision_lr 1e-5", "--vision_lr contradicts --freeze_vision_model"),
+    ("--use_qlora --deepspeed ds_config/zero3.json", "can't run under ZeRO-3"),
+    ("--learning_rate 0", "--learning_rate is 0.0, must be above 0"),
     ("--use_flash_attention", "flash attention needs"),
     ("--attn_implementation flex_attention", "is unknown"),
     ("--use_flash_attention --attn_implementation sdpa", "contradicts"),
