@@ -190,30 +190,30 @@ def prompt(question: str) -> str:
 
 def questions(table) -> Conversations:
     """Of docvqa_1200_examples: trained on is the first of the answers, evaluation takes all of them."""
-    for row, (query, answers) in enumerate(zip(table["query"], table["answers"], strict=True)):
+    for row, query, answers in zip(table["row"], table["query"], table["answers"], strict=True):
         check_text(query["en"], f"docvqa_1200_examples row {row}: query.en")
         if not answers:
             raise InputError(f"docvqa_1200_examples row {row}: answers is empty")
         for item, answer in enumerate(answers):
             check_text(answer, f"docvqa_1200_examples row {row}: answers[{item}]")
 
-    def build(content, row, item):
+    def build(content, item):
         answers = content["answers"]
         turn = {"images": [content["image"]], "user": prompt(content["query"]["en"]), "assistant": answers[0]}
         return {"id": content["id"], "conversations": [turn], "answers": answers}
 
-    return Conversations(table, [(row, 0) for row in range(len(table))], build)
+    return Conversations(table, [(i, 0) for i in range(len(table))], build)
 
 
 def cauldron_questions(table) -> Conversations:
     """Of the_cauldron: its questions end with a line of their own on how to answer, in place of which evaluation's
     stands here, so that training and evaluation ask alike."""
 
-    def build(content, row, item):
+    def build(content, item):
         text = content["texts"][item]
         question = text["user"].strip().splitlines()[0]
         turn = {"images": content["images"], "user": prompt(question), "assistant": text["assistant"]}
-        return {"id": f"{row}-{item}", "conversations": [turn]}
+        return {"id": f"{content['row']}-{item}", "conversations": [turn]}
 
     return Conversations(table, question_keys(table, "the_cauldron (docvqa)"), build)
 

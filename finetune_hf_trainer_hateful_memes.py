@@ -181,10 +181,10 @@ def load_data(args: RecipeArguments) -> tuple[Conversations, Conversations]:
 
 
 def questions(table) -> Conversations:
-    def build(content, row, item):
+    def build(content, item):
         text = content["texts"][item]
         turn = {"images": content["images"], "user": text["user"], "assistant": text["assistant"]}
-        return {"id": f"{row}-{item}", "conversations": [turn]}
+        return {"id": f"{content['row']}-{item}", "conversations": [turn]}
 
     return Conversations(table, question_keys(table, "the_cauldron (hateful_memes)"), build)
 

@@ -187,13 +187,13 @@ def load_data(args: RecipeArguments) -> tuple[Conversations, Conversations]:
 def statements(table, as_turns: bool = False, first_only: bool = False) -> Conversations:
     keys = question_keys(table, "the_cauldron (nlvr2)")
     if as_turns or first_only:
-        keys = [(row, item) for row, item in keys if item == 0]
+        keys = [(i, item) for i, item in keys if item == 0]
 
-    def build(content, row, item):
+    def build(content, item):
         texts = content["texts"] if as_turns else [content["texts"][item]]
         turns = [{"images": [], "user": text["user"], "assistant": text["assistant"]} for text in texts]
         turns[0]["images"] = content["images"]
-        return {"id": f"{row}-{item}", "conversations": turns}
+        return {"id": f"{content['row']}-{item}", "conversations": turns}
 
     return Conversations(table, keys, build)
 

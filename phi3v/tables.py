@@ -16,7 +16,8 @@ from .errors import InputError
 def load_table(
     repo: str, config: str | None, split: str, data_dir: str | None, columns: tuple[str, ...]
 ) -> datasets.Dataset:
-    """A split (or a slice, "train[500:]") of a data set with undecoded images: `{"bytes", "path"}`.
+    """A split (or a slice of one, "train[500:]") of a data set with undecoded images, `{"bytes", "path"}`, and a
+    column `row` with the number that each row has in the split.
 
     data_dir: a folder that holds a folder by the repository's own name, laid out as a snapshot of the repository;
         None for the Hub. columns: what the table must have.
@@ -26,14 +27,19 @@ def load_table(
     where = f"{source}{f' ({config})' if config else ''}"
     if data_dir is not None and not source.is_dir():
         raise InputError(f"--data_dir {data_dir} holds no folder {source.name}, a copy of {repo}")
+    cache_dir = None if data_dir is None else _cache_dir(source)
     try:
-        table = datasets.load_dataset(str(source), config, split=split)
+        name = split.split("[")[0]
+        table = datasets.load_dataset(str(source), config, split=name, cache_dir=cache_dir)
+        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(table)})
+        rows = range(len(table))[part.from_ : part.to]
     except Exception as e:  # what can go wrong on the way has no class in common
         raise InputError(f"{where}, split {split}, can't be loaded: {' '.join(str(e).split())[:300]}") from None
     if missing := [name for name in columns if name not in table.column_names]:
         raise InputError(f"{where} has no column {missing[0]!r}, only {', '.join(table.column_names)}")
-    if len(table) == 0:
-        raise InputError(f"{where}, split {split}, is empty")
+    if len(rows) == 0:
+        raise InputError(f"{where}, split {split}, is empty: it has {len(table)} rows")
+    table = table.select(rows).add_column("row", list(rows))
     # Decoded only when an example is asked for: a table of pages is larger than the memory.
     features = table.features.copy()
     for name, feature in features.items():
@@ -42,6 +48,14 @@ def load_table(
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             features[name] = datasets.List(datasets.Image(decode=False))
     return table.cast(features) if features != table.features else table
+
+
+def _cache_dir(folder: Path) -> str:
+    """A cache for just these files: under its usual one, `datasets` would go on giving the old content of a folder
+    whose files have changed since."""
+    files = [(str(path.relative_to(folder)), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"local-{hashlib.sha1(content.encode()).hexdigest()}")
 
 
 def without_seen_images(train: datasets.Dataset, evaluation: datasets.Dataset) -> datasets.Dataset:
@@ -63,7 +77,7 @@ def without_seen_images(train: datasets.Dataset, evaluation: datasets.Dataset) -
 def _hashes(table: datasets.Dataset):
     column = "images" if "images" in table.column_names else "image"
 
-    def digest(row: dict, index: int) -> dict:
+    def digest(row: dict) -> dict:
         images = row[column] if isinstance(row[column], list) else [row[column]]
         result = []
         for image in images:
@@ -71,35 +85,33 @@ def _hashes(table: datasets.Dataset):
                 with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
                     rgb = opened.convert("RGB")
             except IMAGE_ERRORS as e:
-                raise InputError(f"row {index}: its image can't be read ({e})") from None
+                raise InputError(f"row {row['row']}: its image can't be read ({e})") from None
             result.append(hashlib.sha1(repr(rgb.size).encode() + rgb.tobytes()).hexdigest())
         return {"hashes": result}
 
-    pixels = table.select_columns([column])
     workers = min(8, len(os.sched_getaffinity(0))) if len(table) > 5000 else None
-    return pixels.map(digest, with_indices=True, num_proc=workers, remove_columns=[column], desc="hashing images")[
-        "hashes"
-    ]
+    pixels = table.select_columns([column, "row"])
+    return pixels.map(digest, num_proc=workers, remove_columns=[column, "row"], desc="hashing images")["hashes"]
 
 
 def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
-    """(row, item) of every question in the column `texts`, whose rows are lists of `{"user", "assistant", …}`.
+    """(index, item) of every question in the column `texts`, which holds lists of `{"user", "assistant", …}`.
 
     name: the table's, for messages. Raises InputError where a question or an answer is missing.
     """
     keys = []
-    for row, texts in enumerate(table["texts"]):
+    for i, (row, texts) in enumerate(zip(table["row"], table["texts"], strict=True)):
         for item, text in enumerate(texts):
             for role in ("user", "assistant"):
                 check_text(text[role], f"{name} row {row}: texts[{item}].{role}")
-            keys.append((row, item))
+            keys.append((i, item))
     return keys
 
 
 class Conversations(Sequence):
     """Conversations that are built from a table's rows when they are asked for.
 
-    keys: a pair of row and item for each conversation. build: makes one of the row's content, the row and the item.
+    keys: (index, item) for each conversation; build: makes it of the table's content there, and of `item`.
     """
 
     def __init__(self, table: datasets.Dataset, keys: list[tuple[int, int]], build: Callable):
@@ -111,5 +123,5 @@ class Conversations(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return Conversations(self.table, self.keys[i], self.build)
-        row, item = self.keys[i]
-        return self.build(self.table[row], row, item)
+        index, item = self.keys[i]
+        return self.build(self.table[index], item)
