@@ -1,4 +1,5 @@
-# make demo      installs, makes data, fine-tunes the demo's checkpoint, evaluates it before and after
+# make demo      installs, makes data, fine-tunes the demo's checkpoint, evaluates it before and after;
+#                TASK=ucf101|docvqa|hateful_memes|nlvr2, MODE=full|frozen|lora|qlora
 # make install   the first part alone: .venv with requirements.txt
 # make test      installs, checks the style, runs the tests
 PYTHON ?= python3
@@ -8,31 +9,44 @@ MODE ?= full
 DATA := output/demo/data/$(TASK)
 OUT := output/demo/$(TASK)-$(MODE)
 
+FLAGS_ucf101 := --num_crops 1 --learning_rate 2e-3 --num_train_epochs 4
+FLAGS_docvqa := --num_crops 3 --learning_rate 2e-3 --num_train_epochs 6
+FLAGS_hateful_memes := --num_crops 1 --learning_rate 1e-3 --num_train_epochs 4
+FLAGS_nlvr2 := --num_crops 1 --learning_rate 1e-3 --num_train_epochs 2
 FLAGS_full :=
 FLAGS_frozen := --freeze_vision_model
-FLAGS_ucf101 := --num_crops 1 --num_train_epochs 5
+FLAGS_lora := --use_lora --learning_rate 2e-3
+FLAGS_qlora := --use_qlora --learning_rate 2e-3
 
-.PHONY: demo install test
+.PHONY: demo check-demo install test
 
 demo: check-demo .venv/installed $(DATA)/made
 	@echo "== fine-tuning demo/base_checkpoint: TASK=$(TASK) MODE=$(MODE), one process per GPU or two on a CPU"
 	rm -rf $(OUT)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone \
-		--nproc_per_node=$$($(BIN)/python -c "import torch; print(torch.accelerator.device_count() or 2)") \
+	n=$$($(BIN)/python -c "import torch; n = torch.accelerator.device_count() or 2; \
+		print(next(k for k in (16, 8, 4, 2, 1) if k <= n))") && \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$$n \
 		finetune_hf_trainer_$(TASK).py --model_name_or_path demo/base_checkpoint --data_dir $(DATA) \
-		--output_dir $(OUT) --fp32 --learning_rate 2e-3 --batch_size 16 --batch_size_per_gpu 8 \
-		--dataloader_num_workers 1 $(FLAGS_$(TASK)) $(FLAGS_$(MODE))
+		--output_dir $(OUT) --fp32 --batch_size 16 --batch_size_per_gpu $$((16 / n)) --dataloader_num_workers 1 \
+		$(FLAGS_$(TASK)) $(FLAGS_$(MODE))
 
-.PHONY: check-demo
 check-demo:
-	@test -n "$(filter ucf101,$(TASK))" || { echo "error: TASK=$(TASK) is unknown: ucf101"; exit 2; }
-	@test -n "$(filter full frozen,$(MODE))" || { echo "error: MODE=$(MODE) is unknown: full or frozen"; exit 2; }
+	@test -n "$(filter ucf101 docvqa hateful_memes nlvr2,$(TASK))" || \
+		{ echo "error: TASK=$(TASK) is unknown: ucf101, docvqa, hateful_memes or nlvr2"; exit 2; }
+	@test -n "$(filter full frozen lora qlora,$(MODE))" || \
+		{ echo "error: MODE=$(MODE) is unknown: full, frozen, lora or qlora"; exit 2; }
 
 output/demo/data/ucf101/made: demo/make_data.py demo/digits.py convert_ucf101.py | .venv/installed
 	@echo "== drawing videos of handwritten digits that move, and converting them to frames and conversations"
 	rm -rf $(@D)
 	$(BIN)/python demo/make_data.py --task ucf101 --out_dir output/demo/videos
 	$(BIN)/python convert_ucf101.py --source output/demo/videos/UCF101_subset.tar.gz --out_dir $(@D)
+	@touch $@
+
+output/demo/data/%/made: demo/make_data.py demo/digits.py | .venv/installed
+	@echo "== drawing handwritten digits for $*"
+	rm -rf $(@D)
+	$(BIN)/python demo/make_data.py --task $* --out_dir $(@D)
 	@touch $@
 
 install: .venv/installed

@@ -1,9 +1,18 @@
 """Writes the demo's data: a small analogue of a task's real data set, drawn from handwritten digits.
 
-    python demo/make_data.py --task ucf101 --out_dir DIR
+    python demo/make_data.py --task ucf101|docvqa|hateful_memes|nlvr2 --out_dir DIR
 
-ucf101: DIR/UCF101_subset.tar.gz, XviD videos of a digit that moves, in eight classes of motion, laid out as the
-archive of that name is on the Hub. Byte for byte the same on every run.
+Laid out as the real data sets are on the Hub, and byte for byte the same on every run:
+
+ucf101: DIR/UCF101_subset.tar.gz, XviD videos of a digit that moves, in eight classes of motion.
+docvqa: DIR/docvqa_1200_examples and DIR/the_cauldron/docvqa, forms with a number in each row; what is in row B?
+hateful_memes: DIR/the_cauldron/hateful_memes, a digit and the caption "an even number" or "an odd number"; do they
+    match? Nothing hateful.
+nlvr2: DIR/the_cauldron/nlvr2, two digits and statements about them; true or false?
+
+`datasets.load_dataset` reads the folders as it reads the Hub's repositories of these names. Digit images that are
+evaluated on are seen in no training part: the test split of docvqa_1200_examples, and the first 500 rows of
+hateful_memes and nlvr2, which have no split of their own and which the recipe holds out.
 """
 
 import argparse
@@ -16,8 +25,13 @@ from pathlib import Path
 
 import av
 import numpy as np
+from datasets import Dataset, DatasetInfo, Features, List, Value
+from datasets import Image as ImageFeature
+from datasets.info import DatasetInfosDict
+from datasets.utils.metadata import MetadataConfigs
 from digits import draw, load_digits
-from PIL import Image
+from huggingface_hub import DatasetCardData
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 WIDTH, HEIGHT, FPS = 320, 240, 25
@@ -94,15 +108,227 @@ def make_ucf101(out_dir: Path, videos: dict[str, int]):
     print(path)
 
 
+# ---- data sets of the Hub: a README with the features, and parquet files with the images in them
+
+TEXT = Value("string")
+FEATURES = {
+    "docvqa_1200_examples": Features(
+        {
+            "id": TEXT,
+            "image": ImageFeature(),
+            "query": {language: TEXT for language in ("de", "en", "es", "fr", "it")},
+            "answers": List(TEXT),
+            "words": List(TEXT),
+            "bounding_boxes": List(List(Value("float32"), length=4)),
+            "answer": {"match_score": Value("float64"), "matched_text": TEXT, "start": Value("int64"), "text": TEXT},
+        }
+    ),
+    "the_cauldron": Features(
+        {"images": List(ImageFeature()), "texts": List({"user": TEXT, "assistant": TEXT, "source": TEXT})}
+    ),
+}
+SOURCE = "handwritten digits"  # in the place of the real data set's name
+
+
+def png(image: Image.Image) -> dict:
+    """The image as `datasets` keeps it in a table."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_parquet(folder: Path, parts: dict[str, list[dict]]):
+    """Writes rows to `folder/{path}-00000-of-00001.parquet` for each path, all of them whole or none, and a README
+    that names the folder's configurations: those just written and those that are there."""
+    features = FEATURES[folder.name]
+    with ExitStack() as stack:
+        finished = {}
+        for path, rows in parts.items():
+            target = folder / f"{path}-00000-of-00001.parquet"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(target.name + ".partial")
+            stack.callback(partial.unlink, missing_ok=True)
+            Dataset.from_list(rows, features=features).to_parquet(partial)
+            finished[partial] = target
+        for partial, target in finished.items():
+            os.replace(partial, target)
+            print(target)
+        configs = {}
+        for path in sorted(folder.glob("*/*.parquet")):
+            name, split = path.parent.name, path.name.split("-")[0]
+            files = configs.setdefault("default" if name == "data" else name, {"data_files": []})["data_files"]
+            files.append({"split": split, "path": f"{name}/{split}-*"})
+        card = DatasetCardData(license="cc-by-4.0")
+        DatasetInfosDict({name: DatasetInfo(features=features) for name in configs}).to_dataset_card_data(card)
+        MetadataConfigs(configs).to_dataset_card_data(card)
+        partial = folder / "README.md.partial"
+        stack.callback(partial.unlink, missing_ok=True)
+        partial.write_text(
+            f"---\n{card}\n---\n\nNot the data set of this name, but a small analogue of it, drawn from\n"
+            "the handwritten digits of E. Alpaydin and C. Kaynak (UCI, 1998, CC BY 4.0) by `demo/make_data.py`.\n",
+            encoding="utf-8",
+        )
+        os.replace(partial, folder / "README.md")
+
+
+# ---- docvqa
+
+ROW_SIDE, ROWS = 160, "ABC"  # pixels; one row fills one crop of --num_crops 3
+QUERY = {
+    "de": "Wie lautet die Zahl in Zeile {}?",
+    "en": "What is the number in row {}?",
+    "es": "¿Cuál es el número de la fila {}?",
+    "fr": "Quel est le nombre de la ligne {} ?",
+    "it": "Qual è il numero nella riga {}?",
+}
+
+
+def draw_form(digits, rng) -> tuple[Image.Image, list[str]]:
+    """A page with a letter and a number of two digits in each of ROWS, and the numbers."""
+    images, labels = digits
+    page = Image.new("L", (ROW_SIDE, ROW_SIDE * len(ROWS)), 255)
+    numbers = []
+    for row, letter in enumerate(ROWS):
+        top = row * ROW_SIDE
+        ImageDraw.Draw(page).text((8, top + 4), letter, fill=96, font=ImageFont.load_default(26))
+        chosen = rng.integers(len(images), size=2)
+        for i, x in zip(chosen, (42, 118), strict=True):
+            draw(page, images[i], (x + rng.uniform(-6, 6), top + 88 + rng.uniform(-8, 8)), rng.uniform(58, 72))
+        numbers.append("".join(str(labels[i]) for i in chosen))
+    return page, numbers
+
+
+def make_docvqa(out_dir: Path, n_train: int, n_eval: int):
+    parts = {}
+    for seed, split, n in ((1, "train", n_train), (2, "test", n_eval)):
+        digits = load_digits({"train": "train", "test": "val"}[split])
+        rng, rows = np.random.default_rng(seed), []
+        for i in range(n):
+            page, numbers = draw_form(digits, rng)
+            asked = i % len(ROWS)
+            text, start = numbers[asked], 2 * asked + 1
+            boxes = [
+                [left, (row + high) / len(ROWS), right, (row + low) / len(ROWS)]
+                for row in range(len(ROWS))
+                for left, high, right, low in ((0.05, 0.05, 0.2, 0.2), (0.05, 0.25, 0.95, 0.85))
+            ]
+            rows.append(
+                {
+                    "id": f"{split}_{i}",
+                    "image": png(page),
+                    "query": {language: query.format(ROWS[asked]) for language, query in QUERY.items()},
+                    "answers": list(dict.fromkeys([text, str(int(text))])),
+                    "words": [word for row in zip(ROWS, numbers, strict=True) for word in row],
+                    "bounding_boxes": boxes,
+                    "answer": {"match_score": 1.0, "matched_text": text, "start": start, "text": text},
+                }
+            )
+        parts[f"data/{split}"] = rows
+    write_parquet(out_dir / "docvqa_1200_examples", parts)
+
+    digits, rng, rows = load_digits("train"), np.random.default_rng(3), []
+    for _ in range(2 * n_train):
+        page, numbers = draw_form(digits, rng)
+        texts = [
+            {"user": f"{QUERY['en'].format(ROWS[k])}\nAnswer briefly.", "assistant": numbers[k], "source": SOURCE}
+            for k in rng.permutation(len(ROWS))
+        ]
+        rows.append({"images": [png(page)], "texts": texts})
+    write_parquet(out_dir / "the_cauldron", {"docvqa/train": rows})
+
+
+# ---- hateful_memes and nlvr2
+
+# Ten captions to match instead of two parities would take the demo's small model minutes to make sense of.
+PARITIES = ("an even number", "an odd number")
+
+
+def draw_digit(digits, label: int, rng) -> Image.Image:
+    """A picture of one digit that reads `label`."""
+    images, labels = digits
+    picture = Image.new("L", (160, 120), 255)
+    center = 80 + rng.uniform(-8, 8), 60 + rng.uniform(-5, 5)
+    draw(picture, images[rng.choice(np.flatnonzero(labels == label))], center, rng.uniform(88, 106))
+    return picture
+
+
+def make_hateful_memes(out_dir: Path, n_train: int, n_eval: int):
+    rows = []
+    for seed, split, n in ((4, "val", n_eval), (5, "train", n_train)):
+        digits, rng = load_digits(split), np.random.default_rng(seed)
+        for i in rng.permutation(n):
+            shown, said = i & 1, i >> 1 & 1  # every other picture is odd, and so is every other caption
+            picture = draw_digit(digits, 2 * rng.integers(5) + shown, rng)
+            user = f'The caption says "{PARITIES[said]}". Does the caption match the picture?'
+            texts = [{"user": user, "assistant": "yes" if shown == said else "no", "source": SOURCE}]
+            rows.append({"images": [png(picture)], "texts": texts})
+    write_parquet(out_dir / "the_cauldron", {"hateful_memes/train": rows})
+
+
+def make_nlvr2(out_dir: Path, n_train: int, n_eval: int):
+    rows = []
+    for seed, split, n in ((6, "val", n_eval), (7, "train", n_train)):
+        digits, rng = load_digits(split), np.random.default_rng(seed)
+        for i in rng.permutation(n):
+            larger, found, is_so = (bool(i >> k & 1) for k in range(3))  # the answers: each is true every other time
+            wanted, side = rng.integers(2, size=2)
+            # Of pairs drawn at random, three in four show the wanted parity: so they are drawn until one fits.
+            while True:
+                pair = sorted(rng.choice(10, size=2, replace=False), reverse=larger)
+                if found == (wanted in (pair[0] % 2, pair[1] % 2)):
+                    break
+            claimed = pair[side] % 2 if is_so else 1 - pair[side] % 2
+            statements = [
+                ("The left image shows a larger number than the right image.", larger),
+                (f"At least one image shows {PARITIES[wanted]}.", found),
+                (f"The {('left', 'right')[side]} image shows {PARITIES[claimed]}.", is_so),
+            ]
+            first = i // 8 % 3  # only the first is evaluated
+            texts = [
+                {"user": statement, "assistant": str(answer), "source": SOURCE}
+                for statement, answer in statements[first:] + statements[:first]
+            ]
+            rows.append({"images": [png(draw_digit(digits, label, rng)) for label in pair], "texts": texts})
+    write_parquet(out_dir / "the_cauldron", {"nlvr2/train": rows})
+
+
+# ---- command line
+
+SIZES = {"docvqa": (1000, 200), "hateful_memes": (2000, 500), "nlvr2": (2000, 500)}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
+
+
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--task", choices=["ucf101"], required=True)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--task", choices=["ucf101", *SIZES], required=True)
     parser.add_argument("--out_dir", type=Path, required=True)
-    parser.add_argument("--videos", type=int, nargs=3, default=[480, 96, 64], metavar=("TRAIN", "VAL", "TEST"))
+    parser.add_argument(
+        "--videos", type=int, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="ucf101 (default: 480 96 64)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs=2,
+        metavar=("TRAIN", "EVAL"),
+        help="the others (default: 2000 500; docvqa 1000 200). The recipe evaluates on 500 of the Cauldron's, always",
+    )
     args = parser.parse_args(argv)
+    unused = "rows" if args.task == "ucf101" else "videos"
+    if getattr(args, unused) is not None:
+        parser.error(f"--{unused} is not for --task {args.task}")
+    if args.rows and min(args.rows) < 1:
+        parser.error(f"--rows {args.rows[0]} {args.rows[1]}: both must be at least 1")
+    make = {"docvqa": make_docvqa, "hateful_memes": make_hateful_memes, "nlvr2": make_nlvr2}
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
-        make_ucf101(args.out_dir, dict(zip(("train", "val", "test"), args.videos, strict=True)))
+        if args.task == "ucf101":
+            make_ucf101(args.out_dir, dict(zip(("train", "val", "test"), args.videos or (480, 96, 64), strict=True)))
+        else:
+            make[args.task](args.out_dir, *(args.rows or SIZES[args.task]))
     except (OSError, ValueError) as e:
         parser.error(str(e))
 

@@ -202,8 +202,8 @@ def world_size() -> int:
 
 def quiet_console():
     """Rank 0 speaks for all: other ranks show no progress bars and no warnings, which would be the same."""
-    # accelerate and DeepSpeed call functions of torch that have got new names.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Libraries call functions of one another that have got new names.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if int(os.environ["RANK"]) > 0:
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
