@@ -9,7 +9,7 @@ MODE ?= full
 DATA := output/demo/data/$(TASK)
 OUT := output/demo/$(TASK)-$(MODE)
 
-FLAGS_ucf101 := --num_crops 1 --learning_rate 2e-3 --num_train_epochs 4
+FLAGS_ucf101 := --num_crops 1 --learning_rate 1e-3 --num_train_epochs 6
 FLAGS_docvqa := --num_crops 3 --learning_rate 2e-3 --num_train_epochs 6
 FLAGS_hateful_memes := --num_crops 1 --learning_rate 1e-3 --num_train_epochs 4
 FLAGS_nlvr2 := --num_crops 1 --learning_rate 1e-3 --num_train_epochs 2

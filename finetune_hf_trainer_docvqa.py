@@ -27,6 +27,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from datasets import Image
 from peft import LoraConfig
 from rapidfuzz.distance import Levenshtein
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
@@ -41,7 +42,7 @@ from phi3v.errors import InputError, blaming, exit_on_input_error
 from phi3v.evaluation import generate_answers, write_report
 from phi3v.hardware import DTYPES, choose_attention, choose_precision
 from phi3v.optimizer import set_part_rates
-from phi3v.tables import Conversations, load_table, question_keys, without_seen_images
+from phi3v.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys, without_seen_images
 
 METRIC = "anls"
 
@@ -133,6 +134,7 @@ TRAINER_DEFAULTS = {
     "dataloader_num_workers": 4,
     "per_device_eval_batch_size": 8,
     "activation_checkpointing": True,
+    "ddp_timeout": 7200,  # seconds: the other processes wait while the first one downloads data and looks through it
     "ddp_find_unused_parameters": False,  # none is unused: see Phi3VModel._needs_vision_graph
 }
 
@@ -175,10 +177,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, Tra
 
 def load_data(args: RecipeArguments) -> tuple[Conversations, Conversations]:
     """Training and evaluation conversations: one for each question about a page."""
-    mini, columns = "nielsr/docvqa_1200_examples", ("id", "image", "query", "answers")
+    mini, columns = "nielsr/docvqa_1200_examples", {"image": Image, "query": {"en": str}, "answers": [str], "id": str}
     evaluation = load_table(mini, None, args.eval_split, args.data_dir, columns)
     if args.full_train:
-        train = load_table("HuggingFaceM4/the_cauldron", "docvqa", "train", args.data_dir, ("images", "texts"))
+        train = load_table("HuggingFaceM4/the_cauldron", "docvqa", "train", args.data_dir, TEXTS_ABOUT_IMAGES)
         return cauldron_questions(without_seen_images(train, evaluation)), questions(evaluation)
     train = load_table(mini, None, "train", args.data_dir, columns)
     return questions(without_seen_images(train, evaluation)), questions(evaluation)
@@ -190,8 +192,8 @@ def prompt(question: str) -> str:
 
 def questions(table) -> Conversations:
     """Of docvqa_1200_examples: trained on is the first of the answers, evaluation takes all of them."""
-    for row, query, answers in zip(table["row"], table["query"], table["answers"], strict=True):
-        check_text(query["en"], f"docvqa_1200_examples row {row}: query.en")
+    for row, query, answers in zip(table[ROW], table["query"], table["answers"], strict=True):
+        check_text(query and query["en"], f"docvqa_1200_examples row {row}: query.en")
         if not answers:
             raise InputError(f"docvqa_1200_examples row {row}: answers is empty")
         for item, answer in enumerate(answers):
@@ -213,7 +215,7 @@ def cauldron_questions(table) -> Conversations:
         text = content["texts"][item]
         question = text["user"].strip().splitlines()[0]
         turn = {"images": content["images"], "user": prompt(question), "assistant": text["assistant"]}
-        return {"id": f"{content['row']}-{item}", "conversations": [turn]}
+        return {"id": f"{content[ROW]}-{item}", "conversations": [turn]}
 
     return Conversations(table, question_keys(table, "the_cauldron (docvqa)"), build)
 
@@ -239,13 +241,18 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head"] + ([] if args.quantize_vision else [".*vision_embed_tokens"]),
         )
-    model = Phi3VForCausalLM.from_pretrained(
+    model, info = Phi3VForCausalLM.from_pretrained(
         args.model_name_or_path,
+        output_loading_info=True,
         dtype=dtype,
         attn_implementation=args.attn_implementation,
         quantization_config=quantization,
         device_map={"": training_args.device} if args.use_qlora else None,
     )
+    if info["missing_keys"]:
+        raise InputError(
+            f"--model_name_or_path {args.model_name_or_path} lacks {', '.join(info['missing_keys'])[:200]}"
+        )
     vision = model.model.vision_embed_tokens
     if args.use_lora:
         targets = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -364,16 +371,17 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
         model = load_model(args, training_args)
-    trainer = RecipeTrainer(
-        model=model,
-        args=training_args,
-        recipe=args,
-        data_collator=Collator(processor, "right"),
-        train_dataset=ConversationDataset(train, processor),
-        eval_dataset=ConversationDataset(evaluation, processor, for_generation=True),
-        eval_conversations=evaluation,
-        processing_class=processor,
-    )
+    with blaming("report_to", training_args.report_to):
+        trainer = RecipeTrainer(
+            model=model,
+            args=training_args,
+            recipe=args,
+            data_collator=Collator(processor, "right"),
+            train_dataset=ConversationDataset(train, processor),
+            eval_dataset=ConversationDataset(evaluation, processor, for_generation=True),
+            eval_conversations=evaluation,
+            processing_class=processor,
+        )
     if trainer.is_world_process_zero():
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         print(
@@ -384,7 +392,11 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
         )
     before = None if args.no_eval_before else write_report(trainer, "eval_before.json")
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
+    if resume == "auto":
+        resume = get_last_checkpoint(training_args.output_dir)
+        if trainer.is_world_process_zero():
+            print(f"resuming from {resume}" if resume else "no checkpoint to resume from: training starts at step 0")
+    trainer.train(resume_from_checkpoint=resume)
     if not args.use_lora:
         model.to(compute_dtype(training_args))  # what is evaluated is what is saved
     trainer.save_model()

@@ -38,7 +38,7 @@ from phi3v.errors import InputError, blaming, exit_on_input_error
 from phi3v.evaluation import generate_answers, write_report
 from phi3v.hardware import DTYPES, choose_attention, choose_precision
 from phi3v.optimizer import set_part_rates
-from phi3v.tables import Conversations, load_table, question_keys, without_seen_images
+from phi3v.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys, without_seen_images
 
 METRIC = "accuracy"
 
@@ -129,6 +129,7 @@ TRAINER_DEFAULTS = {
     "dataloader_num_workers": 4,
     "per_device_eval_batch_size": 8,
     "activation_checkpointing": True,
+    "ddp_timeout": 7200,  # seconds: the other processes wait while the first one downloads data and looks through it
     "ddp_find_unused_parameters": False,  # none is unused: see Phi3VModel._needs_vision_graph
 }
 
@@ -173,7 +174,7 @@ def load_data(args: RecipeArguments) -> tuple[Conversations, Conversations]:
     """Training and evaluation conversations: one for each question about a picture."""
 
     def load(split):
-        return load_table("HuggingFaceM4/the_cauldron", "hateful_memes", split, args.data_dir, ("images", "texts"))
+        return load_table("HuggingFaceM4/the_cauldron", "hateful_memes", split, args.data_dir, TEXTS_ABOUT_IMAGES)
 
     evaluation = load(args.eval_split or "train[:500]")
     train = without_seen_images(load("train" if args.eval_split else "train[500:]"), evaluation)
@@ -184,7 +185,7 @@ def questions(table) -> Conversations:
     def build(content, item):
         text = content["texts"][item]
         turn = {"images": content["images"], "user": text["user"], "assistant": text["assistant"]}
-        return {"id": f"{content['row']}-{item}", "conversations": [turn]}
+        return {"id": f"{content[ROW]}-{item}", "conversations": [turn]}
 
     return Conversations(table, question_keys(table, "the_cauldron (hateful_memes)"), build)
 
@@ -210,13 +211,18 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head"] + ([] if args.quantize_vision else [".*vision_embed_tokens"]),
         )
-    model = Phi3VForCausalLM.from_pretrained(
+    model, info = Phi3VForCausalLM.from_pretrained(
         args.model_name_or_path,
+        output_loading_info=True,
         dtype=dtype,
         attn_implementation=args.attn_implementation,
         quantization_config=quantization,
         device_map={"": training_args.device} if args.use_qlora else None,
     )
+    if info["missing_keys"]:
+        raise InputError(
+            f"--model_name_or_path {args.model_name_or_path} lacks {', '.join(info['missing_keys'])[:200]}"
+        )
     vision = model.model.vision_embed_tokens
     if args.use_lora:
         targets = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -330,16 +336,17 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
         model = load_model(args, training_args)
-    trainer = RecipeTrainer(
-        model=model,
-        args=training_args,
-        recipe=args,
-        data_collator=Collator(processor, "right"),
-        train_dataset=ConversationDataset(train, processor),
-        eval_dataset=ConversationDataset(evaluation, processor, for_generation=True),
-        eval_conversations=evaluation,
-        processing_class=processor,
-    )
+    with blaming("report_to", training_args.report_to):
+        trainer = RecipeTrainer(
+            model=model,
+            args=training_args,
+            recipe=args,
+            data_collator=Collator(processor, "right"),
+            train_dataset=ConversationDataset(train, processor),
+            eval_dataset=ConversationDataset(evaluation, processor, for_generation=True),
+            eval_conversations=evaluation,
+            processing_class=processor,
+        )
     if trainer.is_world_process_zero():
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         print(
@@ -350,7 +357,11 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
         )
     before = None if args.no_eval_before else write_report(trainer, "eval_before.json")
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
+    if resume == "auto":
+        resume = get_last_checkpoint(training_args.output_dir)
+        if trainer.is_world_process_zero():
+            print(f"resuming from {resume}" if resume else "no checkpoint to resume from: training starts at step 0")
+    trainer.train(resume_from_checkpoint=resume)
     if not args.use_lora:
         model.to(compute_dtype(training_args))  # what is evaluated is what is saved
     trainer.save_model()

@@ -62,5 +62,5 @@ def merge_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Phi3VForCausal
     A model that was loaded in 4 bits is dequantised first, so that the result computes what was trained.
     """
     if getattr(model, "is_quantized", False):
-        model = model.dequantize()
+        model = model.dequantize().float()
     return load_adapter(model, folder).merge_and_unload()

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import os
 import socket
 import sys
@@ -127,10 +128,13 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError(f"--num_crops is {args.num_crops}, the model was trained with at most 16")
     if not 0 <= args.lora_dropout < 1:
         raise InputError(f"--lora_dropout is {args.lora_dropout}, must be at least 0 and below 1")
-    for name in ("learning_rate", "vision_lr", "projector_lr", "lora_alpha_ratio"):
+    for name in ("learning_rate", "vision_lr", "projector_lr", "lora_alpha_ratio", "num_train_epochs"):
         value = getattr(args, name, trainer.get(name))
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:  # nor NaN
             raise InputError(f"--{name} is {value}, must be above 0")
+    for name, least in (("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0), ("seed", 0)):
+        if trainer[name] < least:
+            raise InputError(f"--{name} is {trainer[name]}, must be at least {least}")
     for flag, needed in NEEDS.items():
         if flag in given and not getattr(args, needed):
             raise InputError(f"--{flag} has no effect without --{needed}")
@@ -142,7 +146,14 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError("--train_projector contradicts --use_lora: adapters are the only thing that trains")
     if args.use_qlora and not is_bitsandbytes_available():
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
-    if args.use_qlora and trainer["deepspeed"] and trainer["deepspeed"].get("zero_optimization", {}).get("stage") == 3:
+    deepspeed = trainer["deepspeed"] or {}
+    if "optimizer" in deepspeed and (args.vision_lr or args.projector_lr):
+        raise InputError(
+            "--vision_lr and --projector_lr need the Trainer's optimizer: take it out of the DeepSpeed json"
+        )
+    if deepspeed and args.train_separators:
+        raise InputError("--train_separators can't run under DeepSpeed: leave out --deepspeed")
+    if args.use_qlora and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise InputError("--use_qlora can't run under ZeRO-3, which would split 4-bit weights: leave out --deepspeed")
     step = world_size() * args.batch_size_per_gpu  # examples that all processes handle at once
     if args.batch_size % step:
@@ -150,12 +161,27 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
             f"--batch_size {args.batch_size} can't be shared out: {world_size()} processes x --batch_size_per_gpu "
             f"{args.batch_size_per_gpu} must divide it"
         )
-    model = Path(args.model_name_or_path)
-    is_hub_name = args.model_name_or_path.count("/") == 1 and model.parts[0] not in ("/", ".", "..", "~")
-    if not (model / "config.json").is_file() and (not is_hub_name or model.parent.is_dir()):
-        raise InputError(f"--model_name_or_path {model}: there is no such folder with a config.json in it")
-    _make_output_dir(Path(trainer["output_dir"]), resuming=trainer["resume_from_checkpoint"] is not None)
+    _check_model_folder(args.model_name_or_path)
+    resume = trainer["resume_from_checkpoint"]
+    if resume not in (None, "auto") and not (Path(resume) / "trainer_state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint {resume} is no checkpoint: give a folder checkpoint-N, or auto")
+    _make_output_dir(Path(trainer["output_dir"]), resuming=resume is not None)
     return args.batch_size // step
+
+
+def _check_model_folder(name: str):
+    folder = Path(name)
+    is_hub_name = name.count("/") == 1 and folder.parts[0] not in ("/", ".", "..", "~") and not folder.parent.is_dir()
+    if is_hub_name:
+        return
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except OSError:
+        raise InputError(f"--model_name_or_path {name}: there is no such folder with a config.json in it") from None
+    except (ValueError, AttributeError):
+        raise InputError(f"--model_name_or_path {name}: its config.json is not a JSON object") from None
+    if model_type != "phi3_v":
+        raise InputError(f"--model_name_or_path {name} holds a model of type {model_type}, must be phi3_v")
 
 
 def _make_output_dir(folder: Path, resuming: bool):
@@ -181,8 +207,8 @@ def read_deepspeed_config(path: str | Path | None) -> dict | None:
         raise InputError(f"--deepspeed {path} can't be read: give a json file, or none") from None
     except ValueError as e:
         raise InputError(f"--deepspeed {path} is not valid JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"--deepspeed {path} must hold a JSON object")
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise InputError(f"--deepspeed {path} must hold a JSON object, and so must its zero_optimization")
     if not torch.accelerator.is_available():
         # DeepSpeed would compile a shared-memory all-reduce at first use, which takes a minute and a C++ compiler.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None

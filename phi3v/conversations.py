@@ -19,9 +19,12 @@ from .processing_phi3v import IMAGE_TAG, Phi3VProcessor
 
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>")
 END_TOKENS = ("<|end|>", "<|endoftext|>")
+OTHER_TOKENS = ("<s>", "</s>", "<unk>", "<|image|>")
 # What PIL raises for a file that is no image, or a damaged one.
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-_RESERVED = re.compile("|".join(map(re.escape, ROLE_TOKENS + END_TOKENS)) + "|" + IMAGE_TAG.pattern)
+_RESERVED = re.compile(
+    "|".join(map(re.escape, ROLE_TOKENS + END_TOKENS + OTHER_TOKENS)) + r"|<\|placeholder\d+\|>|" + IMAGE_TAG.pattern
+)
 
 
 def read_conversations(path: Path, images_dir: Path) -> list[dict]:
@@ -38,6 +41,8 @@ def read_conversations(path: Path, images_dir: Path) -> list[dict]:
                     examples.append(_read_line(line, f"{path}:{number}", images_dir))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: convert the videos first, or check the folder") from None
+    except OSError as e:
+        raise InputError(f"{path} can't be read: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 ({e.reason} at byte {e.start}): save it as UTF-8") from None
     if not examples:
@@ -72,6 +77,8 @@ def check_text(text, where: str) -> str:
     """Returns a text that can stand in a conversation; raises InputError for anything else."""
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where} is {text!r}, must be a text that is not empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{where} is {text!r}, which is no valid Unicode: half of a surrogate pair stands alone")
     if found := _RESERVED.search(text):
         raise InputError(
             f"{where} holds {found[0]!r}, which the chat format reserves: take it out (images are listed in images, "
@@ -117,7 +124,10 @@ def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_genera
     crops, image_sizes, num_img_tokens = [], [], []
     for image in images:
         with _opened(image) as opened:
-            h, w = image_processor.crop_grid(*opened.size)
+            try:
+                h, w = image_processor.crop_grid(*opened.size)
+            except ValueError as e:
+                raise InputError(f"{_name(image)}: {e}") from None
             crops.append(image_processor.crops(opened))
         image_sizes.append((h * size, w * size))
         num_img_tokens.append((h * w + 1) * g * g + 1 + (h + 1) * g)
@@ -133,9 +143,8 @@ def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_genera
 def _opened(image) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.copy()
-    name = image
+    name = _name(image)
     if isinstance(image, dict):  # {"bytes", "path"}, as `datasets` has them, with either
-        name = image["path"] or "an image of the table"
         image = io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
     try:
         opened = Image.open(image)
@@ -143,6 +152,13 @@ def _opened(image) -> Image.Image:
     except IMAGE_ERRORS as e:
         raise InputError(f"{name} can't be read as an image ({e}): replace it or take its example out") from None
     return opened
+
+
+def _name(image) -> str:
+    """How messages call an image."""
+    if isinstance(image, dict):
+        return image["path"] or "an image of the table"
+    return "an image" if isinstance(image, Image.Image) else str(image)
 
 
 def _labels(ids: list[int], tokenizer) -> list[int]:

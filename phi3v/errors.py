@@ -5,6 +5,8 @@ import os
 import sys
 import time
 
+from safetensors import SafetensorError
+
 
 class InputError(ValueError):
     """Something a user gave is wrong: one line that says where, what, and what to do."""
@@ -12,10 +14,12 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def blaming(flag: str, value):
-    """Turns an OSError into an InputError that names the flag and its value."""
+    """Turns what libraries raise for a wrong value into an InputError that names the flag and the value."""
     try:
         yield
-    except OSError as e:
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as e:
         raise InputError(f"--{flag} {value}: {' '.join(str(e).split())}") from None
 
 

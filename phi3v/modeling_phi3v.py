@@ -224,10 +224,10 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         worse: it joins gradients in the order in which the backward pass yields them, so where that order differs
         between ranks it adds up gradients of different parameters, silently. The same graph gives the same order.
         """
+        if is_deepspeed_zero3_enabled():  # which gathers parameters module by module, in evaluation too
+            return dist.is_initialized()
         trained = self.training and torch.is_grad_enabled() and dist.is_initialized()
-        return trained and (
-            is_deepspeed_zero3_enabled() or any(p.requires_grad for p in self.vision_embed_tokens.parameters())
-        )
+        return trained and any(p.requires_grad for p in self.vision_embed_tokens.parameters())
 
     def _check_images(self, is_image, image_sizes, crops_per_image, n_crops):
         g = self.vision_embed_tokens.grid

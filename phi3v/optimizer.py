@@ -9,6 +9,8 @@ def set_part_rates(
 ):
     """Moves the tower's parameters into groups with `vision_lr`, and the projector's and separators' into groups with
     `projector_lr`; None leaves them where they are. All other settings of a group are kept."""
+    if vision_lr is None and projector_lr is None:
+        return
     names = {parameter: name for name, parameter in model.named_parameters()}
 
     def rate(parameter):

