@@ -1,7 +1,7 @@
 """Fine-tune Phi-3.5-vision to answer questions about documents.
 
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py                  # 1,000 questions
-    torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --full_train     # 39,000 questions
+    torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --full_train     # several questions a page
 
     # Ampere or newer: bf16 and flash attention are the best settings
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --bf16 --use_flash_attention --batch_size 64 \\
