@@ -2,9 +2,10 @@
 
     python demo/make_base.py [--out_dir demo/base_checkpoint]
 
-First the tower learns to see digits, then the decoder to answer questions about them: which they are, where they
-stand, how large and how dark they are, in one image or in each of several. Only training digits are used, and the
-tasks that the demo fine-tunes for are never shown. On one machine the result is the same on every run.
+First the tower learns to see digits, then the decoder to answer questions and to judge statements about them: which
+they are, where they stand, how large and how dark they are, in one image or in each of several. Only training digits
+are used. The tasks that the demo fine-tunes for are never shown: no page, no caption, no video, and of statements about
+two images only those on size and darkness, never on the numbers. On one machine the result is the same on every run.
 """
 
 import argparse
