@@ -5,6 +5,7 @@ import os
 import sys
 import time
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 
@@ -27,6 +28,8 @@ def exit_on_input_error(main):
     """Calls `main`. An InputError ends the process with a line `error: …` and status 2, without a traceback."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # else its threads now and then abort the process when Python ends
     except InputError as e:
         if int(os.environ.get("RANK", 0)) > 0:
             # Rank 0 meets most errors too. It reports them, and torchrun ends this process before it wakes up.
