@@ -211,7 +211,7 @@ def judgements(descriptions, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def make_conversation(digits, rng: random.Random) -> list[dict]:
-    """Three turns about one image of two digits, or about one to four images of one digit each."""
+    """Three or four turns about one image of two digits, or about one to four images of one digit each."""
     if rng.random() < 0.25:
         image, _, answers = two_digits(digits, rng)
         shown, turns = [image], [(f"{question}?", answer) for question, answer in answers.items()]

@@ -112,7 +112,7 @@ def _hashes(table: datasets.Dataset):
         remove_columns=[column, ROW],
         desc="hashing images",
     )
-    return hashed["hashes"].to_pylist() if hasattr(hashed["hashes"], "to_pylist") else hashed["hashes"][:].to_pylist()
+    return hashed.with_format(None)["hashes"]
 
 
 def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
