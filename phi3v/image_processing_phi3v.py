@@ -87,32 +87,30 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """`calc_num_image_tokens_from_image_size` of each image, PIL or numpy."""
         return [self.calc_num_image_tokens_from_image_size(*to_pil(image).size) for image in as_list(images)]
 
-    def crops(self, image) -> torch.Tensor:
-        """(1 + h*w, 3, S, S) float32 normalised crops of one image, PIL or numpy: the global one, then row by row."""
+    def tiles(self, image) -> torch.Tensor:
+        """(h*w, S, S, 3) uint8 sub-crops of one image, PIL or numpy, row by row: what a worker sends to training."""
         image = to_pil(image)
         if self.do_convert_rgb:
             image = image.convert("RGB")
         width, height = self.resized_size(*image.size)
         h, w = self.crop_grid(*image.size)
         size = self.image_size
-        # An upright image is turned before it is resized and back afterwards. Resizing along both axes at once rounds
-        # after each of them, so that without the turn some pixels would differ from the official ones by one.
-        upright = image.width < image.height
-        if upright:
-            image = image.transpose(Image.Transpose.TRANSPOSE)
-            width, height, h, w = height, width, w, h
+        if image.width < image.height:
+            # The official processor turns an upright image before it resizes it, and PIL rounds after each axis.
+            image = image.resize((image.width, height), Image.Resampling.BILINEAR)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-        canvas = Image.new("RGB", (w * size, h * size), WHITE)
-        canvas.paste(image, (0, (h * size - height) // 2))
-        if upright:
-            canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
-            h, w = w, h
-        pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous().float().div_(255)
+        canvas = np.full((h * size, w * size, 3), WHITE, dtype=np.uint8)
+        top, left = (h * size - height) // 2, (w * size - width) // 2  # one of them is 0
+        canvas[top : top + height, left : left + width] = np.asarray(image)
+        return torch.from_numpy(canvas).view(h, size, w, size, 3).transpose(1, 2).reshape(h * w, size, size, 3)
+
+    def crops(self, image) -> torch.Tensor:
+        """(1 + h*w, 3, S, S) float32 normalised crops of one image, PIL or numpy: the global one, then row by row."""
+        image = to_pil(image)
+        pixels = self.tiles(image).permute(0, 3, 1, 2).contiguous().float().div_(255)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
-        pixels = pixels.sub_(mean).div_(std)[None]
-        overview = F.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False)
-        tiles = pixels.view(3, h, size, w, size).permute(1, 3, 0, 2, 4).reshape(h * w, 3, size, size)
-        return torch.cat([overview, tiles])
+        pixels.sub_(mean).div_(std)
+        return torch.cat([_overview(pixels, *self.crop_grid(*image.size))[None], pixels])
 
     def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
         """One image or a list, PIL or numpy (height, width, 3), to the official layout.
@@ -179,3 +177,30 @@ def to_pil(image) -> Image.Image:
     if image.size == 0:
         raise ValueError(f"image array of shape {image.shape} is empty")
     return Image.fromarray(image)
+
+
+def crops_of_tiles(tiles: torch.Tensor, grids, mean, std, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Sub-crops of images as `Phi3VImageProcessor.tiles` gives them → all crops as the tower takes them.
+
+    tiles: (n_tiles, S, S, 3) uint8, on any device; grids: (down, across) sub-crops of each image; mean, std: by
+        channel. Returns (n_images + n_tiles, 3, S, S): of each image the global crop, which is the whole of it made
+        smaller, then its sub-crops.
+    """
+    size = tiles.shape[1]
+    crops = torch.empty(len(grids) + len(tiles), 3, size, size, dtype=torch.float32, device=tiles.device)
+    tile, crop = 0, 0
+    for h, w in grids:
+        own = tiles[tile : tile + h * w].view(h, w, size, size, 3)
+        crops[crop + 1 : crop + 1 + h * w].unflatten(0, (h, w)).copy_(own.permute(0, 1, 4, 2, 3))
+        crops[crop] = _overview(crops[crop + 1 : crop + 1 + h * w], h, w)
+        tile, crop = tile + h * w, crop + 1 + h * w
+    # (x / 255 - mean) / std for all of them at once: making an image smaller is linear, so it may come first.
+    scale, shift = ([1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)])
+    scale, shift = (torch.tensor(values, device=tiles.device)[:, None, None] for values in (scale, shift))
+    return torch.addcmul(shift, crops, scale, out=crops).to(dtype)
+
+
+def _overview(subcrops: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """(h*w, 3, S, S) sub-crops → (3, S, S), the whole image made smaller by bicubic interpolation."""
+    canvas = subcrops.unflatten(0, (h, w)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[None]
+    return F.interpolate(canvas, size=subcrops.shape[-2:], mode="bicubic", align_corners=False)[0]

@@ -1,8 +1,9 @@
 """Phi-3.5-vision, composed of transformers' Phi-3 decoder and CLIP tower.
 
 Parameter names are the Hub checkpoint's, so weights load and save without renaming. What is ours is the image path
-between the two (HD transform, separators, projector), rotary frequencies chosen by example, and a loss that computes
-logits only where there is a label. No step of it makes the host wait for the device once per image.
+between the two (HD transform, separators, projector), rotary frequencies chosen by example, attention within the
+examples of a packed row, and a loss that computes logits only where there is a label. Training on packed rows never
+makes the host wait for the device.
 """
 
 import torch
@@ -13,11 +14,22 @@ from transformers import CLIPVisionModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel
+from transformers.models.phi3.modeling_phi3 import (
+    Phi3Attention,
+    Phi3DecoderLayer,
+    Phi3MLP,
+    Phi3Model,
+    Phi3PreTrainedModel,
+    Phi3RMSNorm,
+    apply_rotary_pos_emb,
+)
 
 from .configuration_phi3v import Phi3VConfig
+from .functional import QuickGELU, cross_entropy, swiglu
+from .image_processing_phi3v import crops_of_tiles
+from .packing import Packing, packed_attention
 
 IGNORE_INDEX = -100
 
@@ -61,13 +73,23 @@ class Phi3VRotaryEmbedding(nn.Module):
         return self._inv_freqs[device]
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`position_ids` (batch, length) → cos, sin (batch, length, rotary_dim) in the dtype of `x`."""
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, packing: Packing | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`position_ids` (batch, length) → cos, sin (batch, length, rotary_dim) in the dtype of `x`.
+
+        Which factors a token takes follows from `packing`, or without it from the highest position of its row.
+        """
         inv_freq = self.inv_freq(x.device)
         freqs = position_ids[..., None].float() * inv_freq[0]
         if self.factors is not None:
-            is_long = position_ids.amax(-1, keepdim=True)[..., None] >= self.original_length
-            freqs = torch.where(is_long, position_ids[..., None].float() * inv_freq[1], freqs)
+            if packing is None:
+                is_long = position_ids.amax(-1, keepdim=True) >= self.original_length
+            else:
+                is_long = packing.is_long()
+            if is_long is not None:
+                is_long = is_long.to(x.device, non_blocking=True)[..., None]
+                freqs = torch.where(is_long, position_ids[..., None].float() * inv_freq[1], freqs)
         freqs = torch.cat((freqs, freqs), dim=-1)
         return (
             (freqs.cos() * self.attention_scaling).to(x.dtype),
@@ -101,6 +123,9 @@ class Phi3VImageEmbedding(nn.Module):
             nn.Linear(4 * width, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
         self.img_processor = _ImageProcessorModule(config.vision_config)
+        if config.vision_config.hidden_act == "quick_gelu":
+            for layer in self.img_processor.vision_model.encoder.layers:
+                layer.mlp.activation_fn = QuickGELU()
         self.freeze_unused()
 
     def freeze_unused(self):
@@ -113,9 +138,11 @@ class Phi3VImageEmbedding(nn.Module):
     def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
         """(n_crops, 3, S, S) normalised pixels → (n_crops * g * g, 4 * width) merged patch features."""
         tower = self.img_processor.vision_model
-        hidden = tower.pre_layrnorm(tower.embeddings(crops))
-        for layer in tower.encoder.layers[:-1]:
-            hidden = layer(hidden, None)
+        # Without autograd a frozen tower keeps nothing for the backward pass, and checkpointing recomputes nothing.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
+            hidden = tower.pre_layrnorm(tower.embeddings(crops))
+            for layer in tower.encoder.layers[:-1]:
+                hidden = layer(hidden, None)
         patches = hidden[:, 1:].unflatten(1, (self.grid, 2, self.grid, 2))  # (n_crops, g, 2, g, 2, width)
         return patches.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(0, 2)
 
@@ -125,14 +152,21 @@ class Phi3VImageEmbedding(nn.Module):
         features = self.encode_crops(crops)
         return self.img_projection(torch.cat([features, self.sub_GN[0, 0], self.glb_GN[0]]))
 
-    def token_sources(self, is_image: torch.Tensor, image_sizes: torch.Tensor, n_crops: int) -> torch.Tensor:
+    def token_sources(
+        self, is_image: torch.Tensor, image_sizes: torch.Tensor, n_crops: int, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """For every image token of the batch, the row of `forward`'s output that belongs there.
 
         `is_image` (batch, length) marks image tokens; `image_sizes` (n_images, 2) are padded heights and widths in
-        pixels, in the order in which the images appear. Returns (batch, length) indices, 0 where there is no image.
-        Integer arithmetic of fixed shape, so nothing waits for the device.
+        pixels; `image_index` (n_appearances,) says which image appears where, by default each once and in order.
+        Returns (batch, length) indices, 0 where there is no image. Integer arithmetic of fixed shape, so nothing waits
+        for the device.
         """
         g = self.grid
+        first_crop = (image_sizes // self.crop_size).prod(-1) + 1
+        first_crop = first_crop.cumsum(0) - first_crop
+        if image_index is not None:
+            image_sizes, first_crop = image_sizes[image_index], first_crop[image_index]
         h, w = (image_sizes // self.crop_size).unbind(-1)  # (n_images,) sub-crops down and across
         row = w * g + 1  # tokens of a row of sub-crops, with its separator
         sub = h * g * row  # tokens of all sub-crops
@@ -141,14 +175,13 @@ class Phi3VImageEmbedding(nn.Module):
         image = torch.searchsorted(total.cumsum(0), rank.clamp(min=0), right=True).clamp(max=len(total) - 1)
         t = rank - (total.cumsum(0) - total)[image]  # the token's number within its image
         h, w, row, sub = h[image], w[image], row[image], sub[image]
-        crop_start = ((image_sizes // self.crop_size).prod(-1) + 1).cumsum(0)[image] - (h * w + 1)
 
         in_sub = t < sub
         u = torch.where(in_sub, t, t - sub - 1)  # global crop: counted from its own first token
         width = torch.where(in_sub, row, g + 1)
         y, x = u // width, u % width
         crop = torch.where(in_sub, 1 + (y // g) * w + x // g, 0)
-        source = (crop_start + crop) * (g * g) + (y % g) * g + x % g
+        source = (first_crop[image] + crop) * (g * g) + (y % g) * g + x % g
         source = torch.where(x == width - 1, n_crops * g * g, source)
         source = torch.where(t == sub, n_crops * g * g + 1, source)
         return torch.where(is_image.flatten(), source, 0).view_as(is_image)
@@ -156,7 +189,7 @@ class Phi3VImageEmbedding(nn.Module):
 
 class Phi3VPreTrainedModel(Phi3PreTrainedModel):
     config: Phi3VConfig
-    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
+    _no_split_modules = ["Phi3VDecoderLayer", "CLIPEncoderLayer"]
     _supports_flex_attn = False
     # Some checkpoints hold a second copy of the text embedding under the image embedding.
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\."]
@@ -174,16 +207,64 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
             init.normal_(module.sub_GN, std=self.config.initializer_range)
 
 
+class Phi3VAttention(Phi3Attention):
+    """With `packing`, attention within the groups of a packed row, which is the only row of the batch."""
+
+    def forward(self, hidden_states, position_embeddings, *args, packing=None, kept_rows=None, **kwargs):
+        if packing is None:
+            return super().forward(hidden_states, position_embeddings, *args, **kwargs)
+        heads = self.config.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for states in self.qkv_proj(hidden_states).split([n * self.head_dim for n in heads], dim=-1)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if kept_rows is not None:
+            query = query[:, :, kept_rows]
+        dropout = self.attention_dropout if self.training else 0.0
+        output = packed_attention(self, query, key, value, packing, kept_rows is not None, dropout)
+        return self.o_proj(output.flatten(2)), None
+
+
+class Phi3VMLP(Phi3MLP):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.config.hidden_act != "silu":
+            return super().forward(hidden_states)
+        return self.down_proj(swiglu(self.gate_up_proj(hidden_states)))
+
+
+class Phi3VDecoderLayer(Phi3DecoderLayer):
+    """As `Phi3DecoderLayer`; with `kept_rows` (n_kept,) only these rows go on after attention, and are returned."""
+
+    def __init__(self, config: Phi3VConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = Phi3VAttention(config, layer_idx)
+        self.mlp = Phi3VMLP(config)
+
+    def forward(self, hidden_states, *args, kept_rows=None, **kwargs):
+        if kept_rows is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), kept_rows=kept_rows, **kwargs)
+        hidden_states = hidden_states[:, kept_rows] + self.resid_attn_dropout(attended)
+        return hidden_states + self.resid_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
 class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     """The decoder without its head, whose input embeddings hold image tokens where `input_ids` are negative."""
 
     def __init__(self, config: Phi3VConfig):
-        super().__init__(config)
+        Phi3PreTrainedModel.__init__(self, config)  # not Phi3Model's, which would build its own layers
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(Phi3VDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
 
-    def embed(self, input_ids, pixel_values=None, image_sizes=None) -> torch.Tensor:
+    def embed(self, input_ids, pixel_values=None, image_sizes=None, image_index=None, packing=None) -> torch.Tensor:
         """Token embeddings (batch, length, hidden), image tokens filled from the crops in order of appearance.
 
         Raises ValueError if images and image tokens do not match (checked without waiting for an accelerator).
@@ -201,6 +282,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if image_sizes is None:
             raise ValueError("pixel_values need image_sizes, the padded (height, width) of each image")
         image_sizes = image_sizes.to(input_ids.device)
+        if packing is not None and pixel_values.dtype == torch.uint8:
+            tiles = pixel_values.to(input_ids.device)
+            pixel_values = crops_of_tiles(tiles, packing.grids, packing.mean, packing.std, embeds.dtype)
         crops_per_image = (image_sizes // vision.crop_size).prod(-1) + 1
         if pixel_values.dim() == 5:  # the official layout, where every image has room for the same number of crops
             if len(pixel_values) != len(image_sizes):
@@ -208,13 +292,14 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             is_real = torch.arange(pixel_values.shape[1], device=input_ids.device) < crops_per_image[:, None]
             pixel_values = pixel_values[is_real.to(pixel_values.device)]
         if input_ids.device.type == "cpu":
-            self._check_images(is_image, image_sizes, crops_per_image, len(pixel_values))
-        return self._fill_in(embeds, is_image, pixel_values, image_sizes)
+            appearing = image_sizes if image_index is None else image_sizes[image_index]
+            self._check_images(is_image, appearing, crops_per_image, len(pixel_values))
+        return self._fill_in(embeds, is_image, pixel_values, image_sizes, image_index)
 
-    def _fill_in(self, embeds, is_image, crops, image_sizes) -> torch.Tensor:
+    def _fill_in(self, embeds, is_image, crops, image_sizes, image_index=None) -> torch.Tensor:
         """`embeds` with image tokens in the places that `is_image` marks."""
         table = self.vision_embed_tokens(crops.to(device=embeds.device, dtype=embeds.dtype))
-        source = self.vision_embed_tokens.token_sources(is_image, image_sizes, len(crops))
+        source = self.vision_embed_tokens.token_sources(is_image, image_sizes, len(crops), image_index)
         return torch.where(is_image[..., None], table.to(embeds.dtype)[source], embeds)
 
     def _needs_vision_graph(self) -> bool:
@@ -248,19 +333,33 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         inputs_embeds=None,
         pixel_values=None,
         image_sizes=None,
+        image_index=None,
+        packing=None,
         **kwargs,
     ):
-        """As `Phi3Model.forward`; `pixel_values` and `image_sizes` as in `Phi3VForCausalLM.forward`."""
+        """As `Phi3Model.forward`; the images and `packing` as in `Phi3VForCausalLM.forward`. With `packing`, the last
+        hidden states are those of the tokens that it keeps."""
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, image_index, packing)
+        if packing is not None:
+            return self._forward_packed(inputs_embeds, position_ids, packing)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Positions count real tokens only, so that padding on either side never decides about the long factors.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         return super().forward(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+
+    def _forward_packed(self, hidden, position_ids, packing: Packing) -> BaseModelOutputWithPast:
+        rotary = self.rotary_emb(hidden, position_ids, packing)
+        for layer in self.layers[:-1]:
+            hidden = layer(hidden, position_embeddings=rotary, packing=packing)
+        # No other token's output is looked at by anything after the last layer's attention.
+        kept_rows = packing.kept_rows().to(hidden.device, non_blocking=True)
+        hidden = self.layers[-1](hidden, position_embeddings=rotary, packing=packing, kept_rows=kept_rows)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
 
 class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
@@ -306,6 +405,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        packing: Packing | None = None,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token loss, or logits.
@@ -320,12 +421,19 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         num_items_in_batch: supervised tokens of the whole optimizer step. The loss is the sum over tokens divided by
             it, which makes it independent of how a batch is cut into micro-batches and ranks; without it, the mean.
         logits_to_keep: as in transformers, the number of last positions (0: all) or their indices.
+        packing: the examples of a micro-batch stand in one row, `input_ids` and `position_ids` (1, length), as
+            `PackingCollator` makes it; `pixel_values` may then be (n_tiles, S, S, 3) uint8 sub-crops, and
+            `image_index` (n_appearances,) says which image appears where.
+        shift_labels: with `packing`, the targets (n_targets,) of its `label_rows`; `labels` are not looked at.
         """
         supervised = None
-        if labels is not None:
+        if packing is not None:
+            targets, supervised = shift_labels, packing.label_rows.to(shift_labels.device, non_blocking=True)
+        elif labels is not None:
             # Found before the decoder runs: the host needs their number, and waits less the earlier it asks.
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
             supervised = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+            targets = targets[supervised]
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -334,16 +442,16 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             use_cache=False if use_cache is None and labels is not None else use_cache,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
+            packing=packing,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         loss, logits = None, None
-        if labels is None:
+        if supervised is None:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         else:
-            scores = self.lm_head(hidden.flatten(0, 1)[supervised]).float()  # (n_supervised, vocabulary)
-            loss = F.cross_entropy(scores, targets[supervised], reduction="sum")
-            loss = loss / (max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch)
+            divisor = max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch
+            loss = cross_entropy(hidden.flatten(0, 1)[supervised], targets, divisor, self.lm_head)
         rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 

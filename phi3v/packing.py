@@ -1,0 +1,159 @@
+"""Padding-free micro-batches: how examples stand in one row, and attention that stays within each of them."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens that see one another: an example, or several examples that begin alike.
+
+    length: tokens of the example, or of what the examples have in common.
+    branches: tokens of each example after that; a branch sees the common part and itself. Empty for one example.
+    tail: how many of the last `length` tokens are still needed after the last layer's attention, where the loss is
+        taken. Branches are needed whole.
+    is_long: whether the example's own length (that of the longest branch) takes the long rotary factors.
+    """
+
+    length: int
+    branches: tuple[int, ...] = ()
+    tail: int = 0
+    is_long: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.length + sum(self.branches)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What the host knows of a micro-batch, so that no step has to ask the device.
+
+    groups: in the order in which they stand in the row.
+    label_rows: (n_targets,) int64, the token that predicts each target, counted over the tokens that `tail` leaves.
+    grids: (down, across) sub-crops of each image. Images are encoded once, however often they are referred to.
+    mean, std: of the image processor, by channel, for crops that travel as uint8.
+    """
+
+    groups: tuple[Group, ...]
+    label_rows: torch.Tensor
+    grids: tuple[tuple[int, int], ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    _on_device: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def cached(self, key, make):
+        """`make()`, once for all layers."""
+        if key not in self._on_device:
+            self._on_device[key] = make()
+        return self._on_device[key]
+
+    def kept_rows(self) -> torch.Tensor:
+        """(n_kept,) int64 indices of the tokens that the last layer's attention is needed for."""
+        rows, start = [], 0
+        for group in self.groups:
+            rows.append(torch.arange(start + group.length - group.tail, start + group.size))
+            start += group.size
+        return torch.cat(rows)
+
+    def is_long(self) -> torch.Tensor | None:
+        """(length,) bool, which tokens take the long rotary factors; None where none does."""
+        if not any(group.is_long for group in self.groups):
+            return None
+        sizes = torch.tensor([group.size for group in self.groups])
+        return torch.tensor([group.is_long for group in self.groups]).repeat_interleave(sizes)
+
+
+def _tail_mask(queries: int, keys: int, device) -> torch.Tensor:
+    """(queries, keys) bool: the last `queries` of `keys` tokens, each seeing itself and those before it."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+
+
+def _branch_mask(common: int, branches: tuple[int, ...], device) -> torch.Tensor:
+    """(n, common + n) bool for the n tokens of all branches."""
+    own = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool, device=device).tril_() for n in branches))
+    return torch.cat([own.new_ones(len(own), common), own], dim=1)
+
+
+def _eager(query, key, value, mask, is_causal, dropout, scaling, enable_gqa):
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if is_causal:
+        mask = _tail_mask(query.shape[2], key.shape[2], query.device)
+    scores = (query @ key.transpose(2, 3) * scaling).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return F.dropout(scores.softmax(-1).to(query.dtype), dropout) @ value
+
+
+def _sdpa(query, key, value, mask, is_causal, dropout, scaling, enable_gqa):
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal, scale=scaling, enable_gqa=enable_gqa
+    )
+
+
+def packed_attention(module, query, key, value, packing: Packing, trimmed: bool, dropout: float) -> torch.Tensor:
+    """Attention within the groups of a packed row.
+
+    query: (1, heads, n, head_dim) for all tokens, or with `trimmed` for those of `Packing.kept_rows` alone; key and
+    value: (1, key heads, length, head_dim). Returns (1, n, heads, head_dim).
+
+    Flash attention takes groups without branches in one call over the whole row. The others go group by group and
+    build no mask that spans two of them: causal attention needs none, branches one of their own tokens by the group's.
+    """
+    kind = module.config._attn_implementation
+    if kind == "flash_attention_2":
+        return _flash(module, query, key, value, packing, trimmed, dropout)
+    attend = _eager if kind == "eager" else _sdpa
+    options = {"dropout": dropout, "scaling": module.scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    outputs, q, k = [], 0, 0
+    for group in packing.groups:
+        keys, values = (x[:, :, k : k + group.size] for x in (key, value))
+        rows = group.tail if trimmed else group.length
+        if rows:
+            # Where most rows are asked for, all of them without a mask cost less.
+            mask = None
+            if rows < group.length:
+                shape = (rows, group.length)
+                mask = packing.cached(shape, lambda s=shape: _tail_mask(*s, query.device))
+            own = query[:, :, q : q + rows]
+            common = (keys[:, :, : group.length], values[:, :, : group.length])
+            outputs.append(attend(own, *common, mask, is_causal=mask is None, **options))
+        if group.branches:
+            n = sum(group.branches)
+            shape = (group.length, group.branches)
+            mask = packing.cached(shape, lambda s=shape: _branch_mask(*s, query.device))
+            own = query[:, :, q + rows : q + rows + n]
+            outputs.append(attend(own, keys, values, mask, is_causal=False, **options))
+        q += rows + sum(group.branches)
+        k += group.size
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _flash(module, query, key, value, packing: Packing, trimmed: bool, dropout: float) -> torch.Tensor:
+    if any(group.branches for group in packing.groups):
+        raise ValueError("flash attention can't share an image between branches: pack with share_images=False")
+
+    def bounds(lengths):
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        return packing.cached(lengths, lambda: ends.to(query.device, torch.int32, non_blocking=True))
+
+    keys = tuple(group.length for group in packing.groups)
+    queries = tuple(group.tail for group in packing.groups) if trimmed else keys
+    # Queries that are the last of their keys: the kernel aligns its causal mask at the end.
+    return ALL_ATTENTION_FUNCTIONS["flash_attention_2"](
+        module,
+        query,
+        key,
+        value,
+        None,
+        dropout=dropout,
+        scaling=module.scaling,
+        cu_seq_lens_q=bounds(queries),
+        cu_seq_lens_k=bounds(keys),
+        max_length_q=max(queries),
+        max_length_k=max(keys),
+    )[0]
