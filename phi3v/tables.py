@@ -1,16 +1,15 @@
 """Data sets of the Hub, or local folders of the same layout, as tables whose images stay on disk until needed."""
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
-from PIL import Image
 
-from .conversations import IMAGE_ERRORS, check_text
-from .errors import InputError
+from .annotations import text_problem
+from .errors import InputError, Problems
+from .images import read_image
 
 ROW = "row_in_split"
 TEXTS_ABOUT_IMAGES = {"images": [datasets.Image], "texts": [{"user": str, "assistant": str}]}
@@ -95,11 +94,7 @@ def _hashes(table: datasets.Dataset):
         for row in batch.to_pylist():
             hashes.append([])
             for image in row[column] if isinstance(row[column], list) else [row[column]]:
-                try:
-                    with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
-                        rgb = opened.convert("RGB")
-                except (*IMAGE_ERRORS, TypeError, AttributeError) as e:  # the last two: there is no image at all
-                    raise InputError(f"row {row[ROW]}: its image can't be read ({e})") from None
+                rgb = read_image(image, f"row {row[ROW]}: its image")
                 hashes[-1].append(hashlib.sha1(repr(rgb.size).encode() + rgb.tobytes()).hexdigest())
         return {"hashes": hashes}
 
@@ -118,16 +113,24 @@ def _hashes(table: datasets.Dataset):
 def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
     """(index, item) of every question in the column `texts`, which holds lists of `{"user", "assistant", …}`.
 
-    name: the table's, for messages. Raises InputError where a question or an answer is missing.
+    name: the table's, for messages. Raises one InputError for all questions and answers that are missing or hold a
+    token of the chat format.
     """
-    keys = []
+    keys, problems = [], Problems()
     for i, (row, texts) in enumerate(zip(table[ROW], table["texts"], strict=True)):
+        where = f"{name} row {row}"
         if texts is None:
-            raise InputError(f"{name} row {row}: texts is missing")
+            problems.add(where, "texts is missing")
+            continue
         for item, text in enumerate(texts):
+            if text is None:
+                problems.add(where, f"texts[{item}] is missing")
+                continue
             for role in ("user", "assistant"):
-                check_text(text[role], f"{name} row {row}: texts[{item}].{role}")
+                if problem := text_problem(text[role]):
+                    problems.add(where, f"texts[{item}].{role} {problem}")
             keys.append((i, item))
+    problems.raise_if_any(name)
     return keys
 
 

@@ -135,7 +135,7 @@ def changed(**turn):
 def test_a_bad_line_is_named(line, message, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n", encoding="utf-8")
+    path.write_text(json.dumps(GOOD | {"id": "0"}) + "\n\n" + line + "\n", encoding="utf-8")
     with pytest.raises(InputError) as error:
         read_conversations(path, tmp_path)
     assert f"{path}:3: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
