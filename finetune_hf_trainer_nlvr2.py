@@ -20,20 +20,23 @@ statements to answer with True or False. It has one split, train; its first 500 
 statement of each. The metric is the share of exact matches.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import deepspeed
 import torch
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.adapters import add_adapter, load_separators, save_separators
+from phi3v.batching import EpochLoader, StepSampler, sampler_for
 from phi3v.command_line import check_flags, parse_flags, quiet_console, read_deepspeed_config
-from phi3v.conversations import Collator, ConversationDataset
+from phi3v.conversations import ConversationDataset, PackingCollator, all_sizes
 from phi3v.errors import InputError, blaming, exit_on_input_error
 from phi3v.evaluation import generate_answers, write_report
 from phi3v.hardware import DTYPES, choose_attention, choose_precision
@@ -104,6 +107,20 @@ class RecipeArguments:
     batch_size: int = field(default=16, metadata={"help": "examples an optimizer step, over all processes"})
     batch_size_per_gpu: int = field(
         default=1, metadata={"help": "micro-batch: examples a process handles at once; the rest is accumulated"}
+    )
+    max_tokens_per_gpu: str | None = field(
+        default=None,
+        metadata={
+            "help": "in place of --batch_size_per_gpu: fill micro-batches with examples of up to so many tokens; "
+            "auto: as many as the GPU's memory should hold"
+        },
+    )
+    share_images: bool = field(
+        default=True,
+        metadata={
+            "help": "questions about one image stand in one step, and read it once (default). --no_share_images draws "
+            "them independently of one another, which may learn a bit better and is slower"
+        },
     )
     wd: float = field(default=0.01, metadata={"help": "weight decay"})
     vision_lr: float | None = field(default=None, metadata={"help": "the tower's; default: --learning_rate"})
@@ -285,10 +302,22 @@ def score(prediction: str, answers: list[str]) -> float:
 class RecipeTrainer(Trainer):
     """A Trainer that evaluates by generating answers, and has learning rates of their own for tower and projector."""
 
-    def __init__(self, *, recipe: RecipeArguments, eval_conversations, **kwargs):
+    def __init__(self, *, recipe: RecipeArguments, sampler: StepSampler, eval_conversations, **kwargs):
         super().__init__(**kwargs)
         self.recipe = recipe
+        self.sampler = sampler
         self.eval_conversations = eval_conversations
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches of this rank alone, so that nothing has to be dealt out over ranks afterwards."""
+        return EpochLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
+        )
 
     def report(self) -> dict:
         """The metric over the evaluation set, with every prediction."""
@@ -344,23 +373,46 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
     train, evaluation = train[: args.max_train_samples], evaluation[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
+    train_dataset = ConversationDataset(train, processor)
+    sizes = all_sizes(train_dataset, "measuring examples", training_args.disable_tqdm)
+    sampler = sampler_for(
+        train_dataset,
+        sizes,
+        args.batch_size,
+        examples_per_gpu=args.batch_size_per_gpu,
+        max_tokens=args.max_tokens_per_gpu,
+        share_images=args.share_images,
+        seed=training_args.seed,
+        epochs=math.ceil(training_args.num_train_epochs),
+        rank=training_args.process_index,
+        world_size=training_args.world_size,
+    )
+    if sampler.accumulation != training_args.gradient_accumulation_steps:
+        training_args = replace(training_args, gradient_accumulation_steps=sampler.accumulation)
+    with blaming("model_name_or_path", args.model_name_or_path):
         model = load_model(args, training_args)
     with blaming("report_to", training_args.report_to):
         trainer = RecipeTrainer(
             model=model,
             args=training_args,
             recipe=args,
-            data_collator=Collator(processor, "right"),
-            train_dataset=ConversationDataset(train, processor),
+            sampler=sampler,
+            data_collator=PackingCollator(
+                processor,
+                model.config.original_max_position_embeddings,
+                args.share_images and args.attn_implementation != "flash_attention_2",
+            ),
+            train_dataset=train_dataset,
             eval_dataset=ConversationDataset(evaluation, processor, for_generation=True),
             eval_conversations=evaluation,
             processing_class=processor,
         )
     if trainer.is_world_process_zero():
+        micro_batch = f"up to {args.max_tokens_per_gpu} tokens" if args.max_tokens_per_gpu else args.batch_size_per_gpu
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         print(
             f"{len(train)} training and {len(evaluation)} evaluation examples; {trained:,} parameters train; "
-            f"{training_args.world_size} processes x micro-batch {args.batch_size_per_gpu} x "
+            f"{training_args.world_size} processes x micro-batch {micro_batch} x "
             f"{training_args.gradient_accumulation_steps} accumulated",
             flush=True,
         )

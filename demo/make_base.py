@@ -31,7 +31,7 @@ from digits import draw, load_digits  # noqa: E402
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor  # noqa: E402
 from phi3v.conversations import Collator, encode_conversation  # noqa: E402
 from phi3v.evaluation import generate_answers  # noqa: E402
-from phi3v.modeling_phi3v import IGNORE_INDEX  # noqa: E402
+from phi3v.packing import IGNORE_INDEX  # noqa: E402
 
 # ---- tokenizer
 

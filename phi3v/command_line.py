@@ -27,6 +27,9 @@ REFUSED = {
     "gradient_checkpointing": "use --activation_checkpointing",
     "gradient_checkpointing_kwargs": "use --activation_checkpointing",
     "activation_checkpointing_kwargs": "checkpointing is non-reentrant here, or the frozen parts would stop gradients",
+    "train_sampling_strategy": "steps are drawn at random, and the load of processes is evened out within each",
+    "dataloader_drop_last": "every example is trained on",
+    "dataloader_persistent_workers": "the order of examples is drawn anew every epoch",
     "auto_find_batch_size": "the effective batch would change; lower --batch_size_per_gpu",
     "average_tokens_across_devices": "without it the loss would depend on how examples fall on processes",
     "no_average_tokens_across_devices": "without it the loss would depend on how examples fall on processes",
@@ -155,6 +158,12 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError("--train_separators can't run under DeepSpeed: leave out --deepspeed")
     if args.use_qlora and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise InputError("--use_qlora can't run under ZeRO-3, which would split 4-bit weights: leave out --deepspeed")
+    if args.max_tokens_per_gpu not in (None, "auto"):
+        if not args.max_tokens_per_gpu.isdecimal() or int(args.max_tokens_per_gpu) < 1:
+            raise InputError(f"--max_tokens_per_gpu is {args.max_tokens_per_gpu}, must be a number of tokens, or auto")
+        args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
+    if args.max_tokens_per_gpu and "batch_size_per_gpu" in given:
+        raise InputError("--max_tokens_per_gpu and --batch_size_per_gpu contradict each other: give one")
     step = world_size() * args.batch_size_per_gpu  # examples that all processes handle at once
     if args.batch_size % step:
         raise InputError(

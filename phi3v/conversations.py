@@ -4,13 +4,21 @@ A conversation is a list of turns `{"images": [...], "user": text, "assistant": 
 before its text, and their numbers run on over the turns.
 """
 
-import torch
-from torch.utils.data import Dataset
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-from .annotations import END_TOKENS, ROLE_TOKENS, check_text, read_conversations  # noqa: F401 (for importers of this)
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .annotations import ROLE_TOKENS
 from .errors import InputError
-from .images import image_name, read_image
-from .modeling_phi3v import IGNORE_INDEX
+from .image_processing_phi3v import crops_of_tiles
+from .images import image_name, image_size, read_image
+from .packing import IGNORE_INDEX, pack
 from .processing_phi3v import Phi3VProcessor
 
 
@@ -21,10 +29,16 @@ def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_genera
     `for_generation` leaves out the last answer, so that the ids are exactly those that stand before it in training.
     Images in `turns` are PIL images, paths, or undecoded images of `datasets`.
 
-    Returns `input_ids` and `labels` int64 (length,), `pixel_values` float32 (n_crops, 3, S, S) and `image_sizes`
-    int64 (n_images, 2) in pixels; without images the last two have length 0.
-    Raises InputError for an image that cannot be read.
+    Returns `input_ids` and `labels` int64 (length,), `pixel_values` (n_tiles, S, S, 3) uint8 sub-crops and `grids`, the
+    (down, across) sub-crops of each image. Raises InputError for an image that cannot be read.
     """
+    text, images = _chat(processor, turns, for_generation)
+    tiles, grids = encode_images(processor, images)
+    return {**_encode_text(processor, text, grids), "pixel_values": tiles, "grids": grids}
+
+
+def _chat(processor: Phi3VProcessor, turns: list[dict], for_generation: bool) -> tuple[str, list]:
+    """The text of a conversation, with tags for its images, and these."""
     messages, images = [], []
     for turn in turns:
         first = len(images) + 1
@@ -32,30 +46,35 @@ def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_genera
         tags = "".join(f"<|image_{k}|>" for k in range(first, len(images) + 1))
         messages.append({"role": "user", "content": f"{tags}\n{turn['user']}" if tags else turn["user"]})
         messages.append({"role": "assistant", "content": turn["assistant"]})
-    tokenizer, image_processor = processor.tokenizer, processor.image_processor
+    tokenizer = processor.tokenizer
     if for_generation:
-        text = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    else:
-        text = tokenizer.apply_chat_template(messages, tokenize=False) + tokenizer.eos_token
+        return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True), images
+    return tokenizer.apply_chat_template(messages, tokenize=False) + tokenizer.eos_token, images
 
-    size, g = image_processor.image_size, image_processor.crop_tokens_per_side
-    crops, image_sizes, num_img_tokens = [], [], []
+
+def _encode_text(processor: Phi3VProcessor, text: str, grids: list[tuple[int, int]]) -> dict:
+    g = processor.image_processor.crop_tokens_per_side
+    ids, _ = processor.tokenize(text, [(h * w + 1) * g * g + 1 + (h + 1) * g for h, w in grids])
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(_labels(ids, processor.tokenizer))}
+
+
+def encode_images(processor: Phi3VProcessor, images: list) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """(n_tiles, S, S, 3) uint8 sub-crops of all images, and each image's (down, across). Raises InputError."""
+    image_processor = processor.image_processor
+    size = image_processor.image_size
+    tiles, grids = [torch.zeros(0, size, size, 3, dtype=torch.uint8)], []
     for image in images:
         rgb = read_image(image)
-        try:
-            h, w = image_processor.crop_grid(*rgb.size)
-        except ValueError as e:
-            raise InputError(f"{image_name(image)}: {e}") from None
-        crops.append(image_processor.crops(rgb))
-        image_sizes.append((h * size, w * size))
-        num_img_tokens.append((h * w + 1) * g * g + 1 + (h + 1) * g)
-    ids, _ = processor.tokenize(text, num_img_tokens)
-    return {
-        "input_ids": torch.tensor(ids),
-        "labels": torch.tensor(_labels(ids, tokenizer)),
-        "pixel_values": torch.cat(crops) if crops else torch.zeros(0, 3, size, size),
-        "image_sizes": torch.tensor(image_sizes, dtype=torch.long).view(-1, 2),
-    }
+        grids.append(_grid(image_processor, image, rgb.size))
+        tiles.append(image_processor.tiles(rgb))
+    return torch.cat(tiles), grids
+
+
+def _grid(image_processor, image, size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        return image_processor.crop_grid(*size)
+    except ValueError as e:
+        raise InputError(f"{image_name(image)}: {e}") from None
 
 
 def _labels(ids: list[int], tokenizer) -> list[int]:
@@ -71,13 +90,23 @@ def _labels(ids: list[int], tokenizer) -> list[int]:
     return labels
 
 
+class Size(NamedTuple):
+    """What an example takes: tokens, of them image tokens, and crops (sub-crops and global ones)."""
+
+    tokens: int
+    image_tokens: int
+    crops: int
+
+
 class ConversationDataset(Dataset):
     """Encodes a conversation when it is asked for, so that images are opened one micro-batch at a time.
 
     conversations: examples as `read_conversations` returns them; for_generation as in `encode_conversation`.
+    Index ~i stands for example i without targets, which trains nothing. Asked for several examples at once, as a
+    DataLoader does, it reads images that stand next to one another and are the same only once.
     """
 
-    def __init__(self, conversations: list[dict], processor: Phi3VProcessor, for_generation: bool = False):
+    def __init__(self, conversations: Sequence[dict], processor: Phi3VProcessor, for_generation: bool = False):
         self.conversations = conversations
         self.processor = processor
         self.for_generation = for_generation
@@ -85,25 +114,91 @@ class ConversationDataset(Dataset):
     def __len__(self):
         return len(self.conversations)
 
-    def __getitem__(self, i):
-        return encode_conversation(self.processor, self.conversations[i]["conversations"], self.for_generation)
+    def __getitem__(self, i: int) -> dict:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        examples, last, encoded = [], None, None
+        for i in indices:
+            index = i if i >= 0 else ~i
+            text, images = _chat(self.processor, self.conversations[index]["conversations"], self.for_generation)
+            key = self.images_key(index)
+            if key is None or key != last:
+                encoded, last = encode_images(self.processor, images), key
+            example = _encode_text(self.processor, text, encoded[1])
+            if i < 0:
+                example["labels"] = torch.full_like(example["labels"], IGNORE_INDEX)
+            examples.append({**example, "pixel_values": encoded[0], "grids": encoded[1], "images": key})
+        return examples
+
+    def images_key(self, index: int):
+        """Equal for examples of the same images; None for one without images, or whose later turns have some."""
+        if hasattr(self.conversations, "keys"):  # a table's row, whatever is asked about it
+            return self.conversations.keys[index][0]
+        turns = self.conversations[index]["conversations"]
+        if not turns[0]["images"] or any(turn["images"] for turn in turns[1:]):
+            return None
+        return tuple(map(str, turns[0]["images"]))
+
+    def size(self, index: int) -> Size:
+        """What the example takes, from its text and the headers of its images. Raises InputError."""
+        text, images = _chat(self.processor, self.conversations[index]["conversations"], self.for_generation)
+        grids = [_grid(self.processor.image_processor, image, image_size(image)) for image in images]
+        ids = _encode_text(self.processor, text, grids)["input_ids"]
+        return Size(len(ids), int((ids < 0).sum()), sum(h * w + 1 for h, w in grids))
+
+
+def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
+    """`size` of every example, looked up by all ranks together."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    own = range(rank, len(dataset), world_size)
+    sizes = [(i, dataset.size(i)) for i in tqdm(own, desc=desc, disable=disable_tqdm or rank != 0)]
+    return [size for _, size in sorted(gather_object(sizes))]
+
+
+class PackingCollator:
+    """Encoded conversations → a micro-batch in one row without padding, as `pack` describes it.
+
+    original_length: the model's, above which an example takes the long rotary factors.
+    """
+
+    def __init__(self, processor: Phi3VProcessor, original_length: int, share_images: bool):
+        self.image_processor = processor.image_processor
+        self.original_length = original_length
+        self.share_images = share_images
+
+    def __call__(self, examples: list[dict]) -> dict:
+        batch = pack(examples, self.original_length, self.share_images)
+        grids = torch.tensor(batch["packing"].grids, dtype=torch.long).view(-1, 2)
+        batch["image_sizes"] = grids * self.image_processor.image_size
+        mean, std = (tuple(v) for v in (self.image_processor.image_mean, self.image_processor.image_std))
+        batch["packing"] = replace(batch["packing"], mean=mean, std=std)
+        return batch
 
 
 class Collator:
     """Encoded conversations → a padded micro-batch; crops of all examples in one tensor.
 
-    padding_side: "right" to train, "left" to generate.
+    padding_side: "left" to generate.
+    normalise: False leaves the crops as uint8 tiles, with `grids`, for `crops_of_tiles` on the device.
     """
 
-    def __init__(self, processor: Phi3VProcessor, padding_side: str):
+    def __init__(self, processor: Phi3VProcessor, padding_side: str, normalise: bool = True):
         self.processor = processor
         self.padding_side = padding_side
+        self.normalise = normalise
 
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[dict]) -> dict:
         batch = self.processor.pad([example["input_ids"].tolist() for example in examples], self.padding_side)
         labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
         labels[batch["attention_mask"].bool()] = torch.cat([example["labels"] for example in examples])
-        batch["labels"] = labels
-        for key in ("pixel_values", "image_sizes"):
-            batch[key] = torch.cat([example[key] for example in examples])
+        tiles = torch.cat([example["pixel_values"] for example in examples])
+        grids = [grid for example in examples for grid in example["grids"]]
+        image_processor = self.processor.image_processor
+        sizes = torch.tensor(grids, dtype=torch.long).view(-1, 2) * image_processor.image_size
+        batch.update(labels=labels, image_sizes=sizes)
+        if self.normalise:
+            batch["pixel_values"] = crops_of_tiles(tiles, grids, image_processor.image_mean, image_processor.image_std)
+        else:
+            batch.update(pixel_values=tiles, grids=grids)
         return batch

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .conversations import END_TOKENS, Collator
+from .annotations import END_TOKENS
+from .conversations import Collator, ConversationDataset, all_sizes
+from .image_processing_phi3v import crops_of_tiles
 from .modeling_phi3v import Phi3VForCausalLM
 from .processing_phi3v import Phi3VProcessor
 
@@ -20,7 +22,7 @@ from .processing_phi3v import Phi3VProcessor
 def generate_answers(
     model: Phi3VForCausalLM,
     processor: Phi3VProcessor,
-    dataset: Dataset,
+    dataset: ConversationDataset,
     batch_size: int,
     max_new_tokens: int = 64,
     device: torch.device | None = None,
@@ -31,29 +33,37 @@ def generate_answers(
     """The model's greedy answer to each example, in the order of `dataset`, on every rank.
 
     model: a Phi3VForCausalLM, or a PeftModel around one.
-    dataset: examples of `encode_conversation(…, for_generation=True)`. Each rank answers its share, `batch_size`
-        examples at a time, padded left; a batch ends when all of its answers have.
+    dataset: made with for_generation=True. Each rank answers its share, `batch_size` examples of nearly equal length
+        at a time, padded left; a batch ends when all of its answers have.
     device: where to, if the model is elsewhere.
     compute_dtype: half precision here makes autocast compute in it, whatever the weights are kept in.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sizes = all_sizes(dataset, "measuring examples", disable_tqdm)
+    order = sorted(range(len(dataset)), key=lambda i: (-sizes[i].tokens, i))  # what needs most memory comes first
     # Every rank gets as many, the last ones some twice: under ZeRO-3 no rank can go on without the others.
-    own = [i % len(dataset) for i in range(rank, -(-len(dataset) // world_size) * world_size, world_size)]
+    own = [order[i % len(order)] for i in range(rank, -(-len(order) // world_size) * world_size, world_size)]
     device = device or model.device
     split = [p for p in model.parameters() if hasattr(p, "ds_id")]  # by ZeRO-3, which has them on their device
     if not split:
         model.to(device)
     loader = DataLoader(
-        Subset(dataset, own), batch_size, num_workers=num_workers, collate_fn=Collator(processor, "left")
+        Subset(dataset, own),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=Collator(processor, "left", normalise=False),
     )
     stop_ids = processor.tokenizer.convert_tokens_to_ids(list(END_TOKENS))
+    statistics = processor.image_processor.image_mean, processor.image_processor.image_std
     was_training = model.training
     model.eval()
     answers = []
     with _whole(model, split), torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
         for batch in tqdm(loader, desc="generating", disable=disable_tqdm or rank != 0):
             batch.pop("labels")
-            batch = {key: value.to(device) for key, value in batch.items()}
+            grids = batch.pop("grids")
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            batch["pixel_values"] = crops_of_tiles(batch["pixel_values"], grids, *statistics)
             ids = model.generate(
                 **batch,
                 do_sample=False,

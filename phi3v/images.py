@@ -16,8 +16,8 @@ def image_name(image) -> str:
     return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
 
 
-def open_image(image, name: str | None = None) -> Image.Image:
-    """The image, decoded, in the mode that it has; of an animation the first frame.
+def open_image(image, name: str | None = None, header_only: bool = False) -> Image.Image:
+    """The image, decoded unless `header_only`, in the mode that it has; of an animation the first frame.
 
     image: a path, `{"bytes", "path"}` with either of them as `datasets` has it, or a PIL image (which is copied).
     name: what messages call it, by default its path.
@@ -39,13 +39,22 @@ def open_image(image, name: str | None = None) -> Image.Image:
             if not os.path.isfile(image):  # reading a pipe or a device would not end
                 raise ValueError("no regular file")
         opened = Image.open(image)
-        opened.load()
+        if not header_only:
+            opened.load()
     except Exception as e:  # PIL's readers raise nearly everything, also struct.error, zlib.error and AttributeError
         reason = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, Image.UnidentifiedImageError):
             reason = "the file is empty" if _is_empty(image) else "in no format that PIL knows"
         raise InputError(f"{name} can't be read as an image ({reason}): replace it or take its example out") from None
     return opened
+
+
+def image_size(image) -> tuple[int, int]:
+    """(width, height) in pixels, from the image's header alone. Raises InputError as `open_image` does."""
+    if isinstance(image, Image.Image):
+        return image.size
+    with open_image(image, header_only=True) as opened:
+        return opened.size
 
 
 def _is_empty(image) -> bool:

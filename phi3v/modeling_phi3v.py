@@ -29,9 +29,7 @@ from transformers.models.phi3.modeling_phi3 import (
 from .configuration_phi3v import Phi3VConfig
 from .functional import QuickGELU, cross_entropy, swiglu
 from .image_processing_phi3v import crops_of_tiles
-from .packing import Packing, packed_attention
-
-IGNORE_INDEX = -100
+from .packing import IGNORE_INDEX, Packing, packed_attention
 
 # The shipped generation config stops at </s>, which the model never writes: it ends a turn with <|end|> (32007) and
 # a conversation with <|endoftext|> (32000).
@@ -356,8 +354,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         rotary = self.rotary_emb(hidden, position_ids, packing)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, position_embeddings=rotary, packing=packing)
-        # No other token's output is looked at by anything after the last layer's attention.
-        kept_rows = packing.kept_rows().to(hidden.device, non_blocking=True)
+        kept_rows = packing.kept_rows.to(hidden.device, non_blocking=True)
         hidden = self.layers[-1](hidden, position_embeddings=rotary, packing=packing, kept_rows=kept_rows)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 

@@ -1,10 +1,12 @@
 """Padding-free micro-batches: how examples stand in one row, and attention that stays within each of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+IGNORE_INDEX = -100  # a label that is no target
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,24 @@ class Packing:
     """What the host knows of a micro-batch, so that no step has to ask the device.
 
     groups: in the order in which they stand in the row.
-    label_rows: (n_targets,) int64, the token that predicts each target, counted over the tokens that `tail` leaves.
+    kept_rows: (n_kept,) int64, the tokens that are still needed after the last layer's attention.
+    label_rows: (n_targets,) int64, the token that predicts each target, counted among the kept ones.
     grids: (down, across) sub-crops of each image. Images are encoded once, however often they are referred to.
     mean, std: of the image processor, by channel, for crops that travel as uint8.
     """
 
     groups: tuple[Group, ...]
+    kept_rows: torch.Tensor
     label_rows: torch.Tensor
     grids: tuple[tuple[int, int], ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     _on_device: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def pin_memory(self) -> "Packing":
+        """As a DataLoader calls it, so that the copies to a GPU need not be waited for."""
+        rows = {"kept_rows": self.kept_rows.pin_memory(), "label_rows": self.label_rows.pin_memory()}
+        return replace(self, **rows, _on_device={})
 
     def cached(self, key, make):
         """`make()`, once for all layers."""
@@ -51,20 +60,96 @@ class Packing:
             self._on_device[key] = make()
         return self._on_device[key]
 
-    def kept_rows(self) -> torch.Tensor:
-        """(n_kept,) int64 indices of the tokens that the last layer's attention is needed for."""
-        rows, start = [], 0
-        for group in self.groups:
-            rows.append(torch.arange(start + group.length - group.tail, start + group.size))
-            start += group.size
-        return torch.cat(rows)
-
     def is_long(self) -> torch.Tensor | None:
         """(length,) bool, which tokens take the long rotary factors; None where none does."""
         if not any(group.is_long for group in self.groups):
             return None
         sizes = torch.tensor([group.size for group in self.groups])
         return torch.tensor([group.is_long for group in self.groups]).repeat_interleave(sizes)
+
+
+def pack(examples: list[dict], original_length: int, share_images: bool) -> dict:
+    """Encoded conversations → one row without padding.
+
+    examples: with `input_ids` and `labels` (length,), `pixel_values` (n_tiles, S, S, 3) uint8, `grids`, and `images`,
+        which is equal for examples of the same images (None: unknown). Those that stand next to one another and whose
+        images all come before anything that differs are put behind one copy of what they have in common, if
+        `share_images`; otherwise their images are encoded once all the same.
+    original_length: above it an example takes the long rotary factors.
+
+    Returns `input_ids` and `position_ids` (1, length), `labels` and `shift_labels`, both the targets (n_targets,),
+    `pixel_values` (n_tiles, S, S, 3), `image_index` (n_appearances,) and `packing`, still without mean and std.
+    """
+    ids, positions, targets, kept_rows, label_rows, groups = [], [], [], [], [], []
+    tiles, grids, image_index = [], [], []
+    n_rows, n_kept = 0, 0
+    for same in _runs(examples, key=lambda e: e["images"]):
+        first = len(grids)
+        tiles.append(same[0]["pixel_values"])
+        grids += same[0]["grids"]
+        shared = []
+        for members in _runs(same, key=lambda e: len(e["input_ids"]) > original_length):
+            common = _common_length(members) if share_images and len(members) > 1 else 0
+            shared += [(members, common)] if common else [([member], len(member["input_ids"])) for member in members]
+        for members, common in shared:
+            supervised = [(e["labels"] != IGNORE_INDEX).nonzero()[:, 0] for e in members]
+            branches = tuple(len(e["input_ids"]) - common for e in members) if len(members) > 1 else ()
+            asked = min((s[0].item() - 1 for s in supervised if len(s)), default=len(members[0]["input_ids"]) - 1)
+            tail = max(common - asked, 0)
+            if not branches and tail > common / 2:  # causal attention for all rows costs less than a mask for most
+                tail = common
+            is_long = len(members[0]["input_ids"]) > original_length
+            groups.append(Group(common, branches, tail, is_long))
+            image_index += range(first, len(grids))
+            ids.append(members[0]["input_ids"][:common])
+            positions.append(torch.arange(common))
+            offset = n_kept - (common - tail)  # from a token of the common part to its kept row
+            branch = offset + common
+            for example, own in zip(members, supervised, strict=True):
+                targets.append(example["labels"][own])
+                label_rows.append(torch.where(own - 1 < common, offset, branch - common) + own - 1)
+                if branches:
+                    ids.append(example["input_ids"][common:])
+                    positions.append(torch.arange(common, len(example["input_ids"])))
+                    branch += len(ids[-1])
+            size = groups[-1].size
+            kept_rows.append(torch.arange(n_rows + common - tail, n_rows + size))
+            n_rows, n_kept = n_rows + size, n_kept + len(kept_rows[-1])
+    labels = torch.cat(targets)
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat(positions)[None],
+        "labels": labels,
+        "shift_labels": labels,  # by which the Trainer counts targets
+        "pixel_values": torch.cat(tiles),
+        "image_index": torch.tensor(image_index, dtype=torch.long),
+        "packing": Packing(tuple(groups), torch.cat(kept_rows), torch.cat(label_rows), tuple(grids)),
+    }
+
+
+def _runs(examples: list, key) -> list[list]:
+    """Neighbours with the same key together; None is a key that nothing shares."""
+    runs = []
+    for example in examples:
+        own = key(example)
+        if runs and own is not None and key(runs[-1][0]) == own:
+            runs[-1].append(example)
+        else:
+            runs.append([example])
+    return runs
+
+
+def _common_length(members: list[dict]) -> int:
+    """Tokens that all examples begin with and that train nothing, or 0 where an image comes after them."""
+    shortest = min(len(e["input_ids"]) - 1 for e in members)
+    first = members[0]["input_ids"]
+    n = shortest
+    for example in members:
+        same = example["input_ids"][:shortest] == first[:shortest]
+        n = min(n, int(same.long().cumprod(0).sum()))
+        if len(supervised := (example["labels"] != IGNORE_INDEX).nonzero()):
+            n = min(n, supervised[0].item())
+    return n if all((e["input_ids"][n:] >= 0).all() for e in members) else 0
 
 
 def _tail_mask(queries: int, keys: int, device) -> torch.Tensor:

@@ -9,7 +9,8 @@ from conftest import CHECKPOINT
 from PIL import Image
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.conversations import Collator, ConversationDataset, encode_conversation, read_conversations
+from phi3v.annotations import read_conversations
+from phi3v.conversations import Collator, ConversationDataset, encode_conversation
 from phi3v.errors import InputError
 from phi3v.evaluation import generate_answers
 
@@ -53,8 +54,8 @@ def test_the_sequence_is_the_chat_template_with_images_numbered_through(processo
         "<|user|>\nWhy?<|end|>\n<|assistant|>no<|end|>\n"
         "<|user|>\n<s>\nAndthis?<|end|>\n<|assistant|>True<|end|>\n<|endoftext|>"
     )
-    assert encoded["image_sizes"].tolist() == [[56, 56]] * 3
-    assert encoded["pixel_values"].shape == (6, 3, 56, 56)
+    assert encoded["grids"] == [(1, 1)] * 3
+    assert encoded["pixel_values"].shape == (3, 56, 56, 3) and encoded["pixel_values"].dtype == torch.uint8
 
 
 def test_the_loss_covers_every_answer_and_its_end(processor):
@@ -84,7 +85,7 @@ def test_evaluation_sees_the_ids_that_stand_before_the_answer_in_training(proces
 
 def test_text_only(processor):
     encoded = encode_conversation(processor, [{"images": [], "user": "Hello?", "assistant": "yes"}])
-    assert encoded["pixel_values"].shape == (0, 3, 56, 56) and encoded["image_sizes"].shape == (0, 2)
+    assert encoded["pixel_values"].shape == (0, 56, 56, 3) and encoded["grids"] == []
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -98,7 +99,9 @@ def test_collator_pads_on_one_side_and_joins_crops(side, processor, examples):
         assert torch.equal(batch["labels"][row][real], example["labels"])
         assert (batch["labels"][row][~real] == -100).all()
         assert real.tolist() == sorted(real.tolist(), reverse=side == "right")
-    assert torch.equal(batch["pixel_values"], torch.cat([e["pixel_values"] for e in encoded]))
+    images = [image for e in examples[:5] for turn in e["conversations"] for image in turn["images"]]
+    crops = torch.cat([processor.image_processor.crops(Image.open(image)) for image in images])
+    torch.testing.assert_close(batch["pixel_values"], crops, rtol=0, atol=1e-6)
 
 
 GOOD = {"id": "1", "conversations": [{"images": ["a.png"], "user": "Which?", "assistant": "yes"}]}
