@@ -92,6 +92,9 @@ def cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, divisor, head: nn
     """Sum of cross-entropies of `head(hidden)` at `targets`, divided by `divisor`, in fp32.
 
     hidden: (n, width); targets: (n,) int64; divisor: a number or a scalar tensor; head: any module from width to
-    vocabulary. At most `LOSS_CHUNK` rows of logits exist at a time, and no row is projected twice.
+    vocabulary. At most `LOSS_CHUNK` rows of logits exist at a time, and no row is projected twice; under ZeRO-3, which
+    needs all ranks to call the head equally often, all rows at once.
     """
+    if any(hasattr(p, "ds_id") for p in head.parameters()):
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum") / divisor
     return _CrossEntropySum.apply(hidden, targets, divisor, head, *head.parameters())
