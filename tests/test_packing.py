@@ -124,6 +124,26 @@ def test_a_packed_row_is_its_examples(share_images, mode, implementation, checkp
     assert_equal(gradients(model, [batch], n), expected)
 
 
+def test_one_example_beyond_4096_tokens(data, monkeypatch):
+    """With the length at which Phi-3.5-vision changes its rotary factors."""
+    monkeypatch.setattr("test_packing.ORIGINAL", 4096)
+    model = build("full", "sdpa", False)
+    conversations = [
+        *data.conversations[:3],
+        {"id": 9, "conversations": [dict(data.conversations[0]["conversations"][0])]},
+    ]
+    conversations[-1]["conversations"][0]["user"] = "Long " * 4100
+    longer = ConversationDataset(conversations, data.processor)
+    batch = PackingCollator(data.processor, ORIGINAL, True)(longer.__getitems__([0, 1, 3, 2]))
+    assert [(group.size > 4096, group.is_long) for group in batch["packing"].groups] == [
+        (False, False),
+        (True, True),
+        (False, False),
+    ]
+    expected, n = alone(model, longer, [0, 1, 3, 2])
+    assert_equal(gradients(model, [batch], n), expected)
+
+
 def test_a_leak_between_examples_is_noticed(data):
     """Two examples as if they were one: their positions are right, but attention goes across."""
     model = build("full", "sdpa", False)
