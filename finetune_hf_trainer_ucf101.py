@@ -102,12 +102,9 @@ class RecipeArguments:
     batch_size_per_gpu: int = field(
         default=1, metadata={"help": "micro-batch: examples a process handles at once; the rest is accumulated"}
     )
-    max_tokens_per_gpu: str | None = field(
+    max_tokens_per_gpu: int | None = field(
         default=None,
-        metadata={
-            "help": "in place of --batch_size_per_gpu: fill micro-batches with examples of up to so many tokens; "
-            "auto: as many as the GPU's memory should hold"
-        },
+        metadata={"help": "in place of --batch_size_per_gpu: fill micro-batches with examples of up to so many tokens"},
     )
     share_images: bool = field(
         default=True,

@@ -29,7 +29,7 @@ sys.path.append(str(HERE.parent))  # phi3v, where it is not installed
 from digits import draw, load_digits  # noqa: E402
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor  # noqa: E402
-from phi3v.conversations import Collator, encode_conversation  # noqa: E402
+from phi3v.conversations import Collator, ConversationDataset  # noqa: E402
 from phi3v.evaluation import generate_answers  # noqa: E402
 from phi3v.packing import IGNORE_INDEX  # noqa: E402
 
@@ -236,25 +236,18 @@ def make_conversation(digits, rng: random.Random) -> list[dict]:
     return conversation
 
 
-class Conversations(Dataset):
-    """`n` conversations about the digits of a split, number i the same on every run.
+class Conversations:
+    """`n` conversations about the digits of a split, number i the same on every run; `turns` of each, or all."""
 
-    for_generation: the first turn alone, to be answered.
-    """
-
-    def __init__(self, processor, split: str, n: int, for_generation: bool = False):
-        self.processor, self.split, self.n, self.for_generation = processor, split, n, for_generation
-        self.digits = load_digits(split)
+    def __init__(self, split: str, n: int, turns: int | None = None):
+        self.split, self.n, self.turns, self.digits = split, n, turns, load_digits(split)
 
     def __len__(self):
         return self.n
 
-    def turns(self, i: int) -> list[dict]:
-        turns = make_conversation(self.digits, random.Random(f"{self.split} {i}"))
-        return turns[:1] if self.for_generation else turns
-
     def __getitem__(self, i):
-        return encode_conversation(self.processor, self.turns(i), self.for_generation)
+        turns = make_conversation(self.digits, random.Random(f"{self.split} {i}"))
+        return {"conversations": turns[: self.turns]}
 
 
 class Crops(Dataset):
@@ -318,7 +311,7 @@ def train_tower(model, processor, steps: int, batch_size: int, learning_rate: fl
 def train_decoder(model, processor, steps: int, batch_size: int, learning_rate: float):
     """Trains the rest to answer questions about what the tower sees; the tower, already good, is left alone."""
     model.model.vision_embed_tokens.requires_grad_(False)
-    data = Conversations(processor, "train", steps * batch_size)
+    data = ConversationDataset(Conversations("train", steps * batch_size), processor)
     batches = DataLoader(data, batch_size, num_workers=1, collate_fn=Collator(processor, "right"))
     model.train()
     fit(model.parameters(), batches, lambda batch: model(**batch).loss, learning_rate, "training the decoder")
@@ -326,10 +319,12 @@ def train_decoder(model, processor, steps: int, batch_size: int, learning_rate: 
 
 def count_right(model, processor, n: int) -> dict[str, tuple[int, int]]:
     """For each question, how many of how many answers about held-out digits are wholly right; n answers in all."""
-    data = Conversations(processor, "val", n, for_generation=True)
+    conversations = Conversations("val", n, turns=1)
+    data = ConversationDataset(conversations, processor, for_generation=True)
+    answers = generate_answers(model, processor, data, 64, max_new_tokens=32, disable_tqdm=True)
     counts = {}
-    for i, answer in enumerate(generate_answers(model, processor, data, 64, max_new_tokens=32, disable_tqdm=True)):
-        turn = data.turns(i)[0]
+    for i, answer in enumerate(answers):
+        turn = conversations[i]["conversations"][0]
         question = " ".join(turn["user"].rstrip(string.digits + "?. ").split()[:5])
         right, asked = counts.get(question, (0, 0))
         counts[question] = (right + (answer == turn["assistant"]), asked + 1)

@@ -63,6 +63,7 @@ REFUSED = {
 COUNTS = {
     "batch_size",
     "batch_size_per_gpu",
+    "max_tokens_per_gpu",
     "num_crops",
     "max_new_tokens",
     "max_train_samples",
@@ -158,10 +159,6 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError("--train_separators can't run under DeepSpeed: leave out --deepspeed")
     if args.use_qlora and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise InputError("--use_qlora can't run under ZeRO-3, which would split 4-bit weights: leave out --deepspeed")
-    if args.max_tokens_per_gpu not in (None, "auto"):
-        if not args.max_tokens_per_gpu.isdecimal() or int(args.max_tokens_per_gpu) < 1:
-            raise InputError(f"--max_tokens_per_gpu is {args.max_tokens_per_gpu}, must be a number of tokens, or auto")
-        args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
     if args.max_tokens_per_gpu and "batch_size_per_gpu" in given:
         raise InputError("--max_tokens_per_gpu and --batch_size_per_gpu contradict each other: give one")
     step = world_size() * args.batch_size_per_gpu  # examples that all processes handle at once

@@ -129,6 +129,13 @@ def test_two_ranks_without_deepspeed_are_one_training(toy_data, tmp_path, one_pr
     assert_same_run(first["losses"], tmp_path / "out", one_process)
 
 
+def test_two_ranks_with_micro_batches_filled_by_tokens_are_one_training(toy_data, tmp_path, one_process):
+    flags = [*SIX_STEPS, "--max_tokens_per_gpu", "900", "--deepspeed", ROOT / "ds_config" / "zero2.json"]
+    first, second = two_ranks(toy_data, tmp_path, *flags)
+    assert first == second and first["engine"] == "DeepSpeedEngine"
+    assert_same_run(first["losses"], tmp_path / "out", one_process)
+
+
 def test_a_whole_run_with_frozen_vision_in_bf16(toy_data, tmp_path):
     flags = "--freeze_vision_model --bf16 --num_train_epochs 2 --batch_size 8 --batch_size_per_gpu 2".split()
     first, second = two_ranks(toy_data, tmp_path, *flags, "--learning_rate", "1e-2")
@@ -173,6 +180,9 @@ WRONG = [
     ("--batch_size x", "invalid int value: 'x'"),
     ("--num_crops 0", "--num_crops is 0, must be at least 1"),
     ("--num_crops 17", "at most 16"),
+    ("--max_tokens_per_gpu 0", "--max_tokens_per_gpu is 0, must be at least 1"),
+    ("--max_tokens_per_gpu 9 --batch_size_per_gpu 2", "contradict each other"),
+    ("--max_tokens_per_gpu 20", "--max_tokens_per_gpu 20 is less than"),
     ("--max_train_samples 0", "--max_train_samples is 0"),
     ("--max_eval_samples -1", "--max_eval_samples is -1"),
     ("--max_new_tokens 0", "--max_new_tokens is 0"),
