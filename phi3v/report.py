@@ -21,7 +21,7 @@ RESAMPLES = 2000
 LONGEST_TEXT = 2000  # characters; more of one text is cut
 MOST_IMAGES = 16  # an example
 MOST_POINTS = 300  # a curve
-WIDTH, HEIGHT, LEFT, RIGHT_EDGE, TOP, BOTTOM = 360, 180, 48, 350, 8, 158  # of a chart and the area in it, in SVG units
+WIDTH, HEIGHT, LEFT, RIGHT_EDGE, TOP, BOTTOM = 360, 180, 48, 340, 8, 158  # of a chart and the area in it, in SVG units
 
 # key in the history: title, whether the axis starts at 0. Other keys follow under their own names.
 CHARTS = {
@@ -204,9 +204,9 @@ def _chart(history: list[dict], key: str, title: str, from_zero: bool) -> dict |
     if len(points) > MOST_POINTS:
         parts = np.array_split(np.array(points, dtype=float), MOST_POINTS)
         points = [(round(part[-1, 0].item()), part[:, 1].mean().item()) for part in parts]
-        note += f"Means over {len(parts[0])} logged values each."
+        note += f"Means over up to {len(parts[0])} logged values each."
     steps, values = zip(*points, strict=True)
-    (x0, x1), (y0, y1) = _range(steps), _range([*values, 0] if from_zero else values)
+    (x0, x1), (y0, y1) = _range(steps), _range(values, from_zero)
 
     def x(step):
         return round(LEFT + (step - x0) / (x1 - x0) * (RIGHT_EDGE - LEFT), 2)
@@ -220,7 +220,8 @@ def _chart(history: list[dict], key: str, title: str, from_zero: bool) -> dict |
     return {
         "title": title,
         "note": note,
-        "points": " ".join(f"{x(step)},{y(value)}" for step, value in points),
+        # the last point twice, so that a single one is drawn too
+        "points": " ".join(f"{x(step)},{y(value)}" for step, value in [*points, points[-1]]),
         "steps": " ".join(map(str, steps)),
         "values": " ".join(map(label, values)),
         "last": f"{label(values[-1])} at step {steps[-1]}",
@@ -229,8 +230,11 @@ def _chart(history: list[dict], key: str, title: str, from_zero: bool) -> dict |
     }
 
 
-def _range(values) -> tuple[float, float]:
+def _range(values, from_zero: bool = False) -> tuple[float, float]:
+    """Ends of an axis that are never equal."""
     low, high = min(values), max(values)
+    if from_zero and low >= 0:
+        return 0, high or 1
     margin = 0 if low < high else abs(low) / 10 or 1
     return low - margin, high + margin
 
