@@ -220,8 +220,8 @@ def _chart(history: list[dict], key: str, title: str, from_zero: bool) -> dict |
     return {
         "title": title,
         "note": note,
-        # the last point twice, so that a single one is drawn too
-        "points": " ".join(f"{x(step)},{y(value)}" for step, value in [*points, points[-1]]),
+        "points": " ".join(f"{x(step)},{y(value)}" for step, value in points),
+        "end": (x(steps[-1]), y(values[-1])),
         "steps": " ".join(map(str, steps)),
         "values": " ".join(map(label, values)),
         "last": f"{label(values[-1])} at step {steps[-1]}",
