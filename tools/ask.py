@@ -1,0 +1,136 @@
+"""Asks a model about images: a full or merged one, or an adapter on its base. Answers appear as they are generated.
+
+    python tools/ask.py output/ cat.jpg --question "What is shown?"
+    python tools/ask.py output/ left.jpg right.jpg      # questions from the keyboard, each a follow-up of the last
+    python tools/ask.py output/ < questions.txt         # no images; a question a line
+
+The images stand before the first question. An empty line or Ctrl-D ends the conversation.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from transformers import BitsAndBytesConfig, TextStreamer
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
+from phi3v import Phi3VForCausalLM, Phi3VProcessor  # noqa: E402
+from phi3v.adapters import load_adapter  # noqa: E402
+from phi3v.annotations import END_TOKENS, check_text  # noqa: E402
+from phi3v.conversations import Collator, encode_conversation  # noqa: E402
+from phi3v.errors import InputError, exit_on_input_error  # noqa: E402
+from phi3v.hardware import ATTENTION, DTYPES, choose_attention, choose_precision  # noqa: E402
+from phi3v.processing_phi3v import IMAGE_TAG  # noqa: E402
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # as in QLoRA
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("folder", help="output of a run, a merged model, or a repository on the Hub")
+    parser.add_argument("images", nargs="*", help="image files, in the order of their numbers")
+    parser.add_argument("--question", help="ask this alone; default: questions from standard input, a line each")
+    parser.add_argument("--base", help="an adapter's base model, if it is no longer where the adapter says")
+    parser.add_argument("--load_in_4bit", action="store_true", help="NF4 as in QLoRA: a third of the memory, slower")
+    parser.add_argument("--num_crops", type=int, help="at most so many crops an image; default: as it was trained")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU that has it, else fp16; fp32 on a CPU")
+    parser.add_argument("--attn_implementation", choices=ATTENTION, help="default: the best that is installed")
+    args = parser.parse_intermixed_args(argv)
+    if args.max_new_tokens < 1 or (args.num_crops is not None and args.num_crops < 1):
+        raise InputError(f"--num_crops {args.num_crops}, --max_new_tokens {args.max_new_tokens}: must be at least 1")
+    if args.question is not None:
+        check_text(args.question, "--question")
+    if not Path(args.folder).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", args.folder):
+        raise InputError(f"{args.folder} is no folder: the model's folder comes first, then the images")
+    args.adapter = Path(args.folder) if (Path(args.folder) / "adapter_config.json").is_file() else None
+    if args.base and not args.adapter:
+        raise InputError(f"--base {args.base} is for an adapter: {args.folder} holds no adapter_config.json")
+    if args.dtype is None and torch.accelerator.is_available():
+        old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "fp16" if old else "bf16"
+    try:
+        args.dtype = choose_precision(args.dtype == "bf16", args.dtype == "fp16", args.dtype == "fp32")
+        args.attn_implementation = choose_attention(args.attn_implementation, False, args.dtype)
+    except InputError as e:  # it speaks of the training scripts' flags
+        raise InputError(re.sub(r"--(bf16|fp16|fp32)\b", r"--dtype \1", str(e))) from None
+    return args
+
+
+def load(args: argparse.Namespace):
+    """The processor, with which all images are tried, and then the model, which takes longer."""
+    place, dtype = args.folder, DTYPES[args.dtype]
+    nf4 = NF4 | {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": ["lm_head", ".*vision_embed_tokens"]}
+    try:
+        if args.adapter:
+            config = json.loads((args.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            place = args.base or config["base_model_name_or_path"]
+        own = args.folder if (Path(args.folder) / "preprocessor_config.json").is_file() else place
+        processor = Phi3VProcessor.from_pretrained(own, num_crops=args.num_crops)
+        encode(processor, [{"images": args.images, "user": "?", "assistant": ""}])
+        model, info = Phi3VForCausalLM.from_pretrained(
+            place,
+            output_loading_info=True,
+            dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            quantization_config=BitsAndBytesConfig(**nf4) if args.load_in_4bit else None,
+            device_map={"": torch.accelerator.current_accelerator(check_available=True) or "cpu"},
+        )
+        if info["missing_keys"]:
+            raise InputError(f"{place} lacks {', '.join(sorted(info['missing_keys']))[:200]}")
+        place = args.folder
+        return processor, (load_adapter(model, args.adapter) if args.adapter else model).eval()
+    except InputError:
+        raise
+    except Exception as e:  # each library that reads a part of the folder has errors of its own
+        hint = ": give --base" if place != args.folder else ""
+        raise InputError(f"{place} can't be loaded ({' '.join(f'{e!r}'.split())[:300]}){hint}") from None
+
+
+def encode(processor: Phi3VProcessor, turns: list[dict]) -> dict[str, torch.Tensor]:
+    batch = Collator(processor, "left")([encode_conversation(processor, turns, for_generation=True)])
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+@torch.inference_mode()
+def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: int) -> str:
+    """The greedy answer to the last turn, printed while it is generated."""
+    batch = {key: value.to(model.device) for key, value in encode(processor, turns).items()}
+    length, limit = batch["input_ids"].shape[1], model.config.max_position_embeddings
+    if length + max_new_tokens > limit:
+        raise InputError(f"{length} tokens and --max_new_tokens {max_new_tokens} are more than the model's {limit}")
+    tokenizer = processor.tokenizer
+    ends = {"eos_token_id": tokenizer.convert_tokens_to_ids(list(END_TOKENS)), "pad_token_id": tokenizer.pad_token_id}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = model.generate(**batch, **ends, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
+    # A tag that the model spelled out would stand for an image in the next turn.
+    return IMAGE_TAG.sub("", tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip())
+
+
+def main(argv: list[str] | None = None):
+    args = parse_arguments(argv)
+    processor, model = load(args)
+    turns, asked = [], [args.question]
+    if args.question is None:
+        asked = iter(lambda: (input("> ") if sys.stdin.isatty() else sys.stdin.readline()).strip(), "")
+    try:
+        for question in asked:
+            check_text(question, f"question {len(turns) + 1}")
+            turns.append({"images": [] if turns else args.images, "user": question, "assistant": ""})
+            turns[-1]["assistant"] = answer(model, processor, turns, args.max_new_tokens)
+    except EOFError:
+        print()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)
