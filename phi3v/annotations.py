@@ -4,11 +4,13 @@ import json
 import os
 import re
 import reprlib
+import sys
 from pathlib import Path
 
 from .errors import InputError, Problems
 from .processing_phi3v import IMAGE_TAG
 
+ROLES = ("user", "assistant")
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>")
 END_TOKENS = ("<|end|>", "<|endoftext|>")
 OTHER_TOKENS = ("<s>", "</s>", "<unk>", "<|image|>")
@@ -118,7 +120,7 @@ def _conversation(example, where: str, images: "_Images", problems: Problems) ->
         if not isinstance(turn, dict):
             problems.add(where, f"{field} must be an object with images, user and assistant")
             continue
-        for role in ("user", "assistant"):
+        for role in ROLES:
             if problem := text_problem(turn.get(role)):
                 problems.add(where, f"{field}.{role} {problem}")
         names, paths = turn.get("images", []), []
@@ -132,7 +134,9 @@ def _conversation(example, where: str, images: "_Images", problems: Problems) ->
             if path is None:
                 problems.add(where, f"{field}.images[{k}] is {_SHORT.repr(name)}, {images.problem(name)}")
             paths.append(path)
-        checked.append({"images": paths, "user": turn.get("user"), "assistant": turn.get("assistant")})
+        # Every line of a video data set asks the same: one copy of the question is enough.
+        user, assistant = (sys.intern(text) if isinstance(text, str) else "" for text in map(turn.get, ROLES))
+        checked.append({"images": paths, "user": user, "assistant": assistant})
     return {"id": id, "conversations": checked}
 
 
