@@ -41,13 +41,14 @@ def read_conversations(path: Path, images_dir: Path) -> list[dict]:
             for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith(_UTF16_MARKS):
                     raise InputError(f"{path} is UTF-16: save it as UTF-8")
+                line = line.removeprefix(_UTF8_MARK)
                 if not line.strip():
                     continue
                 where = f"{path}:{number}"
                 try:
-                    example = _parse(line.removeprefix(_UTF8_MARK))
+                    example = _parse(line)
                 except ValueError as e:
-                    if not examples and not problems and line.removeprefix(_UTF8_MARK).lstrip().startswith(b"["):
+                    if not examples and not problems and line.lstrip().startswith(b"["):
                         raise InputError(f"{where}: the file is one JSON array: write its objects one a line") from None
                     cut = "" if line.endswith(b"\n") else "the file's last line is cut off: "
                     problems.add(where, f"{cut}{e}")
