@@ -58,7 +58,7 @@ install: .venv/installed
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install -q ruff pytest
+	$(BIN)/pip install -q ruff pytest hypothesis
 	touch $@
 
 test: .venv/installed-test

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import reprlib
+import sys
 from pathlib import Path
 
 from .errors import InputError, Problems
 from .processing_phi3v import IMAGE_TAG
 
+ROLES = ("user", "assistant")
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>")
 END_TOKENS = ("<|end|>", "<|endoftext|>")
 OTHER_TOKENS = ("<s>", "</s>", "<unk>", "<|image|>")
@@ -39,13 +41,14 @@ def read_conversations(path: Path, images_dir: Path) -> list[dict]:
             for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith(_UTF16_MARKS):
                     raise InputError(f"{path} is UTF-16: save it as UTF-8")
+                line = line.removeprefix(_UTF8_MARK)
                 if not line.strip():
                     continue
                 where = f"{path}:{number}"
                 try:
-                    example = _parse(line.removeprefix(_UTF8_MARK))
+                    example = _parse(line)
                 except ValueError as e:
-                    if not examples and not problems and line.removeprefix(_UTF8_MARK).lstrip().startswith(b"["):
+                    if not examples and not problems and line.lstrip().startswith(b"["):
                         raise InputError(f"{where}: the file is one JSON array: write its objects one a line") from None
                     cut = "" if line.endswith(b"\n") else "the file's last line is cut off: "
                     problems.add(where, f"{cut}{e}")
@@ -118,7 +121,7 @@ def _conversation(example, where: str, images: "_Images", problems: Problems) ->
         if not isinstance(turn, dict):
             problems.add(where, f"{field} must be an object with images, user and assistant")
             continue
-        for role in ("user", "assistant"):
+        for role in ROLES:
             if problem := text_problem(turn.get(role)):
                 problems.add(where, f"{field}.{role} {problem}")
         names, paths = turn.get("images", []), []
@@ -132,7 +135,9 @@ def _conversation(example, where: str, images: "_Images", problems: Problems) ->
             if path is None:
                 problems.add(where, f"{field}.images[{k}] is {_SHORT.repr(name)}, {images.problem(name)}")
             paths.append(path)
-        checked.append({"images": paths, "user": turn.get("user"), "assistant": turn.get("assistant")})
+        # Every line of a video data set asks the same: one copy of the question is enough.
+        user, assistant = (sys.intern(text) if isinstance(text, str) else "" for text in map(turn.get, ROLES))
+        checked.append({"images": paths, "user": user, "assistant": assistant})
     return {"id": id, "conversations": checked}
 
 

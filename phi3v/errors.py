@@ -39,6 +39,10 @@ class Problems:
                 line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
             self.lines.append(line if len(line) <= 400 else f"{line[:300]} … {line[-90:]}")
 
+    def extend(self, other: "Problems"):
+        self.lines = (self.lines + other.lines)[: self.shown]
+        self.count += other.count
+
     def raise_if_any(self, source: str):
         """Raises InputError with the first problems; a single one is the whole message."""
         if self.count == 1:

@@ -61,30 +61,29 @@ def _is_empty(image) -> bool:
     return not (image.getbuffer().nbytes if isinstance(image, io.BytesIO) else os.path.getsize(image))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     """Three channels of 8 bits, pixels equal to the official processor's except for 16-bit grey.
 
     As there, transparency is dropped, so that the colours stored under it show, CMYK is converted without a colour
     profile, and nothing is rotated by EXIF. Of 16-bit grey PIL, and with it the official processor, would clip all
     above 255 to white; here the upper 8 bits are taken, as PIL itself takes them of 16-bit colour.
-    Raises ValueError for grey values that go beyond 16 bits or are floating point: what is white there is unknown.
+    Raises InputError for modes that PIL can't convert, and for grey values that are floating point or go beyond 16
+    bits: what is white there is unknown.
     """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range: save it with 8 bits a channel")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image)
-        if grey.size and (grey.min() < 0 or grey.max() > 65535):
-            raise ValueError(f"its values go from {grey.min()} to {grey.max()}: save it with 8 bits a channel")
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    try:
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no fixed range: save it with 8 bits a channel")
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            grey = np.asarray(image)
+            if grey.size and (grey.min() < 0 or grey.max() > 65535):
+                raise ValueError(f"its values go from {grey.min()} to {grey.max()}: save it with 8 bits a channel")
+            return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+    except ValueError as e:
+        raise InputError(f"{name}, of mode {image.mode}, can't be converted to RGB ({e})") from None
 
 
 def read_image(image, name: str | None = None) -> Image.Image:
-    """`open_image` and `to_rgb`; InputError where either fails."""
+    """`open_image` and `to_rgb` of an image as they take it; InputError where either fails."""
     with open_image(image, name) as opened:
-        try:
-            return to_rgb(opened)
-        except ValueError as e:
-            raise InputError(
-                f"{name or image_name(image)}, of mode {opened.mode}, can't be converted to RGB ({e})"
-            ) from None
+        return to_rgb(opened, name or image_name(image))
