@@ -255,7 +255,7 @@ def test_random_conversations(processor, images, user, assistant, for_generation
     except InputError as e:
         assert images and "\n" not in str(e)
         return
-    assert encoded["input_ids"].shape == encoded["labels"].shape and encoded["image_sizes"].shape == (len(images), 2)
+    assert encoded["input_ids"].shape == encoded["labels"].shape and len(encoded["grids"]) == len(images)
     if not for_generation:
         (length,) = check_images(
             [{"id": "1", "conversations": turns}], processor, 0, disable_tqdm=True
