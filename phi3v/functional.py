@@ -51,6 +51,72 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return _SwiGLU.apply(gate_up)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight, in fp32 or better. Keeps x and one number a row; autograd would keep x up to four times."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rows = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
+        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (rows * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed, grad, grad_x, grad_weight = x * scale, grad.to(scale.dtype), None, None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            grad = grad * weight
+            along = torch.linalg.vecdot(grad, normed)[..., None].div_(-x.shape[-1])
+            grad_x = torch.addcmul(grad, normed, along).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """(…, width) → the same, each row divided by its root mean square. For accelerators torch has a kernel."""
+    if x.device.type == "cpu":
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotates the first heads of a tensor in place: nothing is copied, and only the angles are kept."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, n_heads, head_dim):
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = n_heads, head_dim
+        ctx.mark_dirty(qkv)
+        return _rotate_(qkv, cos, sin, *ctx.heads)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _rotate_(grad.clone(), cos, -sin, *ctx.heads), None, None, None, None
+
+
+def _rotate_(qkv, cos, sin, n_heads, head_dim):
+    heads = qkv[..., : n_heads * head_dim].unflatten(-1, (n_heads, head_dim))
+    half = cos.shape[-1] // 2
+    first, second = heads[..., :half], heads[..., half : 2 * half]
+    cos, sin = cos[..., None, :half], sin[..., None, :half]
+    rotated = torch.addcmul(first * cos, second, sin, value=-1)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(rotated)
+    return qkv
+
+
+def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_heads: int, head_dim: int) -> torch.Tensor:
+    """Rotary position embedding of the first `n_heads` of `qkv` (…, n, heads * head_dim), which is overwritten.
+
+    cos, sin: (…, n, rotary_dim), whose halves are equal; of each head the first `rotary_dim` are rotated.
+    """
+    return _Rotate.apply(qkv, cos, sin, n_heads, head_dim)
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """Projects to the vocabulary chunk by chunk, and takes each chunk's gradients at once, before its logits go."""
 

@@ -23,11 +23,10 @@ from transformers.models.phi3.modeling_phi3 import (
     Phi3Model,
     Phi3PreTrainedModel,
     Phi3RMSNorm,
-    apply_rotary_pos_emb,
 )
 
 from .configuration_phi3v import Phi3VConfig
-from .functional import QuickGELU, cross_entropy, swiglu
+from .functional import QuickGELU, cross_entropy, rms_norm, rotate, swiglu
 from .image_processing_phi3v import crops_of_tiles
 from .packing import IGNORE_INDEX, Packing, packed_attention
 
@@ -212,16 +211,18 @@ class Phi3VAttention(Phi3Attention):
         if packing is None:
             return super().forward(hidden_states, position_embeddings, *args, **kwargs)
         heads = self.config.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads
-        query, key, value = (
-            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for states in self.qkv_proj(hidden_states).split([n * self.head_dim for n in heads], dim=-1)
-        )
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        states = rotate(self.qkv_proj(hidden_states), *position_embeddings, heads[0] + heads[1], self.head_dim)
+        query, key, value = states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(heads, dim=1)
         if kept_rows is not None:
             query = query[:, :, kept_rows]
         dropout = self.attention_dropout if self.training else 0.0
         output = packed_attention(self, query, key, value, packing, kept_rows is not None, dropout)
         return self.o_proj(output.flatten(2)), None
+
+
+class Phi3VRMSNorm(Phi3RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class Phi3VMLP(Phi3MLP):
@@ -238,6 +239,8 @@ class Phi3VDecoderLayer(Phi3DecoderLayer):
         super().__init__(config, layer_idx)
         self.self_attn = Phi3VAttention(config, layer_idx)
         self.mlp = Phi3VMLP(config)
+        self.input_layernorm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states, *args, kept_rows=None, **kwargs):
         if kept_rows is None:
@@ -256,7 +259,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(Phi3VDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)

@@ -215,7 +215,8 @@ def packed_attention(module, query, key, value, packing: Packing, trimmed: bool,
             outputs.append(attend(own, keys, values, mask, is_causal=False, **options))
         q += rows + sum(group.branches)
         k += group.size
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+    return output.transpose(1, 2)
 
 
 def _flash(module, query, key, value, packing: Packing, trimmed: bool, dropout: float) -> torch.Tensor:
