@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from .modeling_phi3v import Phi3VForCausalLM
@@ -25,6 +26,9 @@ def add_adapter(model: Phi3VForCausalLM, config: LoraConfig, train_separators: b
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # autocast casts the adapter's weights; an fp32 input is larger
     # An adapter on lm_head makes PEFT save the whole base layer beside it, which did not change.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     for name in SEPARATORS if train_separators else ():

@@ -16,6 +16,7 @@ from transformers.generation import GenerationMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.phi3.modeling_phi3 import (
     Phi3Attention,
     Phi3DecoderLayer,
@@ -190,6 +191,15 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
     _supports_flex_attn = False
     # Some checkpoints hold a second copy of the text embedding under the image embedding.
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\."]
+
+    checkpoint_tower = True  # False: activation checkpointing leaves the tower alone
+
+    def activation_checkpointing_enable(self, *args, **kwargs):
+        super().activation_checkpointing_enable(*args, **kwargs)
+        if not self.checkpoint_tower:
+            for module in self.modules():
+                if isinstance(module, CLIPEncoderLayer):
+                    module.gradient_checkpointing = False
 
     def enable_input_require_grads(self):
         """Does nothing. transformers calls it with activation checkpointing, for the reentrant kind, which loses the
