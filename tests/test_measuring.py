@@ -13,14 +13,15 @@ from phi3v.adapters import add_adapter
 from phi3v.measuring import Costs, load_of_packing
 from phi3v.packing import pack
 
-TARGETS = (
-    r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|model\.vision_embed_tokens\.(img_projection\.[02]|"
+DECODER = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+VISION = (
+    r"model\.vision_embed_tokens\.(img_projection\.[02]|"
     r"img_processor\.vision_model\.encoder\.layers\.(\d|1\d|2[012])\..*(q_proj|k_proj|v_proj|out_proj|fc1|fc2))"
 )
 
 
 def micro_batch(examples) -> dict:
-    """Examples of (grids, text tokens, supervised tokens), one after another, those with the same number alike."""
+    """Examples of (grids, text tokens, supervised tokens, what their images are called) in one row."""
     encoded = []
     for grids, text, supervised, images in examples:
         n = sum((h * w + 1) * 144 + 1 + (h + 1) * 12 for h, w in grids)
@@ -45,23 +46,18 @@ BATCHES = {
 }
 
 
-def build(mode: str, dtype, device, attention="sdpa", checkpointing="none", layers=None):
-    config = Phi3VConfig(**({"num_hidden_layers": layers} if layers else {}))
-    config._attn_implementation = attention
-    with torch.device(device):
-        model = Phi3VForCausalLM(config).to(dtype).train()
+def build(mode: str, dtype, checkpointing="none"):
+    """The model at its real size on the meta device."""
+    config = Phi3VConfig()
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        base = model = Phi3VForCausalLM(config).to(dtype).train()
         if mode.startswith("frozen"):
-            model.model.vision_embed_tokens.requires_grad_(False)
-            model.model.vision_embed_tokens.img_projection.requires_grad_("projector" in mode)
+            base.model.vision_embed_tokens.requires_grad_(False)
+            base.model.vision_embed_tokens.img_projection.requires_grad_("projector" in mode)
         if mode.startswith("lora"):
-            targets = TARGETS.split("|model")[0] if "frozen" in mode else TARGETS
-            if "frozen" in mode:
-                targets = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-            adapted = add_adapter(model, LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=targets))
-            base = model
-            model = adapted
-        else:
-            base = model
+            targets = DECODER if "frozen" in mode else f"{DECODER}|{VISION}"
+            model = add_adapter(base, LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=targets))
     if checkpointing != "none":
         base.checkpoint_tower = checkpointing == "all"
         base.activation_checkpointing_enable({"use_reentrant": False})
@@ -75,18 +71,16 @@ def to(row: dict, device) -> dict:
 @pytest.mark.parametrize("checkpointing", ["none", "decoder", "all"])
 @pytest.mark.parametrize("mode", ["full", "frozen", "frozen+projector", "lora", "lora+frozen"])
 def test_flops_at_real_size(mode, checkpointing):
-    """Attention is counted in full there: every query with every key of its kernel call. QLoRA computes as LoRA does."""
+    """Attention is counted in full there: every query with every key of its call. QLoRA computes as LoRA does."""
     row = micro_batch(BATCHES["two"])
-    model = build(mode, torch.bfloat16, "meta", checkpointing=checkpointing)
+    model = build(mode, torch.bfloat16, checkpointing)
     with FlopCounterMode(display=False) as counter:
         model(**to(row, "meta")).loss.backward()
-    load = load_of_packing(row["packing"], causal=False)
     counted = counter.get_total_flops()
-    costs = Costs(model, checkpointing)
+    costs, load = Costs(model, checkpointing), load_of_packing(row["packing"], causal=False)
     assert costs.flops(load, again=True) == pytest.approx(counted, rel=0.01)
-    causal = costs.flops(load_of_packing(row["packing"]), again=True)
-    print(f"{mode} {checkpointing}: {counted / 1e12:.3f} counted, formula {costs.flops(load, again=True) / counted - 1:+.3%}, causal {causal / counted:.3f}")
-    assert 0.95 * counted < causal < counted
+    # What is reported counts a query with the keys before it alone.
+    assert 0.95 * counted < costs.flops(load_of_packing(row["packing"]), again=True) < counted
 
 
 CASES = [
@@ -108,35 +102,34 @@ CASES = [
 
 @pytest.mark.parametrize(("mode", "dtype", "checkpointing", "batch"), CASES)
 def test_kept_tensors_at_real_size(mode, dtype, checkpointing, batch, monkeypatch):
+    """On fake CPU tensors, where attention is the fused kernel's, as on a GPU; on the meta device it is not."""
     monkeypatch.setattr("phi3v.modeling_phi3v.Phi3VModel._check_images", lambda *args: None)  # looks at values
     row = micro_batch(BATCHES[batch])
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model = build(mode.split(" ")[0], dtype, "cpu", checkpointing=checkpointing)
-        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-        kept = {}
+    model = build(mode.split()[0], dtype, checkpointing)
+    autocast, kept = mode.endswith("autocast"), {}
 
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in parameters and tensor.grad_fn is None or True:
-                kept.setdefault(storage._cdata, (storage, tensor.dtype, tuple(tensor.shape)))
-            return tensor
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
 
-        inputs = {k: fake.from_tensor(v) if torch.is_tensor(v) else v for k, v in row.items()}
-        autocast = "autocast" in mode
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                model(**inputs).loss
-    total = sum(storage.nbytes() for key, (storage, _, _) in kept.items() if key not in parameters)
-    costs = Costs(model, checkpointing, stream_bytes=dtype.itemsize, compute_bytes=2 if autocast else dtype.itemsize)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+            for name, p in module._buffers.items():
+                module._buffers[name] = torch.empty(p.shape, dtype=p.dtype)
+        inputs = {key: fake.from_tensor(value) if torch.is_tensor(value) else value for key, value in row.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(**inputs)
+    for p in model.parameters():
+        kept.pop(p.untyped_storage()._cdata, None)
+    found = sum(storage.nbytes() for storage in kept.values())
+    costs = Costs(model, checkpointing, dtype.itemsize, 2 if autocast else dtype.itemsize)
     expected = costs.kept_bytes(load_of_packing(row["packing"]))
-    print(f"{mode} {dtype} {checkpointing} {batch}: kept {total / 2**30:.2f} GiB, expected {expected / total - 1:+.1%}")
-    if abs(expected / total - 1) > 0.1:
-        import collections
-        log = collections.Counter()
-        for key, (storage, dt, shape) in kept.items():
-            if key not in parameters:
-                log[(dt, shape)] += storage.nbytes()
-        for k, v in log.most_common(25):
-            print(k, v / 2**20)
-        print({k: v * costs._units(load_of_packing(row["packing"]))[k] / 2**20 for k, v in costs.kept.items()})
-    assert expected == pytest.approx(total, rel=0.1)
+    if autocast:  # it keeps copies of the weights that train
+        expected += sum(2 * p.numel() for p in model.parameters() if p.requires_grad and p.dim() > 1)
+    assert expected == pytest.approx(found, rel=0.1)
