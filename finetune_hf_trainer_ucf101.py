@@ -34,15 +34,22 @@ from transformers import BitsAndBytesConfig, Trainer, TrainingArguments, set_see
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
-from phi3v import Phi3VForCausalLM, Phi3VProcessor
+from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from phi3v.adapters import add_adapter, load_separators, save_separators
 from phi3v.annotations import read_conversations
 from phi3v.batching import EpochLoader, StepSampler, sampler_for
-from phi3v.command_line import check_flags, parse_flags, quiet_console, read_deepspeed_config
-from phi3v.conversations import ConversationDataset, PackingCollator, all_sizes
+from phi3v.command_line import (
+    check_flags,
+    parse_flags,
+    quiet_console,
+    read_deepspeed_config,
+    workers_per_process,
+)
+from phi3v.conversations import ConversationDataset, PackingCollator, Size, all_sizes
 from phi3v.errors import InputError, blaming, exit_on_input_error
 from phi3v.evaluation import generate_answers, write_report
 from phi3v.hardware import DTYPES, choose_attention, choose_precision
+from phi3v.measuring import Estimate, Meter, device_memory, peak_flops
 from phi3v.optimizer import set_part_rates
 
 METRIC = "accuracy"
@@ -102,9 +109,12 @@ class RecipeArguments:
     batch_size_per_gpu: int = field(
         default=1, metadata={"help": "micro-batch: examples a process handles at once; the rest is accumulated"}
     )
-    max_tokens_per_gpu: int | None = field(
+    max_tokens_per_gpu: str | None = field(
         default=None,
-        metadata={"help": "in place of --batch_size_per_gpu: fill micro-batches with examples of up to so many tokens"},
+        metadata={
+            "help": "in place of --batch_size_per_gpu: fill micro-batches with examples of up to so many tokens; auto: "
+            "as many as are expected to fit"
+        },
     )
     share_images: bool = field(
         default=True,
@@ -122,6 +132,13 @@ class RecipeArguments:
     no_eval_before: bool = field(default=False, metadata={"help": "skip the evaluation before training"})
     max_new_tokens: int = field(default=64, metadata={"help": "longest answer in tokens"})
     # the rest
+    estimate: bool = field(
+        default=False,
+        metadata={"help": "print FLOPs, memory and time that a run takes, and end without loading weights"},
+    )
+    estimate_gpus: int | None = field(
+        default=None, metadata={"help": "with --estimate: for so many GPUs; default: as many as there are processes"}
+    )
     no_tqdm: bool = field(default=False, metadata={"help": "no progress bars"})
     # end shared
 
@@ -138,16 +155,17 @@ TRAINER_DEFAULTS = {
     "adam_epsilon": 1e-7,
     "max_grad_norm": 1.0,
     "logging_steps": 10,
-    "dataloader_num_workers": 4,
+    "dataloader_num_workers": workers_per_process(),
+    "dataloader_prefetch_factor": 4,  # micro-batches a worker: uint8 crops are small, and images differ much in size
     "per_device_eval_batch_size": 8,
-    "activation_checkpointing": True,
+    "activation_checkpointing": True,  # if not given: only if it is expected to be needed, see fit_memory
     "ddp_timeout": 7200,  # seconds: the other processes wait while the first one downloads data and looks through it
     "ddp_find_unused_parameters": False,  # none is unused: see Phi3VModel._needs_vision_graph
 }
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, TrainingArguments]:
-    """Reads and checks all flags; raises InputError before anything is loaded."""
+def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, TrainingArguments, set[str]]:
+    """Reads and checks all flags; raises InputError before anything is loaded. Returns also which ones were given."""
     args, trainer, given = parse_flags(RecipeArguments, TRAINER_DEFAULTS, __doc__.splitlines()[0], argv)
     args.use_lora |= args.use_qlora
     if "deepspeed" not in given and not args.use_lora:
@@ -169,8 +187,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, Tra
         save_strategy="steps" if "save_steps" in given else "no",
         eval_strategy="steps" if "eval_steps" in given else "no",
     )
+    if not trainer["dataloader_num_workers"]:
+        trainer["dataloader_prefetch_factor"] = None
     try:
-        return args, TrainingArguments(**trainer)
+        return args, TrainingArguments(**trainer), given
     except (ValueError, TypeError) as e:
         raise InputError(" ".join(str(e).split())) from None
 
@@ -197,11 +217,16 @@ def load_data(args: RecipeArguments) -> tuple[list[dict], list[dict]]:
 
 
 # shared: model
-def load_model(args: RecipeArguments, training_args: TrainingArguments):
-    """The model with just those parameters trainable that the flags say."""
+def load_model(args: RecipeArguments, training_args: TrainingArguments, without_weights: bool = False):
+    """The model with just those parameters trainable that the flags say; `without_weights` on the meta device."""
     # DeepSpeed keeps an fp32 copy of half-precision weights in its optimizer, and adapters are fp32 on a frozen base.
     # Elsewhere the weights that the optimizer updates are fp32, and autocast computes in half precision.
     dtype = compute_dtype(training_args) if training_args.deepspeed or args.use_lora else torch.float32
+    if without_weights:
+        config = Phi3VConfig.from_pretrained(args.model_name_or_path)
+        config._attn_implementation = args.attn_implementation
+        with torch.device("meta"):
+            return choose_trained(Phi3VForCausalLM(config).to(dtype), args)
     if is_deepspeed_zero3_enabled():
         deepspeed.init_distributed()  # parameters are split while they load, before the Trainer has DeepSpeed start
     quantization = None
@@ -211,7 +236,7 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head"] + ([] if args.quantize_vision else [".*vision_embed_tokens"]),
+            llm_int8_skip_modules=not_quantized(args),
         )
     model, info = Phi3VForCausalLM.from_pretrained(
         args.model_name_or_path,
@@ -225,6 +250,14 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
         raise InputError(
             f"--model_name_or_path {args.model_name_or_path} lacks {', '.join(info['missing_keys'])[:200]}"
         )
+    return choose_trained(model, args)
+
+
+def not_quantized(args: RecipeArguments) -> list[str]:
+    return ["lm_head"] + ([] if args.quantize_vision else [".*vision_embed_tokens"])
+
+
+def choose_trained(model: Phi3VForCausalLM, args: RecipeArguments):
     vision = model.model.vision_embed_tokens
     if args.use_lora:
         targets = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -278,10 +311,11 @@ def score(prediction: str, answers: list[str]) -> float:
 class RecipeTrainer(Trainer):
     """A Trainer that evaluates by generating answers, and has learning rates of their own for tower and projector."""
 
-    def __init__(self, *, recipe: RecipeArguments, sampler: StepSampler, eval_conversations, **kwargs):
+    def __init__(self, *, recipe: RecipeArguments, sampler: StepSampler, meter: Meter, eval_conversations, **kwargs):
         super().__init__(**kwargs)
         self.recipe = recipe
         self.sampler = sampler
+        self.meter = meter
         self.eval_conversations = eval_conversations
 
     def get_train_dataloader(self) -> DataLoader:
@@ -294,6 +328,17 @@ class RecipeTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
         )
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.meter.add(inputs["packing"])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        with self.meter.paused():  # what logging, evaluation and saving take is no time of training
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        super().log(logs | self.meter.read() if "loss" in logs else logs, *args, **kwargs)
 
     def report(self) -> dict:
         """The metric over the evaluation set, with every prediction."""
@@ -340,8 +385,23 @@ class RecipeTrainer(Trainer):
             load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
 
 
-def main(argv: list[str] | None = None) -> RecipeTrainer:
-    args, training_args = parse_arguments(argv)
+def estimate_run(args: RecipeArguments, training_args: TrainingArguments, sizes: list[Size]) -> Estimate:
+    """What training takes, computed from a model without weights."""
+    with blaming("model_name_or_path", args.model_name_or_path):
+        outline = load_model(args, training_args, without_weights=True)
+    return Estimate(
+        outline,
+        sizes,
+        args.estimate_gpus or training_args.world_size,
+        compute_dtype(training_args).itemsize,
+        training_args.deepspeed,
+        not_quantized(args) if args.use_qlora else None,
+        on_gpu=args.estimate or torch.accelerator.is_available(),
+    )
+
+
+def main(argv: list[str] | None = None) -> RecipeTrainer | None:
+    args, training_args, given = parse_arguments(argv)
     quiet_console()
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):  # one process fills caches, the others read them
@@ -351,28 +411,47 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
     train_dataset = ConversationDataset(train, processor)
     sizes = all_sizes(train_dataset, "measuring examples", training_args.disable_tqdm)
+    estimate = estimate_run(args, training_args, sizes)
+    by_need = "activation_checkpointing" not in given
+    plan = estimate.plan(
+        args.batch_size,
+        args.batch_size_per_gpu,
+        args.max_tokens_per_gpu,
+        None if by_need else "all" if training_args.activation_checkpointing else "none",
+        device_memory(),
+    )
+    if args.estimate:
+        if training_args.process_index == 0:
+            print(estimate.describe(plan.load, training_args.num_train_epochs))
+        return None
     sampler = sampler_for(
         train_dataset,
         sizes,
         args.batch_size,
         examples_per_gpu=args.batch_size_per_gpu,
-        max_tokens=args.max_tokens_per_gpu,
+        max_tokens=plan.tokens,
         share_images=args.share_images,
         seed=training_args.seed,
         epochs=math.ceil(training_args.num_train_epochs),
         rank=training_args.process_index,
         world_size=training_args.world_size,
     )
-    if sampler.accumulation != training_args.gradient_accumulation_steps:
-        training_args = replace(training_args, gradient_accumulation_steps=sampler.accumulation)
+    training_args = replace(
+        training_args,
+        gradient_accumulation_steps=sampler.accumulation,
+        activation_checkpointing=plan.checkpointing != "none",
+    )
     with blaming("model_name_or_path", args.model_name_or_path):
         model = load_model(args, training_args)
+    next(m for m in model.modules() if isinstance(m, Phi3VForCausalLM)).checkpoint_tower = plan.checkpointing == "all"
+    peak, source = peak_flops(compute_dtype(training_args))
     with blaming("report_to", training_args.report_to):
         trainer = RecipeTrainer(
             model=model,
             args=training_args,
             recipe=args,
             sampler=sampler,
+            meter=Meter(estimate.costs[plan.checkpointing], peak),
             data_collator=PackingCollator(
                 processor,
                 model.config.original_max_position_embeddings,
@@ -384,12 +463,12 @@ def main(argv: list[str] | None = None) -> RecipeTrainer:
             processing_class=processor,
         )
     if trainer.is_world_process_zero():
-        micro_batch = f"up to {args.max_tokens_per_gpu} tokens" if args.max_tokens_per_gpu else args.batch_size_per_gpu
+        micro_batch = f"up to {plan.tokens} tokens" if plan.tokens else args.batch_size_per_gpu
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         print(
             f"{len(train)} training and {len(evaluation)} evaluation examples; {trained:,} parameters train; "
             f"{training_args.world_size} processes x micro-batch {micro_batch} x "
-            f"{training_args.gradient_accumulation_steps} accumulated",
+            f"{sampler.accumulation} accumulated\n{plan}; MFU is of {peak / 1e12:.3g} TFLOP/s, {source}",
             flush=True,
         )
     before = None if args.no_eval_before else write_report(trainer, "eval_before.json")

@@ -63,12 +63,12 @@ REFUSED = {
 COUNTS = {
     "batch_size",
     "batch_size_per_gpu",
-    "max_tokens_per_gpu",
     "num_crops",
     "max_new_tokens",
     "max_train_samples",
     "max_eval_samples",
     "lora_rank",
+    "estimate_gpus",
 }
 # Flags that say how something is done, and the flag that says to do it.
 NEEDS = {
@@ -79,6 +79,7 @@ NEEDS = {
     "lora_dropout": "use_lora",
     "use_dora": "use_lora",
     "train_separators": "use_lora",
+    "estimate_gpus": "estimate",
 }
 
 
@@ -159,6 +160,13 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError("--train_separators can't run under DeepSpeed: leave out --deepspeed")
     if args.use_qlora and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise InputError("--use_qlora can't run under ZeRO-3, which would split 4-bit weights: leave out --deepspeed")
+    if args.max_tokens_per_gpu not in (None, "auto"):
+        try:
+            args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
+        except ValueError:
+            args.max_tokens_per_gpu = 0
+        if args.max_tokens_per_gpu < 1:
+            raise InputError("--max_tokens_per_gpu must be auto, or a whole number of at least 1")
     if args.max_tokens_per_gpu and "batch_size_per_gpu" in given:
         raise InputError("--max_tokens_per_gpu and --batch_size_per_gpu contradict each other: give one")
     step = world_size() * args.batch_size_per_gpu  # examples that all processes handle at once
@@ -230,6 +238,13 @@ def world_size() -> int:
             port = str(s.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     return int(os.environ["WORLD_SIZE"])
+
+
+def workers_per_process() -> int:
+    """Processes that prepare images for each training process: its share of the cores, but not more than 8, which
+    keep up with any GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def quiet_console():

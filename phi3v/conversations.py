@@ -91,11 +91,12 @@ def _labels(ids: list[int], tokenizer) -> list[int]:
 
 
 class Size(NamedTuple):
-    """What an example takes: tokens, of them image tokens, and crops (sub-crops and global ones)."""
+    """What an example takes: tokens, of them image tokens and targets, and crops (sub-crops and global ones)."""
 
     tokens: int
     image_tokens: int
     crops: int
+    targets: int
 
 
 class ConversationDataset(Dataset):
@@ -144,8 +145,9 @@ class ConversationDataset(Dataset):
         """What the example takes, from its text and the headers of its images. Raises InputError."""
         text, images = _chat(self.processor, self.conversations[index]["conversations"], self.for_generation)
         grids = [_grid(self.processor.image_processor, image, image_size(image)) for image in images]
-        ids = _encode_text(self.processor, text, grids)["input_ids"]
-        return Size(len(ids), int((ids < 0).sum()), sum(h * w + 1 for h, w in grids))
+        encoded = _encode_text(self.processor, text, grids)
+        ids, targets = encoded["input_ids"], encoded["labels"] != IGNORE_INDEX
+        return Size(len(ids), int((ids < 0).sum()), sum(h * w + 1 for h, w in grids), int(targets.sum()))
 
 
 def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = False) -> list[Size]:

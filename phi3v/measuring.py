@@ -4,17 +4,23 @@ All of it is computed from the modules of a model, which may be on the meta devi
 parameters train. A multiplication with an addition counts as two FLOPs, and matrix products alone are counted.
 """
 
+import contextlib
+import functools
+import math
+import operator
 import os
+import re
 import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import torch
-import torch.distributed as dist
+from accelerate.utils import gather_object
 
 from .functional import LOSS_CHUNK
 from .packing import Group, Packing
@@ -42,6 +48,22 @@ PEAK_FLOPS = {
 }
 # What a GPU needs beside tensors: the driver's context, cuBLAS and NCCL. And what its allocator can't use in between.
 GPU_CONTEXT, GPU_FRAGMENTATION = 1.0 * 2**30, 0.05
+USABLE = 0.9  # of a device's memory: what is planned with
+CHECKPOINTING = ("none", "decoder", "all")
+SPOKEN = {"none": "no checkpointing", "decoder": "checkpointing: decoder", "all": "checkpointing: all"}
+ENOUGH_TOKENS = 8192
+ASSUMED_MFU = 0.4
+# Common GPUs and their GiB, for estimates where there is none. Their names contain one of PEAK_FLOPS'.
+GPUS = {
+    "RTX 3090 24 GB": 24,
+    "RTX 4090 24 GB": 24,
+    "V100 32 GB": 32,
+    "A100 40 GB": 40,
+    "RTX 8000 48 GB": 48,
+    "A100 80 GB": 80,
+    "H100 80 GB": 80,
+    "H200 141 GB": 141,
+}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a parameter: 4 bits, 8 more a block of 64, 32 more for 256 of these
 
 
@@ -334,66 +356,193 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + max(self.passes, self.update) + self.context
 
     def __str__(self):
-        parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in vars(self).items())
-        return f"{self.peak / 2**30:.1f} GiB ({parts})"
+        parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in vars(self).items())
+        return f"{self.peak / 2**30:.2f} GiB ({parts})"
 
 
-def memory(model, costs: Costs, load: Load, deepspeed: dict | None, world_size: int, four_bit=(), gpu=True) -> Memory:
-    """Expected memory of one rank while it trains on micro-batches like `load`.
+class Estimate:
+    """What training on some examples will take on each of `world_size` devices.
 
+    model: as `Costs` takes it, on the meta device or not.
+    sizes: of the examples.
+    compute_bytes: of a number in a matrix product.
     deepspeed: the content of its json; None for DistributedDataParallel, or one process alone.
-    four_bit: names of linear layers whose weights are kept in NF4.
-    gpu: adds what a GPU's libraries and its allocator take.
+    not_quantized: for a model whose linear layers are kept in NF4, patterns of the names of those that are not.
+    on_gpu: whether to add what a GPU's libraries and its allocator take.
     """
-    four_bit = set(four_bit)
-    trained = frozen = packed = 0
-    for name, p in model.named_parameters():
-        n = getattr(p, "ds_numel", p.numel())
-        if name.removesuffix(".weight") in four_bit:
-            packed += n
-        elif p.requires_grad:
-            trained += n
+
+    def __init__(
+        self, model, sizes: list, world_size: int, compute_bytes: int, deepspeed: dict | None = None,
+        not_quantized: list[str] | None = None, on_gpu: bool = True,
+    ):  # fmt: skip
+        self.sizes, self.world_size, self.deepspeed, self.on_gpu = sizes, world_size, deepspeed or {}, on_gpu
+        stream_bytes = next(p for name, p in model.named_parameters() if "embed_tokens" in name).element_size()
+        self.costs = {kind: Costs(model, kind, stream_bytes, compute_bytes) for kind in CHECKPOINTING}
+        self.trained = self.frozen = self.four_bit = self.largest = 0
+        for module_name, module in model.named_modules():
+            quantized = not_quantized is not None and isinstance(module, torch.nn.Linear) and "lora_" not in module_name
+            quantized = quantized and not any(re.search(pattern, module_name) for pattern in not_quantized)
+            own = 0
+            for p in module.parameters(recurse=False):
+                n = getattr(p, "ds_numel", p.numel())
+                own += n
+                if quantized:
+                    self.four_bit += n
+                elif p.requires_grad:
+                    self.trained += n
+                else:
+                    self.frozen += n
+            self.largest = max(self.largest, own)
+
+    def memory(self, load: Load, checkpointing: str) -> Memory:
+        """Expected memory of a process that trains on micro-batches like `load`."""
+        costs, trained = self.costs[checkpointing], self.trained
+        s, c = costs.s, costs.c
+        weights = self.four_bit * NF4_BYTES + self.frozen * s
+        passes, update = costs.peak_bytes(load), 0.0
+        if self.four_bit:
+            passes += self.largest * c  # a layer's weights while it computes
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not self.deepspeed:
+            # Adam on fp32 weights; DistributedDataParallel has a second copy of the gradients, in buckets.
+            weights += trained * 4
+            gradients = trained * 4 * (2 if self.world_size > 1 else 1)
+            optimizer = trained * 8
+            passes += trained * c if c < 4 else 0  # autocast's copies
         else:
-            frozen += n
-    zero = (deepspeed or {}).get("zero_optimization", {})
-    stage, s = zero.get("stage", 0), costs.s
-    weights = packed * NF4_BYTES + frozen * s
-    if deepspeed is None:
-        # Adam on fp32 weights; DistributedDataParallel has a second copy of the gradients, in buckets.
-        weights += trained * 4
-        gradients = trained * 4 * (2 if world_size > 1 else 1)
-        passes = costs.peak_bytes(load) + (trained * costs.c if costs.c < 4 else 0)  # autocast's copies
-        optimizer, update = trained * 8, 0.0
-    else:
-        weights += trained * s
-        share = trained / world_size
-        offload = zero.get("offload_optimizer", {}).get("device", "none") != "none" and gpu
-        optimizer = 0.0 if offload else share * 12  # fp32 weights and Adam's two moments
-        gradients = share * s if stage >= 2 else trained * s
-        bucket = zero.get("reduce_bucket_size", 5e8)
-        bucket = (2**29 if bucket == "auto" else min(bucket, trained)) * s * (2 if zero.get("overlap_comm") else 1)
-        passes = costs.peak_bytes(load) + bucket
-        update = 0.0 if offload else share * 4
-        if stage == 3:
-            weights = weights / world_size
-            passes += 2 * _largest_layer(model) * s  # one that computes, one that is being gathered
-    context = 0.0
-    if gpu:
-        context = GPU_CONTEXT + GPU_FRAGMENTATION * (weights + gradients + optimizer + passes)
-    return Memory(weights, gradients, optimizer, passes, update, context)
+            stage, share = zero.get("stage", 0), trained / self.world_size
+            weights += trained * s
+            offloaded = self.on_gpu and zero.get("offload_optimizer", {}).get("device", "none") != "none"
+            optimizer = 0.0 if offloaded else share * 12  # fp32 weights and Adam's two moments
+            gradients = share * s if stage >= 2 else trained * s
+            bucket = zero.get("reduce_bucket_size", 5e8)
+            bucket = trained if bucket == "auto" else min(bucket, trained)
+            passes += bucket * s * (2 if zero.get("overlap_comm") else 1)
+            update = 0.0 if offloaded else share * 4  # gradients in fp32
+            if stage == 3:
+                weights /= self.world_size
+                passes += 2 * self.largest * s  # one that computes, one that is being gathered
+        context = 0.0
+        if self.on_gpu:
+            context = GPU_CONTEXT + GPU_FRAGMENTATION * (weights + gradients + optimizer + passes)
+        return Memory(weights, gradients, optimizer, passes, update, context)
+
+    def loads(self, indices: Iterable[int]) -> Load:
+        """Of these examples in one micro-batch, no image shared."""
+        return functools.reduce(operator.add, (load_of_example(s.tokens, s.crops, s.targets) for s in indices))
+
+    def largest_load(self, examples: int) -> Load:
+        """The most that a micro-batch of so many examples can hold."""
+        order = sorted(self.sizes, key=lambda s: (-s.tokens, -s.crops))
+        return self.loads(order[:examples])
+
+    def load_of_tokens(self, tokens: int) -> Load:
+        """Micro-batches filled up to `tokens`, with examples like the one with the most crops a token."""
+        densest = max(self.sizes, key=lambda s: (s.crops / s.tokens, s.targets))
+        one = load_of_example(densest.tokens, densest.crops, densest.targets)
+        return Load(*(math.ceil(value * tokens / densest.tokens) for value in vars(one).values()))
+
+    def least_checkpointing(self, load: Load, budget: float) -> str | None:
+        """The least with which `load` fits into `budget` bytes; None if nothing helps."""
+        return next((kind for kind in CHECKPOINTING if self.memory(load, kind).peak <= budget), None)
+
+    def plan(
+        self, batch_size: int, examples: int, tokens: int | str | None, checkpointing: str | None, budget: float
+    ) -> "Plan":
+        """What to do in `budget` bytes.
+
+        batch_size: examples an optimizer step; examples: of a micro-batch, or in their place its `tokens`, which may
+            be "auto"; checkpointing: None for as little as possible.
+        With "auto", micro-batches grow to ENOUGH_TOKENS without checkpointing if that fits: beyond, more tokens gain
+        less than computing twice costs.
+        """
+        longest = max(s.tokens for s in self.sizes)
+        if tokens == "auto":
+            share = math.ceil(batch_size / self.world_size) * longest
+            for kind in [checkpointing] if checkpointing else CHECKPOINTING:
+                fits = [n for n in range(longest, max(share, longest) + 256, 256) if self._fits(n, kind, budget)]
+                if fits and (kind == "all" or fits[-1] >= min(ENOUGH_TOKENS, share)):
+                    break
+            tokens = fits[-1] if fits else longest
+        load = self.load_of_tokens(max(tokens, longest)) if tokens else self.largest_load(examples)
+        kind = checkpointing or self.least_checkpointing(load, budget) or "all"
+        return Plan(tokens, kind, load, self.memory(load, kind), budget)
+
+    def _fits(self, tokens: int, kind: str, budget: float) -> bool:
+        return self.memory(self.load_of_tokens(tokens), kind).peak <= budget
+
+    def flops(self, checkpointing: str) -> float:
+        """Of the mean example, with what is computed again."""
+        return self.costs[checkpointing].flops(self.loads(self.sizes), again=True) / len(self.sizes)
+
+    def describe(self, load: Load, epochs: float) -> str:
+        """Some lines: parameters, FLOPs, memory for `load`, and time; where there is no GPU, on common ones."""
+        total = self.loads(self.sizes)
+        n = len(self.sizes)
+        parts = self.costs["none"].flops_by_part(total)
+        whole = sum(parts.values())
+        tokens, crops = (sorted(getattr(s, name) for s in self.sizes) for name in ("tokens", "crops"))
+        lines = [
+            f"parameters     {self.trained + self.frozen + self.four_bit:,}, of which {self.trained:,} train"
+            + (f" and {self.four_bit:,} are kept in 4 bits" if self.four_bit else ""),
+            f"examples       {n:,}, of {tokens[0]:,} to {tokens[-1]:,} tokens, median {tokens[n // 2]:,}; up to "
+            f"{crops[-1]} crops, median {crops[n // 2]}",
+            f"an example     {whole / n / 1e12:.3g} TFLOP, forward and backward: "
+            + ", ".join(f"{name} {value / whole:.0%}" for name, value in parts.items()),
+            f"a micro-batch  of up to {load.tokens:,} tokens and {load.crops} crops; expected peak on each of "
+            f"{self.world_size} devices:",
+        ]
+        for kind in CHECKPOINTING:
+            again = self.costs[kind].flops(total, again=True) / whole
+            lines.append(f"  {SPOKEN[kind]:24} {self.memory(load, kind)}, {again:.2f} x the FLOPs")
+        lines.append(f"an epoch       at {ASSUMED_MFU:.0%} of the devices' peak, an assumption:")
+        gpus = GPUS
+        if torch.cuda.is_available():
+            gpus = {torch.cuda.get_device_name(): device_memory() / USABLE / 2**30}
+        for name, gib in gpus.items():
+            kind = self.least_checkpointing(load, USABLE * gib * 2**30)
+            line = f"  {name:24} "
+            if kind is None:
+                lines.append(f"{line}does not fit")
+                continue
+            seconds = self.flops(kind) * n / (published_peak(name) * ASSUMED_MFU * self.world_size)
+            line += f"{SPOKEN[kind]}: {_time(seconds)}, {n / seconds:.3g} examples/s"
+            lines.append(line + (f"; {_time(seconds * epochs)} for {epochs:g} epochs" if epochs != 1 else ""))
+        return "\n".join(lines)
 
 
-def _largest_layer(model) -> int:
-    return max(sum(getattr(p, "ds_numel", p.numel()) for p in m.parameters(recurse=False)) for m in model.modules())
+class Plan(NamedTuple):
+    """How a run goes about its memory: tokens of a micro-batch (None: a number of examples), activation checkpointing
+    ("none", "decoder" or "all"), the largest micro-batch, the expected memory with it, and how much there is."""
+
+    tokens: int | None
+    checkpointing: str
+    load: Load
+    memory: Memory
+    budget: float
+
+    def __str__(self):
+        fit = f"expected peak memory {self.memory.peak / 2**30:.1f} of {self.budget / 2**30:.1f} GiB a process"
+        if self.memory.peak > self.budget:
+            fit += ": MAY NOT FIT"
+        return f"{SPOKEN[self.checkpointing]}; {fit}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def published_peak(name: str) -> float | None:
+    """FLOP/s in half precision of a GPU that is called so."""
+    return next((peak for known, peak in PEAK_FLOPS.items() if known.lower() in name.lower()), None)
 
 
 def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
     """(FLOP/s, where from) of this process's device: published for a known GPU, measured for anything else."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        for known, peak in PEAK_FLOPS.items():
-            if known.lower() in name.lower():
-                return peak, f"{name}'s published peak"
+    if torch.cuda.is_available() and (peak := published_peak(torch.cuda.get_device_name())):
+        return peak, "published"
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     n = 8192 if device.type != "cpu" else 1536
     square, best = torch.ones(n, n, dtype=dtype, device=device), float("inf")
@@ -402,7 +551,7 @@ def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
         square @ square
         _wait()
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, "measured by a matrix product"
+    return 2 * n**3 / best, "of a matrix product, measured"
 
 
 def _wait():
@@ -417,11 +566,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def device_memory() -> int:
-    """Bytes that one process can have: its GPU's, or its share of what is free on a CPU."""
+def device_memory() -> float:
+    """Bytes that each process can have, the USABLE share of its GPU's, or its share of what is free on a CPU. The least
+    of all ranks, so that all of them plan alike."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        own = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        own = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return USABLE * min(gather_object([own]))
 
 
 class Meter:
@@ -432,20 +584,22 @@ class Meter:
 
     def __init__(self, costs: Costs, peak: float):
         self.costs, self.peak = costs, peak
-        self.seconds, self.started = 0.0, None
+        self.started = None
         self._clear()
 
     def _clear(self):
         self.images = self.tokens = self.flops = 0
         self.seconds = 0.0
 
-    def start(self):
-        self.started = time.perf_counter()
-
-    def stop(self):
-        if self.started is not None:
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that is not counted. The clock starts at the first pause's end, as the first step is like no other."""
+        if self.started is None:
+            self._clear()
+        else:
             self.seconds += time.perf_counter() - self.started
-            self.started = None
+        yield
+        self.started = time.perf_counter()
 
     def add(self, packing: Packing):
         """A micro-batch, with the images that it encodes."""
@@ -457,13 +611,9 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Of all ranks together since the last reading; memory is the largest rank's. Every rank must call it."""
         totals = [float(self.images), float(self.tokens), float(self.flops), float(peak_memory())]
-        if dist.is_initialized():
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, totals)
-        else:
-            ranks = [totals]
+        ranks = gather_object([totals])
         images, tokens, flops, memory = zip(*ranks, strict=True)
-        seconds = max(self.seconds, 1e-9)
+        seconds = max(self.seconds, 1e-9)  # none, if nothing has been counted since either
         self._clear()
         return {
             "images_per_second": round(sum(images) / seconds, 2),

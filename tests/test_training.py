@@ -180,7 +180,7 @@ WRONG = [
     ("--batch_size x", "invalid int value: 'x'"),
     ("--num_crops 0", "--num_crops is 0, must be at least 1"),
     ("--num_crops 17", "at most 16"),
-    ("--max_tokens_per_gpu 0", "--max_tokens_per_gpu is 0, must be at least 1"),
+    ("--max_tokens_per_gpu 0", "--max_tokens_per_gpu must be auto, or a whole number of at least 1"),
     ("--max_tokens_per_gpu 9 --batch_size_per_gpu 2", "contradict each other"),
     ("--max_tokens_per_gpu 20", "--max_tokens_per_gpu 20 is less than"),
     ("--max_train_samples 0", "--max_train_samples is 0"),

@@ -1,0 +1,154 @@
+"""Resident memory of training steps on a CPU against what is expected of them.
+
+    python benchmarks/memory.py
+
+Every case is a process of its own, with the 51M-parameter model of benchmarks/step.py, fp32, one thread: three steps of
+two micro-batches with AdamW. Measured is the largest resident size, less that after the imports, with glibc told to
+give every freed block of 64 KiB or more back at once: by itself it keeps many, up to 70% more where layers are
+computed again.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
+
+# name: mode, grids of each example's image (None: text of 512 tokens), activation checkpointing, DeepSpeed
+CASES = {
+    "full, 3x4": ("full", [(3, 4)], "none", False),
+    "full, 1x2": ("full", [(1, 2)], "none", False),
+    "full, text-512": ("full", [None], "none", False),
+    "full, 2 of 3x4": ("full", [(3, 4)] * 2, "none", False),
+    "full, 2 of 3x4, checkpointing": ("full", [(3, 4)] * 2, "all", False),
+    "frozen, 2 of 3x4": ("frozen", [(3, 4)] * 2, "none", False),
+    "LoRA, 3x4": ("lora", [(3, 4)], "none", False),
+    "QLoRA, 3x4": ("qlora", [(3, 4)], "none", False),
+    "full, ZeRO-2, 3x4": ("full", [(3, 4)], "none", True),
+    "full, ZeRO-2, 4 of 2x2": ("full", [(2, 2)] * 4, "none", True),
+}
+
+
+def run(name: str):
+    import deepspeed
+    import step as base
+    import torch
+    from packing import packed
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    from phi3v import Phi3VConfig, Phi3VForCausalLM
+    from phi3v.adapters import add_adapter
+    from phi3v.command_line import read_deepspeed_config, world_size
+    from phi3v.conversations import Size
+    from phi3v.measuring import Estimate, load_of_packing
+
+    mode, grids, checkpointing, zero = CASES[name]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    examples = []
+    for i, grid in enumerate(grids):
+        n = 0 if grid is None else (grid[0] * grid[1] + 1) * 144 + 1 + (grid[0] + 1) * 12
+        text, supervised = (512, 511) if grid is None else (43, 32)
+        ids = torch.cat([torch.full((n,), -1), torch.randint(3, 32000, (text,))])
+        labels = torch.full_like(ids, -100)
+        labels[-supervised:] = ids[-supervised:]
+        tiles = torch.randint(0, 256, (0 if grid is None else grid[0] * grid[1], 336, 336, 3), dtype=torch.uint8)
+        own = [] if grid is None else [grid]
+        examples.append({"input_ids": ids, "labels": labels, "pixel_values": tiles, "grids": own, "images": i})
+    batch = packed(examples)
+    if not batch["packing"].grids:
+        batch["pixel_values"] = None
+    config = Phi3VConfig(**base.DECODER, vision_config=base.VISION)
+    deepspeed_config = None
+    if zero:
+        world_size()
+        deepspeed_config = read_deepspeed_config(Path(__file__).resolve().parents[1] / "ds_config" / "zero2.json")
+        zero_options = {k: v for k, v in deepspeed_config["zero_optimization"].items() if v != "auto"}
+        deepspeed_config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 2,
+            "zero_optimization": zero_options,
+        }
+        deepspeed.init_distributed("gloo")
+    skip = ["lm_head", ".*vision_embed_tokens"] if mode == "qlora" else None
+    targets = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+
+    def build(device):
+        with torch.device(device):
+            model = Phi3VForCausalLM(config).train()
+        if mode == "frozen":
+            model.model.vision_embed_tokens.requires_grad_(False)
+        return model
+
+    outline = build("meta")
+    if "lora" in mode:
+        outline = add_adapter(outline, LoraConfig(r=64, target_modules=targets))  # which imports more
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    model = build("cpu")
+    if mode == "qlora":
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = Phi3VForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                quantization_config=BitsAndBytesConfig(
+                    load_in_4bit=True,
+                    bnb_4bit_quant_type="nf4",
+                    bnb_4bit_use_double_quant=True,
+                    llm_int8_skip_modules=skip,
+                ),
+            ).train()
+    if "lora" in mode:
+        model = add_adapter(model, LoraConfig(r=64, target_modules=targets))
+    if checkpointing != "none":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    engine = None
+    if zero:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    for micro_batch in range(6):
+        if engine:
+            engine.backward(engine(**batch).loss)
+            engine.step()
+        else:
+            model(**batch).loss.backward()
+            if micro_batch % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    measured = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    sizes = [Size(1, 0, 0, 1)]
+    estimate = Estimate(outline, sizes, 1, 4, deepspeed_config, skip, on_gpu=False)
+    memory = estimate.memory(load_of_packing(batch["packing"]), checkpointing)
+    print(json.dumps({"measured": measured, "expected": memory.peak, "parts": str(memory)}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, help="one alone, measured in this process")
+    args = parser.parse_args()
+    if args.case:
+        return run(args.case)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    print(f"{'case':34}{'measured GiB':>14}{'expected':>10}{'difference':>12}")
+    for name in CASES:
+        command = [sys.executable, __file__, "--case", name]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            sys.exit(f"{name}: {done.stderr[-2000:]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        measured, expected = found["measured"], found["expected"]
+        line = f"{name:34}{measured / 2**30:>14.2f}{expected / 2**30:>10.2f}{expected / measured - 1:>+12.0%}"
+        print(f"{line}   {found['parts']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
