@@ -164,14 +164,14 @@ TRAINER_DEFAULTS = {
     "dataloader_num_workers": workers_per_process(),
     "dataloader_prefetch_factor": 4,  # micro-batches a worker: uint8 crops are small, and images differ much in size
     "per_device_eval_batch_size": 8,
-    "activation_checkpointing": True,  # if not given: only if it is expected to be needed, see fit_memory
+    "activation_checkpointing": None,  # as memory needs it
     "ddp_timeout": 7200,  # seconds: the other processes wait while the first one downloads data and looks through it
     "ddp_find_unused_parameters": False,  # none is unused: see Phi3VModel._needs_vision_graph
 }
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, TrainingArguments, set[str]]:
-    """Reads and checks all flags; raises InputError before anything is loaded. Returns also which ones were given."""
+def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, TrainingArguments]:
+    """Reads and checks all flags; raises InputError before anything is loaded."""
     args, trainer, given = parse_flags(RecipeArguments, TRAINER_DEFAULTS, __doc__.splitlines()[0], argv)
     args.use_lora |= args.use_qlora
     if "deepspeed" not in given and not args.use_lora:
@@ -196,7 +196,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, Tra
     if not trainer["dataloader_num_workers"]:
         trainer["dataloader_prefetch_factor"] = None
     try:
-        return args, TrainingArguments(**trainer), given
+        return args, TrainingArguments(**trainer)
     except (ValueError, TypeError) as e:
         raise InputError(" ".join(str(e).split())) from None
 
@@ -422,7 +422,7 @@ def estimate_run(args: RecipeArguments, training_args: TrainingArguments, sizes:
 
 
 def main(argv: list[str] | None = None) -> RecipeTrainer | None:
-    args, training_args, given = parse_arguments(argv)
+    args, training_args = parse_arguments(argv)
     quiet_console()
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):  # one process fills caches, the others read them
@@ -433,12 +433,11 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     train_dataset = ConversationDataset(train, processor)
     sizes = all_sizes(train_dataset, "measuring examples", training_args.disable_tqdm)
     estimate = estimate_run(args, training_args, sizes)
-    by_need = "activation_checkpointing" not in given
     plan = estimate.plan(
         args.batch_size,
         args.batch_size_per_gpu,
         args.max_tokens_per_gpu,
-        None if by_need else "all" if training_args.activation_checkpointing else "none",
+        {None: None, True: "all", False: "none"}[training_args.activation_checkpointing],
         device_memory(),
     )
     if args.estimate:

@@ -100,7 +100,7 @@ class _ImageProcessorModule(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.vision_model = CLIPVisionModel._from_config(config)
+        self.vision_model = CLIPVisionModel(config)
 
 
 class Phi3VImageEmbedding(nn.Module):
