@@ -22,7 +22,9 @@ with one turn or several, each with images of its own or none. All answers of a 
 one is what evaluation asks for, and its metric is the share of exact matches.
 """
 
+import json
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,12 +34,28 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from phi3v.adapters import add_adapter, load_separators, save_separators
 from phi3v.annotations import read_conversations
 from phi3v.batching import EpochLoader, StepSampler, sampler_for
+from phi3v.checkpoints import (
+    FINISHED,
+    UNFINISHED,
+    Health,
+    Interrupted,
+    Preemption,
+    check_settings,
+    check_space,
+    clear_unfinished,
+    find_checkpoint,
+    ignore_signals,
+    naming_full_disk,
+    publish,
+    settings_of,
+    stored_settings,
+    write_json,
+)
 from phi3v.command_line import (
     check_flags,
     parse_flags,
@@ -45,7 +63,8 @@ from phi3v.command_line import (
     read_deepspeed_config,
     workers_per_process,
 )
-from phi3v.conversations import ConversationDataset, PackingCollator, Size, all_sizes
+from phi3v.conversations import ConversationDataset, PackingCollator, Size, all_sizes, fingerprint
+from phi3v.data_check import check_data
 from phi3v.errors import InputError, blaming, exit_on_input_error
 from phi3v.evaluation import generate_answers, write_report
 from phi3v.hardware import DTYPES, choose_attention, choose_precision
@@ -71,6 +90,19 @@ class RecipeArguments:
     # shared: flags
     max_train_samples: int | None = field(default=None, metadata={"help": "train on the first N examples only"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first N examples only"})
+    max_length: int | None = field(
+        default=None, metadata={"help": "refuse examples of more tokens; default: the model's own limit"}
+    )
+    truncate: bool = field(
+        default=False, metadata={"help": "cut off the end of too long ones, if all images and some of the answer stay"}
+    )
+    on_bad_example: str = field(
+        default="error",
+        metadata={"help": "error, or skip: leave out examples whose images can't be read, and list them at the end"},
+    )
+    check_data: bool = field(
+        default=False, metadata={"help": "decode every image, print a summary of the data, and end without training"}
+    )
     # model
     model_name_or_path: str = field(
         default="microsoft/Phi-3.5-vision-instruct", metadata={"help": "a folder, or a repository on the Hub"}
@@ -139,6 +171,9 @@ class RecipeArguments:
     estimate_gpus: int | None = field(
         default=None, metadata={"help": "with --estimate: for so many GPUs; default: as many as there are processes"}
     )
+    resume_anyway: bool = field(
+        default=False, metadata={"help": "with --resume_from_checkpoint: go on although settings or data have changed"}
+    )
     no_tqdm: bool = field(default=False, metadata={"help": "no progress bars"})
     # end shared
 
@@ -171,6 +206,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, Tra
     if "deepspeed" not in given and not args.use_lora:
         trainer["deepspeed"] = Path(__file__).resolve().parent / "ds_config" / "zero2.json"
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has started everything anew after a failure
+        trainer["resume_from_checkpoint"] = "auto"
     accumulation = check_flags(args, trainer, given)
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32)
     args.attn_implementation = choose_attention(args.attn_implementation, args.use_flash_attention, precision)
@@ -240,6 +277,7 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments, without_
         )
     model, info = Phi3VForCausalLM.from_pretrained(
         args.model_name_or_path,
+        use_safetensors=True,  # nothing is unpickled
         output_loading_info=True,
         dtype=dtype,
         attn_implementation=args.attn_implementation,
@@ -311,12 +349,25 @@ def score(prediction: str, answers: list[str]) -> float:
 class RecipeTrainer(Trainer):
     """A Trainer that evaluates by generating answers, and has learning rates of their own for tower and projector."""
 
-    def __init__(self, *, recipe: RecipeArguments, sampler: StepSampler, meter: Meter, eval_conversations, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        recipe: RecipeArguments,
+        sampler: StepSampler,
+        meter: Meter,
+        preemption: Preemption,
+        settings: dict,
+        eval_conversations,
+        **kwargs,
+    ):
+        super().__init__(callbacks=[preemption], **kwargs)
         self.recipe = recipe
         self.sampler = sampler
         self.meter = meter
+        self.preemption = preemption
+        self.settings = settings
         self.eval_conversations = eval_conversations
+        self.health = Health()
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank alone, so that nothing has to be dealt out over ranks afterwards."""
@@ -327,18 +378,36 @@ class RecipeTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
+            worker_init_fn=ignore_signals,
         )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.meter.add(inputs["packing"])
-        return super().training_step(model, inputs, num_items_in_batch)
+        problems = inputs.pop("problems")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.health.add(loss, problems)
+        return loss
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         with self.meter.paused():  # what logging, evaluation and saving take is no time of training
+            if self.control.should_log or self.control.should_save:
+                self.health.check(self)
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def _get_output_dir(self, trial):
+        return Path(super()._get_output_dir(trial)) / UNFINISHED  # from where `publish` takes a checkpoint
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir) / UNFINISHED / f"checkpoint-{self.state.global_step}"
+        with naming_full_disk(folder):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                publish(folder, self.settings, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
     def log(self, logs, *args, **kwargs):
-        super().log(logs | self.meter.read() if "loss" in logs else logs, *args, **kwargs)
+        super().log(logs | (self.meter.read() if "loss" in logs else {}), *args, **kwargs)
 
     def report(self) -> dict:
         """The metric over the evaluation set, with every prediction."""
@@ -352,6 +421,7 @@ class RecipeTrainer(Trainer):
             compute_dtype=compute_dtype(self.args),
             num_workers=self.args.dataloader_num_workers,
             disable_tqdm=self.args.disable_tqdm,
+            on_batch=self.preemption.check,
         )
         rows = []
         for example, prediction in zip(self.eval_conversations, predictions, strict=True):
@@ -362,7 +432,11 @@ class RecipeTrainer(Trainer):
         return {"metric": METRIC, METRIC: mean, "num_examples": len(rows), "predictions": rows}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        metrics = {f"{metric_key_prefix}_{METRIC}": self.report()[METRIC]}
+        try:
+            metrics = {f"{metric_key_prefix}_{METRIC}": self.report()[METRIC]}
+        except Interrupted:  # what has been trained is worth more than the rest of an evaluation
+            self.preemption.stop_training(self.control)
+            return {}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -376,8 +450,10 @@ class RecipeTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
         if self.recipe.train_separators and self.args.should_save:
-            save_separators(self.model, Path(output_dir or self.args.output_dir))
+            save_separators(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -403,26 +479,56 @@ def estimate_run(args: RecipeArguments, training_args: TrainingArguments, sizes:
 def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     args, training_args = parse_arguments(argv)
     quiet_console()
+    preemption = Preemption()
+    output_dir, is_first = Path(training_args.output_dir), training_args.process_index == 0
+    resume, messages = find_checkpoint(training_args.resume_from_checkpoint, output_dir)
+    if is_first:
+        for message in messages:
+            print(message, flush=True)
+    stored = stored_settings(resume) if resume else {}
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):  # one process fills caches, the others read them
         train, evaluation = load_data(args)
     train, evaluation = train[: args.max_train_samples], evaluation[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
-    train_dataset = ConversationDataset(train, processor)
+    limit = args.max_length or Phi3VConfig.from_pretrained(args.model_name_or_path).max_position_embeddings
+    if args.check_data:
+        if is_first:
+            check_data(
+                train, evaluation, processor, limit, training_args.dataloader_num_workers, training_args.disable_tqdm
+            )
+        return None
+    train_dataset = ConversationDataset(
+        train, processor, max_length=limit, truncate=args.truncate, skip_bad=args.on_bad_example == "skip"
+    )
     sizes = all_sizes(train_dataset, "measuring examples", training_args.disable_tqdm)
     estimate = estimate_run(args, training_args, sizes)
     plan = estimate.plan(
         args.batch_size,
         args.batch_size_per_gpu,
-        args.max_tokens_per_gpu,
+        stored.get("tokens") if args.max_tokens_per_gpu == "auto" and resume else args.max_tokens_per_gpu,
         {None: None, True: "all", False: "none"}[training_args.activation_checkpointing],
         device_memory(),
     )
     if args.estimate:
-        if training_args.process_index == 0:
+        if is_first:
             print(estimate.describe(plan.load, training_args.num_train_epochs))
         return None
+    settings = settings_of(args, training_args, tokens=plan.tokens, data=fingerprint(sizes))
+    finished = output_dir / FINISHED
+    if training_args.resume_from_checkpoint == "auto" and finished.is_file():
+        check_settings(json.loads(finished.read_text(encoding="utf-8")), settings, finished, anyway=False)
+        if is_first:
+            print(f"{output_dir} holds a finished run: there is nothing left to do")
+        return None
+    if resume:
+        check_settings(stored, settings, resume, args.resume_anyway)
+    if is_first:
+        finished.unlink(missing_ok=True)
+        clear_unfinished(output_dir)
+        kept = (training_args.save_total_limit or 1) if training_args.save_strategy != "no" else 0
+        check_space(output_dir, *estimate.saved_bytes(args.use_lora), kept)
     sampler = sampler_for(
         train_dataset,
         sizes,
@@ -450,6 +556,8 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
             args=training_args,
             recipe=args,
             sampler=sampler,
+            preemption=preemption,
+            settings=settings,
             meter=Meter(estimate.costs[plan.checkpointing], peak),
             data_collator=PackingCollator(
                 processor,
@@ -457,11 +565,11 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
                 args.share_images and args.attn_implementation != "flash_attention_2",
             ),
             train_dataset=train_dataset,
-            eval_dataset=ConversationDataset(evaluation, processor, for_generation=True),
+            eval_dataset=ConversationDataset(evaluation, processor, for_generation=True, max_length=limit),
             eval_conversations=evaluation,
             processing_class=processor,
         )
-    if trainer.is_world_process_zero():
+    if is_first:
         micro_batch = f"up to {plan.tokens} tokens" if plan.tokens else args.batch_size_per_gpu
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         print(
@@ -471,17 +579,21 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
             flush=True,
         )
     before = None if args.no_eval_before else write_report(trainer, "eval_before.json")
-    resume = training_args.resume_from_checkpoint
-    if resume == "auto":
-        resume = get_last_checkpoint(training_args.output_dir)
-        if trainer.is_world_process_zero():
-            print(f"resuming from {resume}" if resume else "no checkpoint to resume from: training starts at step 0")
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if preemption.stopped:
+        if is_first:
+            print(f"stopped by a signal at step {trainer.state.global_step}, with a checkpoint", flush=True)
+        raise Interrupted
     if not args.use_lora:
         model.to(compute_dtype(training_args))  # what is evaluated is what is saved
-    trainer.save_model()
+    with naming_full_disk(output_dir):
+        trainer.save_model()
     after = write_report(trainer, "eval_after.json")
-    if trainer.is_world_process_zero():
+    skipped = trainer.health.skipped()
+    if is_first:
+        write_json(finished, settings)
+        if skipped:
+            print(f"{len(skipped)} examples were left out, as --on_bad_example skip says:", *skipped, sep="\n  ")
         change = f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f}"
         print(f"{METRIC} {change}; the model, its processor and the reports are in {training_args.output_dir}")
     return trainer

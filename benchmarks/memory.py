@@ -125,7 +125,7 @@ def run(name: str):
                 optimizer.step()
                 optimizer.zero_grad()
     measured = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    sizes = [Size(1, 0, 0, 1)]
+    sizes = [Size(1, 0, 0, 1, 0)]
     estimate = Estimate(outline, sizes, 1, 4, deepspeed_config, skip, on_gpu=False)
     memory = estimate.memory(load_of_packing(batch["packing"]), checkpointing)
     print(json.dumps({"measured": measured, "expected": memory.peak, "parts": str(memory)}))

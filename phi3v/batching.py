@@ -47,8 +47,10 @@ class StepSampler(Sampler[list[int]]):
             ("alone", i) if key is None else numbers.setdefault(key, len(numbers)) for i, key in enumerate(images)
         ]
         self.shortest = min(range(len(sizes)), key=lambda i: sizes[i].tokens)
+        rest = len(sizes) % batch_size
         if max_tokens is None:
             self.accumulation = batch_size // (world_size * examples_per_gpu)
+            self.rest_accumulation = math.ceil(rest / (world_size * examples_per_gpu))
         else:
             longest = max(range(len(sizes)), key=lambda i: sizes[i].tokens)
             if sizes[longest].tokens > max_tokens:
@@ -56,17 +58,17 @@ class StepSampler(Sampler[list[int]]):
                     f"--max_tokens_per_gpu {max_tokens} is less than the {sizes[longest].tokens} tokens of example "
                     f"{longest}: raise it, or lower --num_crops"
                 )
-            steps = [step for epoch in range(epochs) for step in self._steps(epoch) if len(step) == batch_size]
-            self.accumulation = max(map(self._needed, steps), default=1)
-            while any(self._bins(step, self.accumulation) is None for step in steps):
-                self.accumulation += 1
+            steps = [step for epoch in range(epochs) for step in self._steps(epoch)]
+            self.rest_accumulation = self._needed_by_all([step for step in steps if len(step) < batch_size], 1)
+            whole = [step for step in steps if len(step) == batch_size]
+            self.accumulation = self._needed_by_all(whole, self.rest_accumulation)
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.sizes), self.batch_size)
-        return whole * self.accumulation + (len(self._micro_batches(self._steps(self.epoch)[-1])) if rest else 0)
+        return whole * self.accumulation + (self.rest_accumulation if rest else 0)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self._steps(self.epoch):
@@ -94,15 +96,11 @@ class StepSampler(Sampler[list[int]]):
 
     def _micro_batches(self, step: list[int]) -> list[list[int]]:
         """This rank's share of a step."""
+        n = self.accumulation if len(step) == self.batch_size else self.rest_accumulation
         if self.max_tokens is None:
-            each = self.examples_per_gpu
-            n = self.accumulation
-            if len(step) < self.batch_size:
-                n = math.ceil(len(step) / (self.world_size * each))
             cuts = np.linspace(0, len(step), n * self.world_size + 1).round().astype(int)
             bins = [step[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
         else:
-            n = self.accumulation if len(step) == self.batch_size else self._needed(step)
             bins = self._bins(step, n)
         bins = [own or [~self.shortest] for own in bins]
         # Ranks wait for one another at each micro-batch, so those of one moment should be equally long.
@@ -113,6 +111,14 @@ class StepSampler(Sampler[list[int]]):
         """The fewest micro-batches a rank that hold the examples."""
         n = max(1, math.ceil(self.tokens(step) / (self.max_tokens * self.world_size)))
         while self._bins(step, n) is None:
+            n += 1
+        return n
+
+    def _needed_by_all(self, steps: list[list[int]], least: int) -> int:
+        """One number of micro-batches a rank for all steps: to the Trainer every epoch is as long as the first, and
+        the last step of an epoch no longer than the others."""
+        n = max([least, *map(self._needed, steps)])
+        while any(self._bins(step, n) is None for step in steps):
             n += 1
         return n
 

@@ -69,6 +69,7 @@ COUNTS = {
     "max_eval_samples",
     "lora_rank",
     "estimate_gpus",
+    "max_length",
 }
 # Flags that say how something is done, and the flag that says to do it.
 NEEDS = {
@@ -80,6 +81,7 @@ NEEDS = {
     "use_dora": "use_lora",
     "train_separators": "use_lora",
     "estimate_gpus": "estimate",
+    "resume_anyway": "resume_from_checkpoint",
 }
 
 
@@ -141,7 +143,7 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         if trainer[name] < least:
             raise InputError(f"--{name} is {trainer[name]}, must be at least {least}")
     for flag, needed in NEEDS.items():
-        if flag in given and not getattr(args, needed):
+        if flag in given and not getattr(args, needed, trainer.get(needed)):
             raise InputError(f"--{flag} has no effect without --{needed}")
     frozen = args.freeze_vision_model and "--freeze_vision_model"
     for flag in ("vision_lr", "projector_lr", "quantize_vision", "train_separators"):
@@ -160,6 +162,8 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError("--train_separators can't run under DeepSpeed: leave out --deepspeed")
     if args.use_qlora and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise InputError("--use_qlora can't run under ZeRO-3, which would split 4-bit weights: leave out --deepspeed")
+    if args.on_bad_example not in ("error", "skip"):
+        raise InputError(f"--on_bad_example is {args.on_bad_example}, must be error or skip")
     if args.max_tokens_per_gpu not in (None, "auto"):
         try:
             args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
@@ -177,8 +181,8 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         )
     _check_model_folder(args.model_name_or_path)
     resume = trainer["resume_from_checkpoint"]
-    if resume not in (None, "auto") and not (Path(resume) / "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {resume} is no checkpoint: give a folder checkpoint-N, or auto")
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise InputError(f"--resume_from_checkpoint {resume} does not exist: give a folder checkpoint-N, or auto")
     _make_output_dir(Path(trainer["output_dir"]), resuming=resume is not None)
     return args.batch_size // step
 

@@ -4,6 +4,8 @@ A conversation is a list of turns `{"images": [...], "user": text, "assistant": 
 before its text, and their numbers run on over the turns.
 """
 
+import hashlib
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -97,20 +100,36 @@ class Size(NamedTuple):
     image_tokens: int
     crops: int
     targets: int
+    digest: int  # of its text
 
 
 class ConversationDataset(Dataset):
     """Encodes a conversation when it is asked for, so that images are opened one micro-batch at a time.
 
     conversations: examples as `read_conversations` returns them; for_generation as in `encode_conversation`.
+    max_length: more tokens than that are refused, or with `truncate` cut off at the end, if some of the answer is left
+        and every image whole.
+    skip_bad: an example whose images can't be read stays, with blank ones, but trains nothing; its item has the error
+        under "problem".
     Index ~i stands for example i without targets, which trains nothing. Asked for several examples at once, as a
     DataLoader does, it reads images that stand next to one another and are the same only once.
     """
 
-    def __init__(self, conversations: Sequence[dict], processor: Phi3VProcessor, for_generation: bool = False):
+    def __init__(
+        self,
+        conversations: Sequence[dict],
+        processor: Phi3VProcessor,
+        for_generation: bool = False,
+        max_length: int | None = None,
+        truncate: bool = False,
+        skip_bad: bool = False,
+    ):
         self.conversations = conversations
         self.processor = processor
         self.for_generation = for_generation
+        self.max_length = max_length
+        self.truncate = truncate
+        self.skip_bad = skip_bad
 
     def __len__(self):
         return len(self.conversations)
@@ -119,18 +138,53 @@ class ConversationDataset(Dataset):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        examples, last, encoded = [], None, None
+        examples, last, encoded, problem = [], None, None, None
         for i in indices:
             index = i if i >= 0 else ~i
-            text, images = _chat(self.processor, self.conversations[index]["conversations"], self.for_generation)
+            text, images = self._chat(index)
             key = self.images_key(index)
             if key is None or key != last:
-                encoded, last = encode_images(self.processor, images), key
-            example = _encode_text(self.processor, text, encoded[1])
-            if i < 0:
+                problem = None
+                try:
+                    encoded, last = encode_images(self.processor, images), key
+                except InputError as e:
+                    if not self.skip_bad:
+                        raise
+                    problem = str(e)
+                    blanks = [Image.new("RGB", self._size_or_square(image)) for image in images]
+                    encoded, last = encode_images(self.processor, blanks), key
+            example = self._encode_text(index, text, encoded[1])
+            if i < 0 or problem:
                 example["labels"] = torch.full_like(example["labels"], IGNORE_INDEX)
             examples.append({**example, "pixel_values": encoded[0], "grids": encoded[1], "images": key})
+            if problem and i >= 0:
+                examples[-1]["problem"] = problem
         return examples
+
+    def _chat(self, index: int) -> tuple[str, list]:
+        return _chat(self.processor, self.conversations[index]["conversations"], self.for_generation)
+
+    def _size_or_square(self, image) -> tuple[int, int]:
+        """(width, height) of an image, of a single crop where not even that can be read."""
+        try:
+            self.processor.image_processor.crop_grid(*image_size(image))
+            return image_size(image)
+        except ValueError:  # InputError is one
+            return (self.processor.image_processor.image_size,) * 2
+
+    def _encode_text(self, index: int, text: str, grids) -> dict:
+        example = _encode_text(self.processor, text, grids)
+        ids, labels, limit = example["input_ids"], example["labels"], self.max_length
+        if limit is None or len(ids) <= limit:
+            return example
+        name = f"example {self.conversations[index]['id']} has {len(ids):,} tokens, more than --max_length {limit:,}"
+        if not self.truncate:
+            raise InputError(f"{name}: shorten it, lower --num_crops, or cut off its end with --truncate")
+        if (ids[limit:] < 0).any():
+            raise InputError(f"{name}, and an image would be cut: take images out, or lower --num_crops")
+        if not self.for_generation and not (labels[:limit] != IGNORE_INDEX).any():
+            raise InputError(f"{name}, and nothing would be left of its answer: shorten its question")
+        return {key: value[:limit] for key, value in example.items()}
 
     def images_key(self, index: int):
         """Equal for examples of the same images; None for one without images, or whose later turns have some."""
@@ -143,11 +197,13 @@ class ConversationDataset(Dataset):
 
     def size(self, index: int) -> Size:
         """What the example takes, from its text and the headers of its images. Raises InputError."""
-        text, images = _chat(self.processor, self.conversations[index]["conversations"], self.for_generation)
-        grids = [_grid(self.processor.image_processor, image, image_size(image)) for image in images]
-        encoded = _encode_text(self.processor, text, grids)
+        text, images = self._chat(index)
+        sizes = [self._size_or_square(image) if self.skip_bad else image_size(image) for image in images]
+        grids = [_grid(self.processor.image_processor, image, size) for image, size in zip(images, sizes, strict=True)]
+        encoded = self._encode_text(index, text, grids)
         ids, targets = encoded["input_ids"], encoded["labels"] != IGNORE_INDEX
-        return Size(len(ids), int((ids < 0).sum()), sum(h * w + 1 for h, w in grids), int(targets.sum()))
+        crops = sum(h * w + 1 for h, w in grids)
+        return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), zlib.crc32(text.encode()))
 
 
 def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
@@ -158,8 +214,13 @@ def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = Fals
     return [size for _, size in sorted(gather_object(sizes))]
 
 
+def fingerprint(sizes: list[Size]) -> str:
+    """Differs where a text, the shape of an image, or the order of examples does."""
+    return hashlib.sha256(repr([tuple(size) for size in sizes]).encode()).hexdigest()[:16]
+
+
 class PackingCollator:
-    """Encoded conversations → a micro-batch in one row without padding, as `pack` describes it.
+    """Encoded conversations → a micro-batch in one row without padding, as `pack` describes it, with `problems`.
 
     original_length: the model's, above which an example takes the long rotary factors.
     """
@@ -175,6 +236,7 @@ class PackingCollator:
         batch["image_sizes"] = grids * self.image_processor.image_size
         mean, std = (tuple(v) for v in (self.image_processor.image_mean, self.image_processor.image_std))
         batch["packing"] = replace(batch["packing"], mean=mean, std=std)
+        batch["problems"] = [example["problem"] for example in examples if "problem" in example]
         return batch
 
 

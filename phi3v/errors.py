@@ -69,8 +69,10 @@ def exit_on_input_error(main):
     """Calls `main`. An InputError ends the process with `error: …` and status 2, without a traceback."""
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()  # else its threads now and then abort the process when Python ends
+        _leave_group()
+    except SystemExit:
+        _leave_group()
+        raise
     except InputError as e:
         if int(os.environ.get("RANK", 0)) > 0:
             # Rank 0 meets most errors too. It reports them, and torchrun ends this process before it wakes up.
@@ -79,3 +81,8 @@ def exit_on_input_error(main):
         message = str(e).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2].strip()
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _leave_group():
+    if dist.is_initialized():
+        dist.destroy_process_group()  # else its threads now and then abort the process when Python ends

@@ -1,8 +1,6 @@
 """Batched greedy generation over all ranks, and the report of what it gave."""
 
 import contextlib
-import json
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from .annotations import END_TOKENS
+from .checkpoints import ignore_signals, write_json
 from .conversations import Collator, ConversationDataset, all_sizes
 from .image_processing_phi3v import crops_of_tiles
 from .modeling_phi3v import Phi3VForCausalLM
@@ -29,6 +28,7 @@ def generate_answers(
     compute_dtype: torch.dtype = torch.float32,
     num_workers: int = 0,
     disable_tqdm: bool = False,
+    on_batch=lambda: None,
 ) -> list[str]:
     """The model's greedy answer to each example, in the order of `dataset`, on every rank.
 
@@ -37,6 +37,7 @@ def generate_answers(
         at a time, padded left; a batch ends when all of its answers have.
     device: where to, if the model is elsewhere.
     compute_dtype: half precision here makes autocast compute in it, whatever the weights are kept in.
+    on_batch: called before each batch, on every rank equally often; may raise.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sizes = all_sizes(dataset, "measuring examples", disable_tqdm)
@@ -52,6 +53,7 @@ def generate_answers(
         batch_size,
         num_workers=num_workers,
         collate_fn=Collator(processor, "left", normalise=False),
+        worker_init_fn=ignore_signals,
     )
     stop_ids = processor.tokenizer.convert_tokens_to_ids(list(END_TOKENS))
     statistics = processor.image_processor.image_mean, processor.image_processor.image_std
@@ -60,6 +62,7 @@ def generate_answers(
     answers = []
     with _whole(model, split), torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
         for batch in tqdm(loader, desc="generating", disable=disable_tqdm or rank != 0):
+            on_batch()
             batch.pop("labels")
             grids = batch.pop("grids")
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
@@ -93,8 +96,6 @@ def write_report(trainer, name: str) -> float:
     value = report[report["metric"]]
     if trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir) / name
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, report)
         print(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples", flush=True)
     return value

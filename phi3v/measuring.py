@@ -427,6 +427,14 @@ class Estimate:
             context = GPU_CONTEXT + GPU_FRAGMENTATION * (weights + gradients + optimizer + passes)
         return Memory(weights, gradients, optimizer, passes, update, context)
 
+    def saved_bytes(self, adapters_only: bool) -> tuple[float, float]:
+        """(what the model takes on a disk, and a checkpoint with the optimizer's state)."""
+        size = self.costs["none"].s
+        if adapters_only:
+            return self.trained * 4, self.trained * 12
+        whole = (self.trained + self.frozen) * size
+        return whole, whole + self.trained * (12 if self.deepspeed else 8)
+
     def loads(self, indices: Iterable[int]) -> Load:
         """Of these examples in one micro-batch, no image shared."""
         return functools.reduce(operator.add, (load_of_example(s.tokens, s.crops, s.targets) for s in indices))
@@ -609,12 +617,15 @@ class Meter:
         self.flops += self.costs.flops(load)
 
     def read(self) -> dict[str, float]:
-        """Of all ranks together since the last reading; memory is the largest rank's. Every rank must call it."""
+        """Of all ranks together since the last reading; memory is the largest rank's. Empty where no whole step has
+        been timed. Every rank must call it."""
         totals = [float(self.images), float(self.tokens), float(self.flops), float(peak_memory())]
         ranks = gather_object([totals])
         images, tokens, flops, memory = zip(*ranks, strict=True)
-        seconds = max(self.seconds, 1e-9)  # none, if nothing has been counted since either
+        seconds = self.seconds
         self._clear()
+        if not seconds:
+            return {}
         return {
             "images_per_second": round(sum(images) / seconds, 2),
             "tokens_per_second": round(sum(tokens) / seconds, 1),

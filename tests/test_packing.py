@@ -195,7 +195,7 @@ def sampler(sizes, images=None, batch_size=8, **options):
     return StepSampler(sizes, images or [None] * len(sizes), batch_size, **options)
 
 
-SIZES = [Size(50 + 37 * i % 400, 30, 2, 5) for i in range(45)]
+SIZES = [Size(50 + 37 * i % 400, 30, 2, 5, i) for i in range(45)]
 IMAGES = [i // 4 if i < 24 else None for i in range(45)]
 
 
@@ -239,4 +239,4 @@ def test_questions_of_one_image_stay_together():
 
 def test_an_example_that_fits_nowhere_is_named():
     with pytest.raises(InputError, match="--max_tokens_per_gpu 200 is less than the 449 tokens of example"):
-        sampler([*SIZES, Size(449, 30, 2, 5)], max_tokens=200)
+        sampler([*SIZES, Size(449, 30, 2, 5, 0)], max_tokens=200)

@@ -1,0 +1,334 @@
+"""Checkpoints that appear whole or not at all, what they belong to, and stopping in time to write one."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+
+from .errors import InputError
+
+MANIFEST = "complete.json"  # written last: a checkpoint without it was never finished
+UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
+FINISHED = "finished.json"  # in the output folder, when everything asked for was done
+PREEMPTED = 75  # the exit status of a run that was told to stop, and wrote a checkpoint: EX_TEMPFAIL, try again
+
+# Settings that say how a run is watched or carried out; with all others a run would be another one.
+NEUTRAL = {
+    "output_dir",
+    "data_dir",  # what is in it counts, not where it lies
+    "estimate",
+    "estimate_gpus",
+    "check_data",
+    "resume_anyway",
+    "resume_from_checkpoint",
+    "no_tqdm",
+    "no_eval_before",
+    "max_eval_samples",
+    "max_new_tokens",
+    "eval_split",
+    "max_tokens_per_gpu",  # its resolved value is compared
+    "on_bad_example",
+    "per_device_eval_batch_size",
+    "logging_steps",
+    "logging_first_step",
+    "logging_strategy",
+    "eval_steps",
+    "eval_strategy",
+    "eval_delay",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "report_to",
+    "run_name",
+    "project",
+    "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_pin_memory",
+    "disable_tqdm",
+    "log_level",
+    "log_level_replica",
+    "ddp_timeout",
+    "activation_checkpointing",  # computes the same again
+    "activation_checkpointing_kwargs",
+    "local_rank",
+    "use_cpu",
+    "seed_worker",
+    "logging_dir",
+}
+# Settings with which the optimizer's state has another form, so that nothing could go on from it.
+STRUCTURAL = {
+    "world_size": "start as many processes as before",
+    "deepspeed": "give the --deepspeed of before",
+    "freeze_vision_model": "train the same part of the model",
+    "train_projector": "train the same part of the model",
+    "train_separators": "train the same part of the model",
+    "use_lora": "train the same part of the model",
+    "use_qlora": "train the same part of the model",
+    "quantize_vision": "train the same part of the model",
+    "lora_rank": "train the same adapters",
+    "use_dora": "train the same adapters",
+    "model_name_or_path": "give the model of before",
+    "bf16": "compute in the precision of before",
+    "fp16": "compute in the precision of before",
+    "optim": "give the --optim of before",
+}
+
+
+def settings_of(args, training_args, **more) -> dict:
+    """What a run's result depends on, as JSON has it.
+
+    args: the recipe's dataclass; training_args: a TrainingArguments; more: what else the result depends on.
+    """
+    values = training_args.to_dict() | vars(args) | {"world_size": training_args.world_size} | more
+    values = {name: value for name, value in values.items() if name not in NEUTRAL and "token" not in name.split("_")}
+    return json.loads(json.dumps(values, default=str, sort_keys=True))
+
+
+def check_settings(stored: dict, now: dict, source: Path, anyway: bool):
+    """Raises InputError with all that differs; with `anyway`, only with what nothing could go on from."""
+    names = [name for name in sorted(stored.keys() | now.keys()) if stored.get(name) != now.get(name)]
+    hard = [name for name in names if name in STRUCTURAL]
+    if not names or anyway and not hard:
+        return
+    lines = [f"{source} was written with other settings:"]
+    lines += [f"  {name}: {_short(stored.get(name))} then, {_short(now.get(name))} now" for name in names]
+    ways = "; ".join(dict.fromkeys(STRUCTURAL[name] for name in hard))
+    if hard:
+        lines.append(f"to go on from it, {ways}; or train anew from its weights, in another --output_dir")
+    else:
+        lines.append("give those of before, or --resume_anyway to go on with the new ones")
+    raise InputError("\n".join(lines))
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"
+
+
+def write_json(path: Path, content: dict):
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def publish(unfinished: Path, settings: dict, keep: int | None):
+    """Moves a written checkpoint out of the folder UNFINISHED, and deletes all but the newest `keep`."""
+    for path in unfinished.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # a rename may reach the disk before what it renames
+    write_json(unfinished / MANIFEST, {"files": _sizes(unfinished), "settings": settings})
+    output_dir = unfinished.parent.parent
+    target = output_dir / unfinished.name
+    if target.exists():
+        shutil.rmtree(target)  # written by an earlier attempt, and damaged since, or the run would not be here again
+    os.replace(unfinished, target)
+    clear_unfinished(output_dir)
+    for old in checkpoints(output_dir)[keep:] if keep else []:
+        doomed = output_dir / UNFINISHED / old.name  # so that no half of it can be taken for a checkpoint
+        doomed.parent.mkdir(exist_ok=True)
+        os.replace(old, doomed)
+    clear_unfinished(output_dir)
+
+
+def clear_unfinished(output_dir: Path):
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Folders checkpoint-N, the newest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: -int(path.name[11:]))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None. Sizes are looked at, not contents."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files, _ = dict(manifest["files"]), dict(manifest["settings"])
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was not finished"
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return f"its {MANIFEST} can't be read ({' '.join(str(e).split())[:100]})"
+    found = _sizes(checkpoint)
+    for name, size in files.items():
+        if name not in found:
+            return f"its {name} is missing"
+        if found[name] != size:
+            return f"its {name} has {found[name]:,} bytes instead of {size:,}"
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if int(state["global_step"]) != int(checkpoint.name.rpartition("-")[2]):
+            return f"its trainer_state.json is of step {state['global_step']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its trainer_state.json can't be read"
+    return None
+
+
+def find_checkpoint(asked: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
+    """(the checkpoint to go on from, what to tell about it). Raises InputError for a given folder that is no whole
+    checkpoint; "auto" takes the newest whole one."""
+    if asked is None:
+        return None, []
+    if asked != "auto":
+        if (problem := damage(Path(asked))) is not None:
+            raise InputError(
+                f"--resume_from_checkpoint {asked} is no whole checkpoint: {problem}; take another, or auto"
+            )
+        return Path(asked), [f"resuming from {asked}"]
+    messages = []
+    for path in checkpoints(output_dir):
+        if (problem := damage(path)) is None:
+            return path, [*messages, f"resuming from {path}"]
+        messages.append(f"warning: {path} is left aside: {problem}")
+    return None, [*messages, f"no whole checkpoint in {output_dir}: training starts at step 0"]
+
+
+def stored_settings(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["settings"]
+
+
+def check_space(output_dir: Path, checkpoint_bytes: float, model_bytes: float, checkpoints_kept: int):
+    """Raises InputError if the disk has no room for the model and for one checkpoint more than are kept, because an old
+    one is deleted when the new one is there."""
+    needed = model_bytes + checkpoint_bytes * (checkpoints_kept + 1 if checkpoints_kept else 0)
+    present = sum(sum(_sizes(path).values()) for path in checkpoints(output_dir))
+    free = shutil.disk_usage(output_dir).free + present
+    if needed > free:
+        raise InputError(
+            f"--output_dir {output_dir} has {free / 2**30:.1f} GiB of room, and needs about {needed / 2**30:.1f}: the "
+            f"model {model_bytes / 2**30:.1f}, checkpoints {checkpoint_bytes / 2**30:.1f} each; free some, choose "
+            "another disk, or lower --save_total_limit"
+        )
+
+
+class Interrupted(SystemExit):
+    """Ends a process that was told to stop, with the status PREEMPTED."""
+
+    def __init__(self):
+        super().__init__(PREEMPTED)
+
+
+def ignore_signals(worker: int):
+    """For processes that load data: a signal to all processes of a job is for the one that trains."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Preemption(TrainerCallback):
+    """On SIGTERM or SIGUSR1 to any rank, all ranks finish their step, write a checkpoint, and leave.
+
+    A second signal ends the process at once. Ranks talk over a group of their own on the CPU, once a step, so that no
+    accelerator is waited for.
+    """
+
+    def __init__(self):
+        self.signals, self.stopped, self.group, self.pid = 0, False, None, os.getpid()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame):
+        if os.getpid() != self.pid:  # a process that loads data, and has not started to ignore signals
+            return
+        self.signals += 1
+        name = signal.Signals(number).name
+        if self.signals > 1:
+            os.write(2, f"{name} again: leaving at once\n".encode())
+            os._exit(128 + number)
+        os.write(2, f"{name}: stopping after this step, with a checkpoint; once more leaves at once\n".encode())
+
+    def requested(self) -> bool:
+        """Whether any rank has got a signal. Every rank must ask equally often."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self.signals > 0
+        if self.group is None:
+            self.group = dist.new_group(backend="gloo")
+        flag = torch.tensor([self.signals])
+        dist.all_reduce(flag, group=self.group)
+        return flag.item() > 0
+
+    def check(self):
+        """Raises Interrupted where a signal has come. Outside training, where there is nothing to save."""
+        if self.requested():
+            raise Interrupted
+
+    def stop_training(self, control):
+        self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.requested():
+            self.stop_training(control)
+
+
+class Health:
+    """Watches a training for numbers that are none, and for examples that could not be read.
+
+    The losses are counted on the device and looked at when the Trainer logs or saves, so that no step waits.
+    """
+
+    def __init__(self):
+        self.bad_losses, self.problems = None, {}
+
+    def add(self, loss: torch.Tensor, problems: list[str]):
+        """A micro-batch's loss, and what was wrong with its examples."""
+        finite = torch.isfinite(loss.detach())
+        last = torch.zeros_like(finite, dtype=torch.long) if self.bad_losses is None else self.bad_losses
+        self.bad_losses = torch.where(finite, 0, last + 1)
+        self.problems.update(dict.fromkeys(problems))
+
+    def check(self, trainer):
+        """Raises InputError where the last losses of any rank were no finite numbers: three of them, or one if what
+        came of it would be saved. Weights stay as they are where fp16's loss scaling leaves a step out."""
+        bad = max(gather_object([0 if self.bad_losses is None else int(self.bad_losses)]))
+        if bad < (1 if trainer.control.should_save and not trainer.args.fp16 else 3):
+            return
+        last = next((path for path in checkpoints(Path(trainer.args.output_dir)) if damage(path) is None), None)
+        rate = max(group["lr"] for group in trainer.optimizer.param_groups)
+        raise InputError(
+            f"the loss was no finite number in the last {bad} micro-batches up to step {trainer.state.global_step}, at "
+            f"a learning rate of {rate:.3g}: lower --learning_rate or --max_grad_norm, or use --bf16 or --fp32. "
+            + (f"The last good checkpoint is {last}" if last else "There is no checkpoint yet")
+        )
+
+    def skipped(self) -> list[str]:
+        """What was wrong with the examples that all ranks left out."""
+        return sorted(set(gather_object(list(self.problems))))
+
+
+@contextlib.contextmanager
+def naming_full_disk(folder: Path):
+    """Turns what libraries raise where a disk is full into an InputError, and takes away what was half written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        text = " ".join(str(e).split())
+        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(folder.anchor).free == 0
+        if not (full or re.search(r"No space left|quota exceeded|file write failed|unexpected pos", text)):
+            raise
+        output_dir = folder.parent.parent if folder.parent.name == UNFINISHED else folder
+        clear_unfinished(output_dir)
+        kept = next((path for path in checkpoints(output_dir) if damage(path) is None), None)
+        raise InputError(
+            f"{folder} could not be written, as the disk is full or a quota is used up ({text[:150]}): free some space "
+            f"and go on with --resume_from_checkpoint auto, "
+            + (f"from {kept}" if kept else "from the start, as there is no checkpoint")
+        ) from None
