@@ -81,6 +81,20 @@ STRUCTURAL = {
     "bf16": "compute in the precision of before",
     "fp16": "compute in the precision of before",
     "optim": "give the --optim of before",
+    # The optimizer's state holds these, and what is given now would be passed over.
+    **dict.fromkeys(
+        (
+            "learning_rate",
+            "vision_lr",
+            "projector_lr",
+            "wd",
+            "weight_decay",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
+        ),
+        "give the optimizer's settings of before",
+    ),
 }
 
 
@@ -270,6 +284,9 @@ class Preemption(TrainerCallback):
         """Raises Interrupted where a signal has come. Outside training, where there is nothing to save."""
         if self.requested():
             raise Interrupted
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # how often to log and save: as the flags have it, not a checkpoint
 
     def stop_training(self, control):
         self.stopped = control.should_save = control.should_training_stop = True

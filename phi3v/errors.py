@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import time
 
@@ -76,6 +77,7 @@ def exit_on_input_error(main):
     except InputError as e:
         if int(os.environ.get("RANK", 0)) > 0:
             # Rank 0 meets most errors too. It reports them, and torchrun ends this process before it wakes up.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(20)
         # From a loader's worker the message comes behind the worker's traceback, and with the class's name.
         message = str(e).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2].strip()
