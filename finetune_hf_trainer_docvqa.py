@@ -54,6 +54,7 @@ from phi3v.checkpoints import (
     ignore_signals,
     naming_full_disk,
     publish,
+    refuse_pickles,
     settings_of,
     stored_settings,
     write_json,
@@ -534,6 +535,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         for message in messages:
             print(message, flush=True)
     stored = stored_settings(resume) if resume else {}
+    refuse_pickles()
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):  # one process fills caches, the others read them
         train, evaluation = load_data(args)

@@ -217,6 +217,17 @@ def find_checkpoint(asked: str | None, output_dir: Path) -> tuple[Path | None, l
     return None, [*messages, f"no whole checkpoint in {output_dir}: training starts at step 0"]
 
 
+def refuse_pickles():
+    """From here on torch.load makes nothing but tensors, plain values and DeepSpeed's few harmless classes, whoever
+    calls it: DeepSpeed itself would run what a file tells it to."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+
+
 def stored_settings(checkpoint: Path) -> dict:
     return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["settings"]
 

@@ -1,6 +1,7 @@
 """Kills trainings with SIGKILL at random moments, resumes them, and compares the final weights bit for bit.
 
     python tests/kills.py [--modes full lora qlora] [--moments 8]
+    python tests/kills.py --signals          # SIGTERM to rank 1, at four kinds of moments
 
 Two ranks on the CPU, the demo's checkpoint and videos (`make demo` makes them). Every run is killed after its first
 checkpoint is there: at even moments one rank, at odd ones all of them; at every fourth while another is being written.
@@ -88,14 +89,53 @@ def kill(run: subprocess.Popen, out: Path, number: int, rng: random.Random) -> s
     return f"{which:10} {state}; all gone after {time.monotonic() - killed:.1f} s"
 
 
+def after(out: Path, word: str):
+    return lambda: word in out.with_suffix(".log").read_text()
+
+
+def signals(data: Path, folder: Path):
+    """SIGTERM to rank 1 while data are read, in a step, while a checkpoint is written, and in the last evaluation."""
+    reference = folder / "reference"
+    assert start(data, reference, "full").wait() == 0
+    moments = {
+        "loading data": lambda out: after(out, "training starts at step 0"),
+        "in a step": lambda out: lambda: any(out.glob("checkpoint-6")),
+        "saving": lambda out: lambda: any((out / "unfinished").glob("checkpoint-*/*")),
+        "evaluating": lambda out: after(out, "train_runtime"),
+    }
+    for name, moment in moments.items():
+        out = folder / name.replace(" ", "-")
+        run = start(data, out, "full")
+        wait_for(moment(out), run)
+        own = ranks(run)
+        own[1].send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        _, alive = psutil.wait_procs(own, timeout=60)
+        seconds = time.monotonic() - told
+        run.wait(60)
+        log = out.with_suffix(".log").read_text()
+        ended = [line.split("(")[0].strip() for line in log.splitlines() if "exitcode" in line] or ["exitcode 0"]
+        steps = sorted(int(p.name[11:]) for p in out.glob("checkpoint-*"))
+        status = start(data, out, "full").wait()
+        same = not status and weights(out) == weights(reference)
+        print(
+            f"SIGTERM {name:14} both ranks gone after {seconds:.1f} s, {ended[-1]}, "
+            f"checkpoints {steps}; resumed: {'equal' if same else 'DIFFERENT'}",
+            flush=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--moments", type=int, default=8)
     parser.add_argument("--data_dir", type=Path, default=ROOT / "output/demo/data/ucf101")
+    parser.add_argument("--signals", action="store_true")
     args = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
+        if args.signals:
+            return signals(args.data_dir, Path(folder))
         for mode in args.modes:
             rng = random.Random(mode)
             reference = Path(folder) / mode
