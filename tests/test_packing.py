@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CHECKPOINT
 from PIL import Image
+from transformers import BitsAndBytesConfig
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from phi3v.adapters import add_adapter
@@ -64,12 +65,20 @@ def build(mode, implementation, checkpointing):
         "long_factor": [2.0 + i for i in range(half)],
         "original_max_position_embeddings": ORIGINAL,
     }
+    quantization = None
+    if mode == "qlora":
+        skipped = ["lm_head", ".*vision_embed_tokens"]
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
     model = Phi3VForCausalLM.from_pretrained(
-        CHECKPOINT, config=config, dtype=torch.float32, attn_implementation=implementation
+        CHECKPOINT,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=implementation,
+        quantization_config=quantization,
     )
     if mode == "frozen":
         model.model.vision_embed_tokens.requires_grad_(False)
-    if mode == "lora":
+    if "lora" in mode:
         from peft import LoraConfig
 
         torch.manual_seed(0)
@@ -109,7 +118,7 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("mode", ["full", "frozen", "lora"])
+@pytest.mark.parametrize("mode", ["full", "frozen", "lora", "qlora"])
 @pytest.mark.parametrize("share_images", [True, False])
 def test_a_packed_row_is_its_examples(share_images, mode, implementation, checkpointing, data):
     model = build(mode, implementation, checkpointing)
