@@ -51,6 +51,7 @@ from phi3v.checkpoints import (
     publish,
     refuse_pickles,
     settings_of,
+    shutdown_hint,
     stored_settings,
     write_json,
 )
@@ -64,9 +65,9 @@ from phi3v.command_line import (
 from phi3v.conversations import ConversationDataset, PackingCollator, Size, all_sizes, fingerprint
 from phi3v.data_check import check_data
 from phi3v.errors import InputError, blaming, exit_on_input_error
-from phi3v.evaluation import generate_answers, write_report
+from phi3v.evaluation import generate_answers, write_page, write_report
 from phi3v.hardware import DTYPES, choose_attention, choose_precision
-from phi3v.measuring import Estimate, Meter, device_memory, peak_flops
+from phi3v.measuring import Estimate, Meter, describe_sizes, device_memory, peak_flops
 from phi3v.optimizer import set_part_rates
 from phi3v.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys, without_seen_images
 
@@ -542,7 +543,10 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         finished.unlink(missing_ok=True)
         clear_unfinished(output_dir)
         kept = (training_args.save_total_limit or 1) if training_args.save_strategy != "no" else 0
-        check_space(output_dir, *estimate.saved_bytes(args.use_lora), kept)
+        saved = estimate.saved_bytes(args.use_lora)
+        check_space(output_dir, *saved, kept)
+        if hint := shutdown_hint(saved[1]):
+            print(hint, flush=True)
     sampler = sampler_for(
         train_dataset,
         sizes,
@@ -593,7 +597,12 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
             flush=True,
         )
     before = None if args.no_eval_before else write_report(trainer, "eval_before.json")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    about = {"memory": str(plan), "data": describe_sizes(sizes, len(evaluation))}
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        if is_first:
+            write_page(trainer, before, None, about)
     if preemption.stopped:
         if is_first:
             print(f"stopped by a signal at step {trainer.state.global_step}, with a checkpoint", flush=True)
@@ -608,8 +617,9 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         write_json(finished, settings)
         if skipped:
             print(f"{len(skipped)} examples were left out, as --on_bad_example skip says:", *skipped, sep="\n  ")
-        change = f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f}"
-        print(f"{METRIC} {change}; the model, its processor and the reports are in {training_args.output_dir}")
+        write_page(trainer, before, after, about)
+        change = " -> ".join(f"{report[METRIC]:.4f}" for report in (before, after) if report)
+        print(f"{METRIC} {change}; the model, its processor and report.html are in {output_dir}")
     return trainer
 
 

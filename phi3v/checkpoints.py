@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from .errors import InputError
 MANIFEST = "complete.json"  # written last: a checkpoint without it was never finished
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
 FINISHED = "finished.json"  # in the output folder, when everything asked for was done
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what odd JSON ends in
+DISK_SPEED = 5e8  # bytes/s, to say whether a checkpoint can be written within the time that torchrun leaves
 PREEMPTED = 75  # the exit status of a run that was told to stop, and wrote a checkpoint: EX_TEMPFAIL, try again
 
 # Settings that say how a run is watched or carried out; with all others a run would be another one.
@@ -181,19 +184,19 @@ def damage(checkpoint: Path) -> str | None:
         files, _ = dict(manifest["files"]), dict(manifest["settings"])
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not finished"
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except UNREADABLE as e:
         return f"its {MANIFEST} can't be read ({' '.join(str(e).split())[:100]})"
     found = _sizes(checkpoint)
     for name, size in files.items():
         if name not in found:
             return f"its {name} is missing"
         if found[name] != size:
-            return f"its {name} has {found[name]:,} bytes instead of {size:,}"
+            return f"its {name} has {found[name]:,} bytes, not {_short(size)}"
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if int(state["global_step"]) != int(checkpoint.name.rpartition("-")[2]):
             return f"its trainer_state.json is of step {state['global_step']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return "its trainer_state.json can't be read"
     return None
 
@@ -244,6 +247,17 @@ def check_space(output_dir: Path, checkpoint_bytes: float, model_bytes: float, c
             f"model {model_bytes / 2**30:.1f}, checkpoints {checkpoint_bytes / 2**30:.1f} each; free some, choose "
             "another disk, or lower --save_total_limit"
         )
+
+
+def shutdown_hint(checkpoint_bytes: float) -> str | None:
+    """What to tell a user whose checkpoints take longer than torchrun waits."""
+    seconds = checkpoint_bytes / DISK_SPEED
+    if seconds < 25:
+        return None
+    return (
+        f"a checkpoint has about {checkpoint_bytes / 2**30:.0f} GiB: to have it written after a SIGTERM, give torchrun "
+        f"--shutdown-timeout {math.ceil(seconds / 60) * 120}, as it kills after 30 s by itself"
+    )
 
 
 class Interrupted(SystemExit):

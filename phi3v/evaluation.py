@@ -1,6 +1,9 @@
 """Batched greedy generation over all ranks, and the report of what it gave."""
 
 import contextlib
+import importlib.metadata
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from .conversations import Collator, ConversationDataset, all_sizes
 from .image_processing_phi3v import crops_of_tiles
 from .modeling_phi3v import Phi3VForCausalLM
 from .processing_phi3v import Phi3VProcessor
+from .report import write_html_report
 
 
 @torch.no_grad()
@@ -90,12 +94,47 @@ def _whole(model, split: list):
     return deepspeed.zero.GatheredParameters(split)
 
 
-def write_report(trainer, name: str) -> float:
-    """Writes `trainer.report()` to a file of the output folder, whole or not at all, and returns the metric."""
+def write_report(trainer, name: str) -> dict:
+    """Writes `trainer.report()` to a file of the output folder, whole or not at all, and returns it."""
     report = trainer.report()
-    value = report[report["metric"]]
     if trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir) / name
         write_json(path, report)
+        value = report[report["metric"]]
         print(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples", flush=True)
-    return value
+    return report
+
+
+def write_page(trainer, before: dict | None, after: dict | None, about: dict):
+    """Writes the run as a page to look at, `report.html` in the output folder; rank 0 calls it.
+
+    before, after: what `write_report` returned, None where there has been no such evaluation yet.
+    about: what else to tell of the run, as `write_html_report` takes it.
+    """
+    conversations = trainer.eval_conversations
+
+    def example(i: int) -> dict:
+        turns = conversations[i]["conversations"]
+        return {"images": [image for turn in turns for image in turn["images"]], "question": turns[-1]["user"]}
+
+    args = trainer.args
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
+    summary = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "written": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "steps": f"{trainer.state.global_step} of {trainer.state.max_steps}",
+        "processes": args.world_size,
+        "seed": args.seed,
+        **about,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    title = Path(sys.argv[0]).stem.replace("_", " ")
+    write_html_report(
+        args.output_dir,
+        title=title,
+        summary=summary,
+        history=trainer.state.log_history,
+        before=before,
+        after=after,
+        examples=example,
+    )

@@ -536,6 +536,18 @@ class Plan(NamedTuple):
         return f"{SPOKEN[self.checkpointing]}; {fit}"
 
 
+def describe_sizes(sizes: list, n_evaluation: int) -> dict[str, str]:
+    """The data in short: how many examples, how long."""
+    tokens, crops = (sorted(getattr(s, name) for s in sizes) for name in ("tokens", "crops"))
+    middle = len(sizes) // 2
+    return {
+        "training examples": f"{len(sizes):,}",
+        "evaluation examples": f"{n_evaluation:,}",
+        "tokens an example": f"{tokens[0]:,} to {tokens[-1]:,}, median {tokens[middle]:,}",
+        "crops an example": f"{crops[0]} to {crops[-1]}, median {crops[middle]}",
+    }
+
+
 def _time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"

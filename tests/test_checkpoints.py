@@ -13,6 +13,9 @@ import time
 import pytest
 import torch
 from conftest import CHECKPOINT, ROOT
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import finetune_hf_trainer_ucf101 as script
@@ -166,6 +169,50 @@ def test_settings_that_only_watch_may_change(toy_data, finished, tmp_path):
     run(toy_data, out, *MODES["full"], "--resume_from_checkpoint", "auto", *flags)
     assert digest(out) == digest(finished("full"))
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FILES = st.dictionaries(st.sampled_from(["a.pt", "..", "/", "trainer_state.json"]) | st.text(max_size=5), JSON)
+MANIFESTS = st.fixed_dictionaries({"files": FILES | JSON, "settings": JSON}) | JSON
+CONTENTS = st.binary(max_size=60) | MANIFESTS.map(lambda v: json.dumps(v).encode())
+STATES = st.binary(max_size=40) | st.fixed_dictionaries({"global_step": JSON}).map(lambda v: json.dumps(v).encode())
+
+
+@settings(max_examples=500, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    CONTENTS, STATES, st.sampled_from(["checkpoint-3", "checkpoint-03", "checkpoint-٣", "checkpoint-", "checkpoint--1"])
+)
+def test_random_checkpoints(tmp_path_factory, manifest, state, name):
+    """Whatever stands in the two files that are looked at: a checkpoint is taken, or left aside with a reason."""
+    out = tmp_path_factory.mktemp("random")
+    (out / name).mkdir()
+    (out / name / "complete.json").write_bytes(manifest)
+    (out / name / "trainer_state.json").write_bytes(state)
+    found, messages = find_checkpoint("auto", out)
+    assert (found is None) == (damage(out / name) is not None or not name[11:].isdecimal()) and messages
+    shutil.rmtree(out)
+
+
+def test_deep_json_is_left_aside(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "complete.json").write_text("[" * 100_000)
+    assert find_checkpoint("auto", tmp_path)[0] is None
+
+
+def test_what_deepspeed_loads_runs_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"ds_version": Evil()}, tmp_path / "states.pt")
+    checkpoints.refuse_pickles()
+    with pytest.raises(Exception, match="mkdir"):
+        TorchCheckpointEngine().load(str(tmp_path / "states.pt"))
+    assert not (tmp_path / "ran").exists()
 
 
 # ---- processes
