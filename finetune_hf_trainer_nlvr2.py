@@ -22,7 +22,6 @@ statement of each. The metric is the share of exact matches.
 
 import json
 import math
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,6 +46,7 @@ from phi3v.checkpoints import (
     clear_unfinished,
     find_checkpoint,
     ignore_signals,
+    join_after_restart,
     naming_full_disk,
     publish,
     refuse_pickles,
@@ -214,7 +214,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, Tra
     if "deepspeed" not in given and not args.use_lora:
         trainer["deepspeed"] = Path(__file__).resolve().parent / "ds_config" / "zero2.json"
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has started everything anew after a failure
+    if join_after_restart(trainer["ddp_timeout"]):
         trainer["resume_from_checkpoint"] = "auto"
     accumulation = check_flags(args, trainer, given)
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32)

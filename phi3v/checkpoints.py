@@ -1,6 +1,7 @@
 """Checkpoints that appear whole or not at all, what they belong to, and stopping in time to write one."""
 
 import contextlib
+import datetime
 import errno
 import json
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback
@@ -249,6 +251,32 @@ def check_space(output_dir: Path, checkpoint_bytes: float, model_bytes: float, c
         )
 
 
+def join_after_restart(timeout: float) -> bool:
+    """Whether torchrun has started this process again after a failure. If so, joins the other processes.
+
+    Left to torch, they would look one another up under the names of the first attempt, in the store that torchrun's
+    agent keeps, and find processes that are gone (so it is in torch 2.14). timeout: of collectives, in seconds.
+    """
+    environment = os.environ
+    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        limit = datetime.timedelta(seconds=timeout)
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(environment["LOCAL_RANK"]))
+        store = dist.TCPStore(
+            environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, is_master=False, timeout=limit
+        )
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore(f"attempt-{attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=limit,
+        )
+    return attempt > 0
+
+
 def shutdown_hint(checkpoint_bytes: float) -> str | None:
     """What to tell a user whose checkpoints take longer than torchrun waits."""
     seconds = checkpoint_bytes / DISK_SPEED
@@ -276,12 +304,12 @@ def ignore_signals(worker: int):
 class Preemption(TrainerCallback):
     """On SIGTERM or SIGUSR1 to any rank, all ranks finish their step, write a checkpoint, and leave.
 
-    A second signal ends the process at once. Ranks talk over a group of their own on the CPU, once a step, so that no
-    accelerator is waited for.
+    A second signal ends the process at once. Ranks agree once a step, over the group that they train with: another one
+    could not always be set up again after a restart by torchrun.
     """
 
     def __init__(self):
-        self.signals, self.stopped, self.group, self.pid = 0, False, None, os.getpid()
+        self.signals, self.stopped, self.pid = 0, False, os.getpid()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
@@ -299,10 +327,8 @@ class Preemption(TrainerCallback):
         """Whether any rank has got a signal. Every rank must ask equally often."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.signals > 0
-        if self.group is None:
-            self.group = dist.new_group(backend="gloo")
-        flag = torch.tensor([self.signals])
-        dist.all_reduce(flag, group=self.group)
+        flag = torch.tensor([self.signals], device=PartialState().device)
+        dist.all_reduce(flag)
         return flag.item() > 0
 
     def check(self):
