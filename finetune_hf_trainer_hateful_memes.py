@@ -50,6 +50,7 @@ from phi3v.checkpoints import (
     naming_full_disk,
     publish,
     refuse_pickles,
+    set_aside_later,
     settings_of,
     shutdown_hint,
     stored_settings,
@@ -95,14 +96,14 @@ class RecipeArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "train on the first N examples only"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first N examples only"})
     max_length: int | None = field(
-        default=None, metadata={"help": "refuse examples of more tokens; default: the model's own limit"}
+        default=None, metadata={"help": "refuse training examples of more tokens; default: the model's own limit"}
     )
     truncate: bool = field(
         default=False, metadata={"help": "cut off the end of too long ones, if all images and some of the answer stay"}
     )
     on_bad_example: str = field(
         default="error",
-        metadata={"help": "error, or skip: leave out examples whose images can't be read, and list them at the end"},
+        metadata={"help": "error, or skip: train on no example whose images can't be read, and list them at the end"},
     )
     check_data: bool = field(
         default=False, metadata={"help": "decode every image, print a summary of the data, and end without training"}
@@ -199,6 +200,7 @@ TRAINER_DEFAULTS = {
     "per_device_eval_batch_size": 8,
     "activation_checkpointing": None,  # as memory needs it
     "ddp_timeout": 7200,  # seconds: the other processes wait while the first one downloads data and looks through it
+    "logging_nan_inf_filter": False,  # it waits for the device at every micro-batch, and hides what went wrong
     "ddp_find_unused_parameters": False,  # none is unused: see Phi3VModel._needs_vision_graph
 }
 
@@ -210,9 +212,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, Tra
     if "deepspeed" not in given and not args.use_lora:
         trainer["deepspeed"] = Path(__file__).resolve().parent / "ds_config" / "zero2.json"
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
-    if join_after_restart(trainer["ddp_timeout"]):
-        trainer["resume_from_checkpoint"] = "auto"
+    if join_after_restart(trainer["ddp_timeout"]) and find_checkpoint("auto", Path(trainer["output_dir"]))[0]:
+        trainer["resume_from_checkpoint"] = "auto"  # and not the one that the first attempt may have started from
     accumulation = check_flags(args, trainer, given)
+    if args.estimate and not torch.accelerator.is_available():  # for a GPU, wherever it is
+        trainer["bf16"] = not (trainer["fp16"] or args.fp32)
+        trainer["fp16"] = False  # takes as much
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32)
     args.attn_implementation = choose_attention(args.attn_implementation, args.use_flash_attention, precision)
     trainer.update(
@@ -402,11 +407,12 @@ class RecipeTrainer(Trainer):
         self.health.add(loss, problems)
         return loss
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        with self.meter.paused():  # what logging, evaluation and saving take is no time of training
-            if self.control.should_log or self.control.should_save:
-                self.health.check(self)
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        is_read = self.control.should_log or self.control.should_save
+        with self.meter.paused(is_read):  # what logging, evaluation and saving take is no time of training
+            if is_read:
+                self.health.check(self, grad_norm)
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _get_output_dir(self, trial):
         return Path(super()._get_output_dir(trial)) / UNFINISHED  # from where `publish` takes a checkpoint
@@ -507,7 +513,8 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     train, evaluation = train[: args.max_train_samples], evaluation[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
-    limit = args.max_length or Phi3VConfig.from_pretrained(args.model_name_or_path).max_position_embeddings
+    config = Phi3VConfig.from_pretrained(args.model_name_or_path)
+    limit = args.max_length or config.max_position_embeddings
     if args.check_data:
         if is_first:
             check_data(
@@ -518,7 +525,17 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         train, processor, max_length=limit, truncate=args.truncate, skip_bad=args.on_bad_example == "skip"
     )
     sizes = all_sizes(train_dataset, "measuring examples", training_args.disable_tqdm)
+    eval_dataset = ConversationDataset(
+        evaluation,
+        processor,
+        for_generation=True,
+        max_length=config.max_position_embeddings,
+        skip_bad=args.on_bad_example == "skip",
+    )
+    all_sizes(eval_dataset, "measuring evaluation examples", training_args.disable_tqdm)  # fails now, or never
     estimate = estimate_run(args, training_args, sizes)
+    if resume and args.max_tokens_per_gpu == "auto" and not stored.get("tokens"):
+        raise InputError(f"--max_tokens_per_gpu auto: {resume} was trained without it; leave it out here too")
     plan = estimate.plan(
         args.batch_size,
         args.batch_size_per_gpu,
@@ -530,18 +547,25 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         if is_first:
             print(estimate.describe(plan.load, training_args.num_train_epochs))
         return None
+    steps = math.ceil(len(sizes) / args.batch_size)
+    epochs = math.ceil(training_args.num_train_epochs)
+    if training_args.max_steps > 0:
+        epochs = math.ceil(training_args.max_steps / steps)
     settings = settings_of(args, training_args, tokens=plan.tokens, data=fingerprint(sizes))
     finished = output_dir / FINISHED
     if training_args.resume_from_checkpoint == "auto" and finished.is_file():
-        check_settings(json.loads(finished.read_text(encoding="utf-8")), settings, finished, anyway=False)
-        if is_first:
-            print(f"{output_dir} holds a finished run: there is nothing left to do")
-        return None
+        before = json.loads(finished.read_text(encoding="utf-8"))
+        if before == settings or not args.resume_anyway:
+            check_settings(before, settings, finished, anyway=False)
+            if is_first:
+                print(f"{output_dir} holds a finished run: there is nothing left to do")
+            return None
     if resume:
         check_settings(stored, settings, resume, args.resume_anyway)
     if is_first:
         finished.unlink(missing_ok=True)
         clear_unfinished(output_dir)
+        set_aside_later(output_dir, resume)
         kept = (training_args.save_total_limit or 1) if training_args.save_strategy != "no" else 0
         saved = estimate.saved_bytes(args.use_lora)
         check_space(output_dir, *saved, kept)
@@ -555,7 +579,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         max_tokens=plan.tokens,
         share_images=args.share_images,
         seed=training_args.seed,
-        epochs=math.ceil(training_args.num_train_epochs),
+        epochs=epochs,
         rank=training_args.process_index,
         world_size=training_args.world_size,
     )
@@ -583,7 +607,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
                 args.share_images and args.attn_implementation != "flash_attention_2",
             ),
             train_dataset=train_dataset,
-            eval_dataset=ConversationDataset(evaluation, processor, for_generation=True, max_length=limit),
+            eval_dataset=eval_dataset,
             eval_conversations=evaluation,
             processing_class=processor,
         )
@@ -614,7 +638,8 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     after = write_report(trainer, "eval_after.json")
     skipped = trainer.health.skipped()
     if is_first:
-        write_json(finished, settings)
+        if trainer.state.global_step >= trainer.state.max_steps:
+            write_json(finished, settings)
         if skipped:
             print(f"{len(skipped)} examples were left out, as --on_bad_example skip says:", *skipped, sep="\n  ")
         write_page(trainer, before, after, about)

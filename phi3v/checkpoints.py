@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ MANIFEST = "complete.json"  # written last: a checkpoint without it was never fi
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
 FINISHED = "finished.json"  # in the output folder, when everything asked for was done
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what odd JSON ends in
+REPEATS = 5.0  # seconds within which a signal is the same one again
 DISK_SPEED = 5e8  # bytes/s, to say whether a checkpoint can be written within the time that torchrun leaves
 PREEMPTED = 75  # the exit status of a run that was told to stop, and wrote a checkpoint: EX_TEMPFAIL, try again
 
@@ -67,8 +69,6 @@ NEUTRAL = {
     "activation_checkpointing_kwargs",
     "local_rank",
     "use_cpu",
-    "seed_worker",
-    "logging_dir",
 }
 # Settings with which the optimizer's state has another form, so that nothing could go on from it.
 STRUCTURAL = {
@@ -150,23 +150,36 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def publish(unfinished: Path, settings: dict, keep: int | None):
-    """Moves a written checkpoint out of the folder UNFINISHED, and deletes all but the newest `keep`."""
+    """Moves a written checkpoint out of the folder UNFINISHED, and of it and the whole ones before deletes all but the
+    newest `keep`."""
     for path in unfinished.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # a rename may reach the disk before what it renames
     write_json(unfinished / MANIFEST, {"files": _sizes(unfinished), "settings": settings})
     output_dir = unfinished.parent.parent
-    target = output_dir / unfinished.name
+    target, step = output_dir / unfinished.name, _step(unfinished)
     if target.exists():
-        shutil.rmtree(target)  # written by an earlier attempt, and damaged since, or the run would not be here again
+        os.replace(target, unfinished.with_name("replaced"))
     os.replace(unfinished, target)
+    earlier = [path for path in checkpoints(output_dir) if _step(path) <= step and damage(path) is None]
+    for old in earlier[keep:] if keep else []:
+        os.replace(old, unfinished.with_name(old.name))  # so that no half of it can be taken for a checkpoint
     clear_unfinished(output_dir)
-    for old in checkpoints(output_dir)[keep:] if keep else []:
-        doomed = output_dir / UNFINISHED / old.name  # so that no half of it can be taken for a checkpoint
-        doomed.parent.mkdir(exist_ok=True)
-        os.replace(old, doomed)
-    clear_unfinished(output_dir)
+
+
+def set_aside_later(output_dir: Path, resumed: Path | None):
+    """Renames checkpoints of later steps than the one that training goes on from: they are damaged, or of a training
+    that went another way, and would be taken for the newest."""
+    for path in checkpoints(output_dir):
+        if resumed is not None and _step(path) > _step(resumed):
+            target = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(path, target)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def clear_unfinished(output_dir: Path):
@@ -241,7 +254,7 @@ def check_space(output_dir: Path, checkpoint_bytes: float, model_bytes: float, c
     """Raises InputError if the disk has no room for the model and for one checkpoint more than are kept, because an old
     one is deleted when the new one is there."""
     needed = model_bytes + checkpoint_bytes * (checkpoints_kept + 1 if checkpoints_kept else 0)
-    present = sum(sum(_sizes(path).values()) for path in checkpoints(output_dir))
+    present = sum(sum(_sizes(path).values()) for path in checkpoints(output_dir)) if checkpoints_kept else 0
     free = shutil.disk_usage(output_dir).free + present
     if needed > free:
         raise InputError(
@@ -304,20 +317,23 @@ def ignore_signals(worker: int):
 class Preemption(TrainerCallback):
     """On SIGTERM or SIGUSR1 to any rank, all ranks finish their step, write a checkpoint, and leave.
 
-    A second signal ends the process at once. Ranks agree once a step, over the group that they train with: another one
-    could not always be set up again after a restart by torchrun.
+    Another signal, REPEATS seconds or more after the first, ends the process at once. Ranks agree once a step, over the
+    group that they train with: another one could not always be set up again after a restart by torchrun.
     """
 
     def __init__(self):
-        self.signals, self.stopped, self.pid = 0, False, os.getpid()
+        self.signals, self.first, self.stopped, self.pid = 0, 0.0, False, os.getpid()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, frame):
         if os.getpid() != self.pid:  # a process that loads data, and has not started to ignore signals
             return
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.signals and now - self.first < REPEATS:  # torchrun passes on what the whole job has got already
+            return
         self.signals += 1
-        name = signal.Signals(number).name
+        self.first = now
         if self.signals > 1:
             os.write(2, f"{name} again: leaving at once\n".encode())
             os._exit(128 + number)
@@ -363,17 +379,20 @@ class Health:
         self.bad_losses = torch.where(finite, 0, last + 1)
         self.problems.update(dict.fromkeys(problems))
 
-    def check(self, trainer):
+    def check(self, trainer, grad_norm):
         """Raises InputError where the last losses of any rank were no finite numbers: three of them, or one if what
-        came of it would be saved. Weights stay as they are where fp16's loss scaling leaves a step out."""
+        came of it would be saved, as with a gradient's norm. fp16's loss scaling leaves such steps out."""
         bad = max(gather_object([0 if self.bad_losses is None else int(self.bad_losses)]))
-        if bad < (1 if trainer.control.should_save and not trainer.args.fp16 else 3):
+        saving = trainer.control.should_save and not trainer.args.fp16
+        bad_norm = saving and grad_norm is not None and not math.isfinite(grad_norm)
+        if bad < (1 if saving else 3) and not bad_norm:
             return
         last = next((path for path in checkpoints(Path(trainer.args.output_dir)) if damage(path) is None), None)
         rate = max(group["lr"] for group in trainer.optimizer.param_groups)
         raise InputError(
-            f"the loss was no finite number in the last {bad} micro-batches up to step {trainer.state.global_step}, at "
-            f"a learning rate of {rate:.3g}: lower --learning_rate or --max_grad_norm, or use --bf16 or --fp32. "
+            f"the {'loss' if bad else 'gradient'} was no finite number in the last {bad or 1} micro-batches up to step "
+            f"{trainer.state.global_step}, at a learning rate of {rate:.3g}: lower --learning_rate or "
+            "--max_grad_norm, or use --bf16 or --fp32. "
             + (f"The last good checkpoint is {last}" if last else "There is no checkpoint yet")
         )
 
@@ -389,10 +408,10 @@ def naming_full_disk(folder: Path):
         yield
     except (OSError, RuntimeError, SafetensorError) as e:
         text = " ".join(str(e).split())
-        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(folder.anchor).free == 0
+        output_dir = folder.parent.parent if folder.parent.name == UNFINISHED else folder
+        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(output_dir).free == 0
         if not (full or re.search(r"No space left|quota exceeded|file write failed|unexpected pos", text)):
             raise
-        output_dir = folder.parent.parent if folder.parent.name == UNFINISHED else folder
         clear_unfinished(output_dir)
         kept = next((path for path in checkpoints(output_dir) if damage(path) is None), None)
         raise InputError(

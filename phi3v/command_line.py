@@ -21,7 +21,6 @@ from .errors import InputError
 REFUSED = {
     "gradient_accumulation_steps": "it follows from --batch_size and --batch_size_per_gpu",
     "per_device_train_batch_size": "use --batch_size_per_gpu",
-    "train_batch_size": "use --batch_size and --batch_size_per_gpu",
     "weight_decay": "use --wd",
     "disable_tqdm": "use --no-tqdm",
     "gradient_checkpointing": "use --activation_checkpointing",
@@ -57,6 +56,16 @@ REFUSED = {
     "do_predict": "evaluation always runs after training",
     "eval_strategy": "use --eval_steps",
     "save_strategy": "use --save_steps",
+    "save_only_model": "a checkpoint without the optimizer's state can't be resumed from",
+    "enable_jit_checkpoint": "SIGTERM and SIGUSR1 write a checkpoint already",
+    "save_on_each_node": "checkpoints need one --output_dir that all nodes see",
+    "data_seed": "the order of examples follows from --seed",
+    "length_column_name": "lengths are counted",
+    "logging_nan_inf_filter": "losses are logged as they are, and a run stops that has none",
+    "no_logging_nan_inf_filter": "losses are logged as they are, and a run stops that has none",
+    "eval_do_concat_batches": "evaluation generates answers",
+    "eval_use_gather_object": "evaluation generates answers",
+    "liger_kernel_config": "it has no kernels for this model",
 }
 
 # Flags of the recipes that count something.
@@ -139,6 +148,11 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         value = getattr(args, name, trainer.get(name))
         if value is not None and not 0 < value < math.inf:  # nor NaN
             raise InputError(f"--{name} is {value}, must be above 0")
+    for name in ("save_steps", "eval_steps"):
+        if name in given and not trainer[name] > 0:
+            raise InputError(f"--{name} is {trainer[name]}, must be above 0")
+    if trainer["save_total_limit"] is not None and trainer["save_total_limit"] < 1:
+        raise InputError(f"--save_total_limit is {trainer['save_total_limit']}, must be at least 1")
     for name, least in (("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0), ("seed", 0)):
         if trainer[name] < least:
             raise InputError(f"--{name} is {trainer[name]}, must be at least {least}")
@@ -183,7 +197,8 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
     resume = trainer["resume_from_checkpoint"]
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise InputError(f"--resume_from_checkpoint {resume} does not exist: give a folder checkpoint-N, or auto")
-    _make_output_dir(Path(trainer["output_dir"]), resuming=resume is not None)
+    if not (args.estimate or args.check_data):
+        _make_output_dir(Path(trainer["output_dir"]), resuming=resume is not None)
     return args.batch_size // step
 
 

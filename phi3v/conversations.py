@@ -5,6 +5,7 @@ before its text, and their numbers run on over the turns.
 """
 
 import hashlib
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -100,7 +101,7 @@ class Size(NamedTuple):
     image_tokens: int
     crops: int
     targets: int
-    digest: int  # of its text
+    digest: int  # of its text and of its images' files, as far as `_weight` looks
 
 
 class ConversationDataset(Dataset):
@@ -203,7 +204,18 @@ class ConversationDataset(Dataset):
         encoded = self._encode_text(index, text, grids)
         ids, targets = encoded["input_ids"], encoded["labels"] != IGNORE_INDEX
         crops = sum(h * w + 1 for h, w in grids)
-        return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), zlib.crc32(text.encode()))
+        digest = zlib.crc32(repr([text, *map(_weight, images)]).encode())
+        return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), digest)
+
+
+def _weight(image) -> int | None:
+    """What tells an image from another without reading a file: its size, or a checksum of content that is at hand."""
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return zlib.crc32(image["bytes"])
+    path = image.get("path") if isinstance(image, dict) else image
+    if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
+        return os.path.getsize(path)
+    return None
 
 
 def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
@@ -215,7 +227,7 @@ def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = Fals
 
 
 def fingerprint(sizes: list[Size]) -> str:
-    """Differs where a text, the shape of an image, or the order of examples does."""
+    """Differs where a text, the size of an image or of its file, or the order of examples does."""
     return hashlib.sha256(repr([tuple(size) for size in sizes]).encode()).hexdigest()[:16]
 
 

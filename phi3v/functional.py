@@ -138,19 +138,24 @@ class _CrossEntropySum(torch.autograd.Function):
             total -= log_p.gather(1, own).sum()
             if needs_grad:
                 # d loss / d scores is softmax minus one at the target.
-                slope = log_p.exp_().scatter_add_(1, own, log_p.new_full((1, 1), -1.0).expand_as(own)).div_(divisor)
+                slope = log_p.exp_().scatter_add_(1, own, log_p.new_full((1, 1), -1.0).expand_as(own))
                 grad_x, *new = torch.autograd.grad(scores, (x, *trained), slope.to(scores.dtype))
                 grad_hidden[rows] = grad_x
+                new = [g.float() if g.dtype == torch.float16 else g for g in new]  # sums of many could overflow
                 grads = new if grads is None else [a.add_(b) for a, b in zip(grads, new, strict=True)]
             del scores, log_p
+        # Divided in the backward pass, together with fp16's loss scale: by itself the quotient could underflow.
+        ctx.divisor, ctx.parameters_dtypes = divisor, [p.dtype for p in parameters]
         ctx.grads = grad_hidden, grads or [torch.zeros_like(p) for p in trained]
         return total / divisor
 
     @staticmethod
     def backward(ctx, grad):
         (grad_hidden, grads), ctx.grads = ctx.grads, None  # scaled in place, so that they serve once
-        found = iter(g.mul_(grad) for g in grads)
-        by_parameter = (next(found) if needed else None for needed in ctx.needs_input_grad[4:])
+        grad = grad.float() / ctx.divisor
+        found = iter(grads)
+        needed = zip(ctx.parameters_dtypes, ctx.needs_input_grad[4:], strict=True)
+        by_parameter = (next(found).mul_(grad).to(dtype) if wanted else None for dtype, wanted in needed)
         return grad_hidden.mul_(grad), None, None, None, *by_parameter
 
 

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -26,7 +27,7 @@ from .functional import LOSS_CHUNK
 from .packing import Group, Packing
 
 # Peak dense FLOP/s in half precision with sums in fp32, as NVIDIA publishes them (V100, T4 and RTX 8000: fp16). The
-# first name that a device's own contains counts.
+# first name that is a word of a device's own counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -37,7 +38,9 @@ PEAK_FLOPS = {
     "A6000": 155e12,
     "A40": 150e12,
     "A10": 125e12,
+    "A10G": 70e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "V100": 125e12,
     "T4": 65e12,
@@ -513,7 +516,11 @@ class Estimate:
             if kind is None:
                 lines.append(f"{line}does not fit")
                 continue
-            seconds = self.flops(kind) * n / (published_peak(name) * ASSUMED_MFU * self.world_size)
+            seconds = (
+                self.flops(kind)
+                * n
+                / ((published_peak(name) or peak_flops(torch.half)[0]) * ASSUMED_MFU * self.world_size)
+            )
             line += f"{SPOKEN[kind]}: {_time(seconds)}, {n / seconds:.3g} examples/s"
             lines.append(line + (f"; {_time(seconds * epochs)} for {epochs:g} epochs" if epochs != 1 else ""))
         return "\n".join(lines)
@@ -556,7 +563,7 @@ def _time(seconds: float) -> str:
 
 def published_peak(name: str) -> float | None:
     """FLOP/s in half precision of a GPU that is called so."""
-    return next((peak for known, peak in PEAK_FLOPS.items() if known.lower() in name.lower()), None)
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name, re.IGNORECASE)), None)
 
 
 def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
@@ -590,10 +597,21 @@ def device_memory() -> float:
     """Bytes that each process can have, the USABLE share of its GPU's, or its share of what is free on a CPU. The least
     of all ranks, so that all of them plan alike."""
     if torch.cuda.is_available():
-        own = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        own = torch.cuda.mem_get_info()[0]
     else:
-        own = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        own = min(psutil.virtual_memory().available, _container_limit()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return USABLE * min(gather_object([own]))
+
+
+def _container_limit() -> float:
+    """Bytes that a control group leaves, as a container has it; infinite without one."""
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        return float("inf") if limit == "max" else max(int(limit) - used, 0)
+    except (OSError, ValueError):
+        return float("inf")
 
 
 class Meter:
@@ -612,10 +630,15 @@ class Meter:
         self.seconds = 0.0
 
     @contextlib.contextmanager
-    def paused(self):
-        """Time that is not counted. The clock starts at the first pause's end, as the first step is like no other."""
+    def paused(self, is_read: bool):
+        """Time that is not counted. The clock starts at the first pause's end, as the first step is like no other.
+        `is_read`: the device has to come to an end of what it has been given."""
+        if is_read:
+            _wait()
         if self.started is None:
             self._clear()
+            if torch.accelerator.is_available():
+                torch.accelerator.reset_peak_memory_stats()
         else:
             self.seconds += time.perf_counter() - self.started
         yield

@@ -460,7 +460,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         if supervised is None:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         else:
-            divisor = max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch
+            divisor = len(supervised) if num_items_in_batch is None else num_items_in_batch
+            divisor = divisor.clamp(min=1) if torch.is_tensor(divisor) else max(divisor, 1)
             loss = cross_entropy(hidden.flatten(0, 1)[supervised], targets, divisor, self.lm_head)
         rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)

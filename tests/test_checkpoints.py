@@ -341,7 +341,7 @@ def test_data_are_checked(spoilt, tmp_path, capfd, toy_data):
         run(folder, tmp_path / "a", "--check_data")
     assert first in str(error.value) and second in str(error.value)
     assert run(toy_data, tmp_path / "a", "--check_data") is None
-    assert "training data: 24 examples" in capfd.readouterr().out and not any((tmp_path / "a").iterdir())
+    assert "training data: 24 examples" in capfd.readouterr().out and not (tmp_path / "a").exists()
 
 
 def test_too_long_examples(toy_data, tmp_path):
