@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,44 @@ def test_what_deepspeed_loads_runs_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_only_whole_earlier_checkpoints_are_deleted(finished, tmp_path):
+    """A damaged later one, and one of a training that went another way, must not push out the one just written."""
+    out = tmp_path / "out"
+    cut_back(finished("full"), out, 12)
+    os.truncate(out / "checkpoint-12" / "model.safetensors", 5)
+    os.truncate(out / "checkpoint-2" / "model.safetensors", 5)
+    shutil.copytree(out / "checkpoint-6", out / "unfinished" / "checkpoint-6")
+    checkpoints.publish(out / "unfinished" / "checkpoint-6", {}, keep=1)
+    left = {path.name for path in out.glob("checkpoint-*")}
+    assert left == {"checkpoint-2", "checkpoint-6", "checkpoint-8", "checkpoint-10", "checkpoint-12"}
+    assert damage(out / "checkpoint-6") is None and not (out / "unfinished").exists()
+
+
+def test_going_another_way_sets_later_checkpoints_aside(toy_data, finished, tmp_path):
+    out = tmp_path / "out"
+    cut_back(finished("full"), out, 10)
+    flags = ["--resume_from_checkpoint", out / "checkpoint-4", "--max_steps", "6", "--save_total_limit", "1"]
+    run(toy_data, out, *MODES["full"], *flags, "--resume_anyway")
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6"}
+    assert {path.name for path in out.glob("abandoned-*")} == {f"abandoned-checkpoint-{n}" for n in (6, 8, 10)}
+
+
+def test_a_signal_that_comes_twice_is_one(monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    try:
+        preemption, left = checkpoints.Preemption(), []
+        monkeypatch.setattr(checkpoints.os, "_exit", left.append)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert preemption.requested() and not left
+        preemption.first -= checkpoints.REPEATS
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert left == [128 + signal.SIGTERM]
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
+            signal.signal(number, handler)
+
+
 # ---- processes
 
 
@@ -284,6 +323,11 @@ def descendants(parent: int) -> list[tuple[int, list[str]]]:
 # ---- numbers, disks, data
 
 
+def test_more_steps_than_epochs_by_tokens(toy_data, tmp_path):
+    flags = ["--deepspeed", "none", "--max_tokens_per_gpu", "300", "--max_steps", "40", "--save_steps", "100"]
+    assert run(toy_data, tmp_path, *flags).state.global_step == 40
+
+
 def test_a_loss_that_is_no_number_stops(toy_data, tmp_path):
     with pytest.raises(InputError, match=r"no finite number in the last \d+ micro-batches up to step \d+.*1e\+20"):
         run(toy_data, tmp_path, *MODES["full"], "--learning_rate", "1e20", "--lr_scheduler_type", "constant",
@@ -292,7 +336,7 @@ def test_a_loss_that_is_no_number_stops(toy_data, tmp_path):
         assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(tmp_path, monkeypatch):
     """/dev/full fails as a full disk does."""
     folder = tmp_path / "unfinished" / "checkpoint-3"
     folder.mkdir(parents=True)
@@ -304,6 +348,10 @@ def test_a_full_disk(tmp_path):
             with checkpoints.naming_full_disk(folder):
                 write()
     assert not folder.exists()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="disk is full"):
+        with checkpoints.naming_full_disk(Path("unfinished/checkpoint-3")):
+            torch.save(torch.ones(10**6), "/dev/full")
     with pytest.raises(RuntimeError, match="something else"), checkpoints.naming_full_disk(folder):
         raise RuntimeError("something else")
 

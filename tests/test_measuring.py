@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM
 from phi3v.adapters import add_adapter
-from phi3v.measuring import Costs, load_of_packing
+from phi3v.conversations import Size
+from phi3v.measuring import GPUS, Costs, Estimate, load_of_packing, published_peak
 from phi3v.packing import pack
 
 DECODER = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -133,3 +134,32 @@ def test_kept_tensors_at_real_size(mode, dtype, checkpointing, batch, monkeypatc
     if autocast:  # it keeps copies of the weights that train
         expected += sum(2 * p.numel() for p in model.parameters() if p.requires_grad and p.dim() > 1)
     assert expected == pytest.approx(found, rel=0.1)
+
+
+def test_names_of_gpus():
+    names = {
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "Tesla V100-SXM2-32GB": 125e12,
+        "NVIDIA A10G": 70e12,
+        "Quadro RTX 8000": 130e12,
+        "NVIDIA RTX A1000": None,
+        "NVIDIA GeForce RTX 4080": None,
+    }
+    assert {name: published_peak(name) for name in names} == names
+    assert all(published_peak(name) for name in GPUS)
+
+
+def test_an_estimate(capfd, tmp_path):
+    """What --estimate prints for the real size; memory falls with checkpointing, and time with the number of GPUs."""
+    sizes = [Size(2443, 2400, 17, 10, 0)] * 3
+    model = build("full", torch.bfloat16)
+    estimates = [Estimate(model, sizes, n, 2, {"zero_optimization": {"stage": 2}}) for n in (1, 8)]
+    load = estimates[0].largest_load(1)
+    peaks = [estimates[1].memory(load, kind).peak for kind in ("none", "decoder", "all")]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] < estimates[0].memory(load, "none").peak
+    text = estimates[1].describe(load, 2)
+    assert "4,146,621,440, of which 4,134,023,168 train" in text and "V100 32 GB" in text
+    assert estimates[1].flops("none") == pytest.approx(77.9e12, rel=0.1)  # the recipe's own count is 77.9 TFLOP
+    plan = estimates[1].plan(64, 1, "auto", None, 72e9)
+    assert plan.tokens >= 2443 and plan.memory.peak <= 72e9

@@ -14,6 +14,7 @@ from phi3v.adapters import add_adapter
 from phi3v.batching import StepSampler
 from phi3v.conversations import Collator, ConversationDataset, PackingCollator, Size
 from phi3v.errors import InputError
+from phi3v.functional import cross_entropy
 from phi3v.packing import Group
 
 ORIGINAL = 300  # tokens from which the long rotary factors are taken
@@ -189,6 +190,21 @@ def test_the_loss_goes_through_its_chunks(monkeypatch, data):
     monkeypatch.setattr("phi3v.functional.LOSS_CHUNK", 3)
     batch = PackingCollator(data.processor, ORIGINAL, True)(data.__getitems__([0, 2, 6]))
     assert_equal(gradients(model, [batch], n), expected)
+
+
+@pytest.mark.parametrize("divisor", [64, 20_000])
+def test_gradients_of_the_loss_in_fp16(divisor):
+    """Under fp16's loss scale: what autograd takes of a loss that is scaled last, at any number of tokens a step."""
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(64, 4000, bias=False), torch.randn(1100, 64)
+    targets = torch.randint(0, 4000, (1100,))
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        own, x = copy.deepcopy(head).to(dtype), hidden.to(dtype, copy=True).requires_grad_()
+        (cross_entropy(x, targets, divisor, own) * 65536).backward()
+        found.append((x.grad.float(), own.weight.grad.float()))
+    for exact, half in zip(*found, strict=True):
+        assert (half - exact).norm() < 2e-3 * exact.norm()
 
 
 def test_pinning_keeps_everything(data):
