@@ -44,6 +44,7 @@ from phi3v.checkpoints import (
     Health,
     Interrupted,
     Preemption,
+    check_agreement,
     check_settings,
     check_space,
     clear_unfinished,
@@ -493,6 +494,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     if is_first:
         for message in messages:
             print(message, flush=True)
+    check_agreement(resume, output_dir)
     stored = stored_settings(resume) if resume else {}
     refuse_pickles()
     set_seed(training_args.seed)

@@ -235,6 +235,16 @@ def find_checkpoint(asked: str | None, output_dir: Path) -> tuple[Path | None, l
     return None, [*messages, f"no whole checkpoint in {output_dir}: training starts at step 0"]
 
 
+def check_agreement(resumed: Path | None, output_dir: Path):
+    """Raises InputError where processes would go on from different checkpoints."""
+    found = gather_object([resumed and resumed.name])
+    if len(set(found)) > 1:
+        raise InputError(
+            f"--output_dir {output_dir} is not the same for all processes: they would go on from {found}; give a "
+            "folder that every node sees"
+        )
+
+
 def refuse_pickles():
     """From here on torch.load makes nothing but tensors, plain values and DeepSpeed's few harmless classes, whoever
     calls it: DeepSpeed itself would run what a file tells it to."""

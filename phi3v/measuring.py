@@ -550,8 +550,8 @@ def describe_sizes(sizes: list, n_evaluation: int) -> dict[str, str]:
     return {
         "training examples": f"{len(sizes):,}",
         "evaluation examples": f"{n_evaluation:,}",
-        "tokens an example": f"{tokens[0]:,} to {tokens[-1]:,}, median {tokens[middle]:,}",
-        "crops an example": f"{crops[0]} to {crops[-1]}, median {crops[middle]}",
+        "an example": f"{tokens[0]:,} to {tokens[-1]:,} tokens, median {tokens[middle]:,}",
+        "images of an example": f"{crops[0]} to {crops[-1]} crops, median {crops[middle]}",
     }
 
 
