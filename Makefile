@@ -57,8 +57,8 @@ install: .venv/installed
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
-.venv/installed-test: .venv/installed
-	$(BIN)/pip install -q ruff pytest hypothesis
+.venv/installed-test: .venv/installed Makefile
+	$(BIN)/pip install -q ruff pytest hypothesis jsonschema
 	touch $@
 
 test: .venv/installed-test
