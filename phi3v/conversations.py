@@ -36,12 +36,12 @@ def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_genera
     Returns `input_ids` and `labels` int64 (length,), `pixel_values` (n_tiles, S, S, 3) uint8 sub-crops and `grids`, the
     (down, across) sub-crops of each image. Raises InputError for an image that cannot be read.
     """
-    text, images = _chat(processor, turns, for_generation)
+    text, images = chat_text(processor, turns, for_generation)
     tiles, grids = encode_images(processor, images)
     return {**_encode_text(processor, text, grids), "pixel_values": tiles, "grids": grids}
 
 
-def _chat(processor: Phi3VProcessor, turns: list[dict], for_generation: bool) -> tuple[str, list]:
+def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> tuple[str, list]:
     """The text of a conversation, with tags for its images, and these."""
     messages, images = [], []
     for turn in turns:
@@ -131,6 +131,7 @@ class ConversationDataset(Dataset):
         self.max_length = max_length
         self.truncate = truncate
         self.skip_bad = skip_bad
+        self.sizes: list[Size] | None = None  # as `all_sizes` finds them
 
     def __len__(self):
         return len(self.conversations)
@@ -163,7 +164,7 @@ class ConversationDataset(Dataset):
         return examples
 
     def _chat(self, index: int) -> tuple[str, list]:
-        return _chat(self.processor, self.conversations[index]["conversations"], self.for_generation)
+        return chat_text(self.processor, self.conversations[index]["conversations"], self.for_generation)
 
     def _size_or_square(self, image) -> tuple[int, int]:
         """(width, height) of an image, of a single crop where not even that can be read."""
@@ -219,11 +220,14 @@ def _weight(image) -> int | None:
 
 
 def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
-    """`size` of every example, looked up by all ranks together."""
+    """`size` of every example, looked up by all ranks together, once for a dataset."""
+    if dataset.sizes is not None:
+        return dataset.sizes
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = range(rank, len(dataset), world_size)
     sizes = [(i, dataset.size(i)) for i in tqdm(own, desc=desc, disable=disable_tqdm or rank != 0)]
-    return [size for _, size in sorted(gather_object(sizes))]
+    dataset.sizes = [size for _, size in sorted(gather_object(sizes))]
+    return dataset.sizes
 
 
 def fingerprint(sizes: list[Size]) -> str:

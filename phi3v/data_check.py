@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .conversations import chat_text
 from .errors import InputError, Problems
 from .images import image_name, open_image, to_rgb
 from .processing_phi3v import Phi3VProcessor
@@ -161,13 +162,7 @@ def _or_else(default, value):
 
 def count_tokens(processor: Phi3VProcessor, turns: list[dict], num_img_tokens: list[int]) -> int:
     """The length in tokens of what `encode_conversation` makes of a conversation, without its pixels."""
-    messages, first = [], 1
-    for turn in turns:
-        tags = "".join(f"<|image_{k}|>" for k in range(first, first + len(turn["images"])))
-        first += len(turn["images"])
-        messages.append({"role": "user", "content": f"{tags}\n{turn['user']}" if tags else turn["user"]})
-        messages.append({"role": "assistant", "content": turn["assistant"]})
-    text = processor.tokenizer.apply_chat_template(messages, tokenize=False) + processor.tokenizer.eos_token
+    text, _ = chat_text(processor, turns)
     return len(processor.tokenize(text, num_img_tokens)[0])
 
 

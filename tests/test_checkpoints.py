@@ -307,6 +307,11 @@ def test_torchrun_goes_on_after_a_rank_was_killed(toy_data, tmp_path):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output[-3000:]
     assert "resuming from" in output and digest(out) == digest(whole)
+    curves = []
+    for folder in (whole, out):
+        history = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+        curves.append([(entry["step"], entry["loss"]) for entry in history if "loss" in entry])
+    assert curves[0] == curves[1] and [step for step, _ in curves[1]] == list(range(1, 13))
     assert len(list(out.glob("checkpoint-*"))) == 2 and not (out / "unfinished").exists()
 
 
