@@ -68,6 +68,7 @@ from phi3v.conversations import ConversationDataset, PackingCollator, Size, all_
 from phi3v.data_check import check_data
 from phi3v.errors import InputError, blaming, exit_on_input_error
 from phi3v.evaluation import generate_answers, write_page, write_report
+from phi3v.feature_cache import cache_features
 from phi3v.hardware import DTYPES, choose_attention, choose_precision
 from phi3v.measuring import Estimate, Meter, describe_sizes, device_memory, peak_flops
 from phi3v.optimizer import set_part_rates
@@ -161,6 +162,14 @@ class RecipeArguments:
             "them independently of one another, which may learn a bit better and is slower"
         },
     )
+    cache_vision_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "with --freeze_vision_model: folder in which to keep what the vision model gives for each image, "
+            "for later epochs and runs. Only where reading it is measured to be faster than computing: 0.9 MB a crop"
+        },
+    )
+    cache_vision_gib: float = field(default=100.0, metadata={"help": "the most that this folder may hold, in GiB"})
     wd: float = field(default=0.01, metadata={"help": "weight decay"})
     vision_lr: float | None = field(default=None, metadata={"help": "the tower's; default: --learning_rate"})
     projector_lr: float | None = field(
@@ -553,7 +562,8 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     epochs = math.ceil(training_args.num_train_epochs)
     if training_args.max_steps > 0:
         epochs = math.ceil(training_args.max_steps / steps)
-    settings = settings_of(args, training_args, tokens=plan.tokens, data=fingerprint(sizes))
+    cached = args.cache_vision_features is not None  # to rounding, features depend on what they are computed with
+    settings = settings_of(args, training_args, tokens=plan.tokens, data=fingerprint(sizes), cached=cached)
     finished = output_dir / FINISHED
     if training_args.resume_from_checkpoint == "auto" and finished.is_file():
         before = json.loads(finished.read_text(encoding="utf-8"))
@@ -622,6 +632,19 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
             f"{sampler.accumulation} accumulated\n{plan}; MFU is of {peak / 1e12:.3g} TFLOP/s, {source}",
             flush=True,
         )
+    if args.cache_vision_features:
+        message = cache_features(
+            model,
+            train_dataset,
+            args.cache_vision_features,
+            args.cache_vision_gib * 2**30,
+            training_args.device,
+            compute_dtype(training_args),
+            training_args.dataloader_num_workers,
+            training_args.disable_tqdm,
+        )
+        if is_first:
+            print(message, flush=True)
     before = None if args.no_eval_before else write_report(trainer, "eval_before.json")
     about = {"memory": str(plan), "data": describe_sizes(sizes, len(evaluation))}
     try:

@@ -45,6 +45,8 @@ NEUTRAL = {
     "eval_split",
     "max_tokens_per_gpu",  # its resolved value is compared
     "on_bad_example",
+    "cache_vision_features",  # where; whether there is one counts
+    "cache_vision_gib",
     "per_device_eval_batch_size",
     "logging_steps",
     "logging_first_step",

@@ -83,6 +83,8 @@ COUNTS = {
 # Flags that say how something is done, and the flag that says to do it.
 NEEDS = {
     "train_projector": "freeze_vision_model",
+    "cache_vision_features": "freeze_vision_model",
+    "cache_vision_gib": "cache_vision_features",
     "quantize_vision": "use_qlora",
     "lora_rank": "use_lora",
     "lora_alpha_ratio": "use_lora",
@@ -144,7 +146,14 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError(f"--num_crops is {args.num_crops}, the model was trained with at most 16")
     if not 0 <= args.lora_dropout < 1:
         raise InputError(f"--lora_dropout is {args.lora_dropout}, must be at least 0 and below 1")
-    for name in ("learning_rate", "vision_lr", "projector_lr", "lora_alpha_ratio", "num_train_epochs"):
+    for name in (
+        "learning_rate",
+        "vision_lr",
+        "projector_lr",
+        "lora_alpha_ratio",
+        "num_train_epochs",
+        "cache_vision_gib",
+    ):
         value = getattr(args, name, trainer.get(name))
         if value is not None and not 0 < value < math.inf:  # nor NaN
             raise InputError(f"--{name} is {value}, must be above 0")
@@ -176,6 +185,10 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError("--train_separators can't run under DeepSpeed: leave out --deepspeed")
     if args.use_qlora and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise InputError("--use_qlora can't run under ZeRO-3, which would split 4-bit weights: leave out --deepspeed")
+    if args.cache_vision_features and args.train_projector:
+        raise InputError("--cache_vision_features contradicts --train_projector: what it keeps would change")
+    if args.cache_vision_features and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        raise InputError("--cache_vision_features can't run under ZeRO-3, where all processes compute the same layers")
     if args.on_bad_example not in ("error", "skip"):
         raise InputError(f"--on_bad_example is {args.on_bad_example}, must be error or skip")
     if args.max_tokens_per_gpu not in (None, "auto"):

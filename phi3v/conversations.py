@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -132,6 +133,7 @@ class ConversationDataset(Dataset):
         self.truncate = truncate
         self.skip_bad = skip_bad
         self.sizes: list[Size] | None = None  # as `all_sizes` finds them
+        self.features = None  # a FeatureCache, from which they come in place of crops
 
     def __len__(self):
         return len(self.conversations)
@@ -148,13 +150,15 @@ class ConversationDataset(Dataset):
             if key is None or key != last:
                 problem = None
                 try:
-                    encoded, last = encode_images(self.processor, images), key
+                    read = self.features.read if self.features else partial(encode_images, self.processor)
+                    encoded, last = read(images), key
                 except InputError as e:
                     if not self.skip_bad:
                         raise
                     problem = str(e)
                     blanks = [Image.new("RGB", self._size_or_square(image)) for image in images]
-                    encoded, last = encode_images(self.processor, blanks), key
+                    tiles, grids = encode_images(self.processor, blanks)
+                    encoded, last = (self.features.blank(grids) if self.features else tiles, grids), key
             example = self._encode_text(index, text, encoded[1])
             if i < 0 or problem:
                 example["labels"] = torch.full_like(example["labels"], IGNORE_INDEX)

@@ -108,7 +108,7 @@ def load_of(groups: Iterable[Group], crops: int, targets: int, causal: bool = Tr
 
 
 def load_of_packing(packing: Packing, causal: bool = True) -> Load:
-    crops = sum(h * w + 1 for h, w in packing.grids)
+    crops = 0 if packing.encoded else sum(h * w + 1 for h, w in packing.grids)
     return load_of(packing.groups, crops, len(packing.label_rows), causal)
 
 
@@ -576,12 +576,12 @@ def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
     for _ in range(4):
         start = time.perf_counter()
         square @ square
-        _wait()
+        wait_for_device()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best, "of a matrix product, measured"
 
 
-def _wait():
+def wait_for_device():
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
@@ -634,7 +634,7 @@ class Meter:
         """Time that is not counted. The clock starts at the first pause's end, as the first step is like no other.
         `is_read`: the device has to come to an end of what it has been given."""
         if is_read:
-            _wait()
+            wait_for_device()
         if self.started is None:
             self._clear()
             if torch.accelerator.is_available():

@@ -147,8 +147,14 @@ class Phi3VImageEmbedding(nn.Module):
     def forward(self, crops: torch.Tensor) -> torch.Tensor:
         """(n_crops, 3, S, S) → (n_crops * g * g + 2, hidden): every crop's tokens, then the row separator `sub_GN`
         and the image separator `glb_GN`. Each separator is projected once, however many rows it ends."""
-        features = self.encode_crops(crops)
-        return self.img_projection(torch.cat([features, self.sub_GN[0, 0], self.glb_GN[0]]))
+        return self.img_projection(torch.cat([self.encode_crops(crops), *self._separators()]))
+
+    def _separators(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.sub_GN[0, 0], self.glb_GN[0]
+
+    def with_separators(self, features: torch.Tensor) -> torch.Tensor:
+        """`forward`'s output, given its rows of the crops (n_crops * g * g, hidden)."""
+        return torch.cat([features, self.img_projection(torch.cat(self._separators())).to(features.dtype)])
 
     def token_sources(
         self, is_image: torch.Tensor, image_sizes: torch.Tensor, n_crops: int, image_index: torch.Tensor | None = None
@@ -289,10 +295,12 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             if not self._needs_vision_graph():
                 return embeds
             blank = embeds.new_zeros(1, 3, vision.crop_size, vision.crop_size)
-            return self._fill_in(embeds, is_image, blank, is_image.new_tensor([blank.shape[2:]], dtype=torch.long))
+            sizes = is_image.new_tensor([blank.shape[2:]], dtype=torch.long)
+            return self._fill_in(embeds, is_image, vision(blank), sizes)
         if image_sizes is None:
             raise ValueError("pixel_values need image_sizes, the padded (height, width) of each image")
         image_sizes = image_sizes.to(input_ids.device)
+        is_encoded = packing is not None and packing.encoded
         if packing is not None and pixel_values.dtype == torch.uint8:
             tiles = pixel_values.to(input_ids.device)
             pixel_values = crops_of_tiles(tiles, packing.grids, packing.mean, packing.std, embeds.dtype)
@@ -302,15 +310,18 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 raise ValueError(f"{len(pixel_values)} images in pixel_values, but {len(image_sizes)} in image_sizes")
             is_real = torch.arange(pixel_values.shape[1], device=input_ids.device) < crops_per_image[:, None]
             pixel_values = pixel_values[is_real.to(pixel_values.device)]
+        pixel_values = pixel_values.to(device=embeds.device, dtype=embeds.dtype)
+        n_crops = len(pixel_values) // vision.grid**2 if is_encoded else len(pixel_values)
         if input_ids.device.type == "cpu":
             appearing = image_sizes if image_index is None else image_sizes[image_index]
-            self._check_images(is_image, appearing, crops_per_image, len(pixel_values))
-        return self._fill_in(embeds, is_image, pixel_values, image_sizes, image_index)
+            self._check_images(is_image, appearing, crops_per_image, n_crops)
+        table = vision.with_separators(pixel_values) if is_encoded else vision(pixel_values)
+        return self._fill_in(embeds, is_image, table, image_sizes, image_index)
 
-    def _fill_in(self, embeds, is_image, crops, image_sizes, image_index=None) -> torch.Tensor:
-        """`embeds` with image tokens in the places that `is_image` marks."""
-        table = self.vision_embed_tokens(crops.to(device=embeds.device, dtype=embeds.dtype))
-        source = self.vision_embed_tokens.token_sources(is_image, image_sizes, len(crops), image_index)
+    def _fill_in(self, embeds, is_image, table, image_sizes, image_index=None) -> torch.Tensor:
+        """`embeds` with image tokens in the places that `is_image` marks, from what the vision part gives."""
+        n_crops = (len(table) - 2) // self.vision_embed_tokens.grid**2
+        source = self.vision_embed_tokens.token_sources(is_image, image_sizes, n_crops, image_index)
         return torch.where(is_image[..., None], table.to(embeds.dtype)[source], embeds)
 
     def _needs_vision_graph(self) -> bool:
@@ -432,8 +443,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             it, which makes it independent of how a batch is cut into micro-batches and ranks; without it, the mean.
         logits_to_keep: as in transformers, the number of last positions (0: all) or their indices.
         packing: the examples of a micro-batch stand in one row, `input_ids` and `position_ids` (1, length), as
-            `PackingCollator` makes it; `pixel_values` may then be (n_tiles, S, S, 3) uint8 sub-crops, and
-            `image_index` (n_appearances,) says which image appears where.
+            `PackingCollator` makes it; `pixel_values` may then be (n_tiles, S, S, 3) uint8 sub-crops, or
+            features (n_crops * g * g, hidden) from earlier, and `image_index` (n_appearances,) says which image appears
+            where.
         shift_labels: with `packing`, the targets (n_targets,) of its `label_rows`; `labels` are not looked at.
         """
         supervised = None

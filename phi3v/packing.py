@@ -39,6 +39,7 @@ class Packing:
     label_rows: (n_targets,) int64, the token that predicts each target, counted among the kept ones.
     grids: (down, across) sub-crops of each image. Images are encoded once, however often they are referred to.
     mean, std: of the image processor, by channel, for crops that travel as uint8.
+    encoded: whether features of the images travel in place of their crops.
     """
 
     groups: tuple[Group, ...]
@@ -47,6 +48,7 @@ class Packing:
     grids: tuple[tuple[int, int], ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    encoded: bool = False
     _on_device: dict = field(default_factory=dict, repr=False, compare=False)
 
     def pin_memory(self) -> "Packing":
@@ -71,14 +73,15 @@ class Packing:
 def pack(examples: list[dict], original_length: int, share_images: bool) -> dict:
     """Encoded conversations → one row without padding.
 
-    examples: with `input_ids` and `labels` (length,), `pixel_values` (n_tiles, S, S, 3) uint8, `grids`, and `images`,
-        which is equal for examples of the same images (None: unknown). Those that stand next to one another and whose
-        images all come before anything that differs are put behind one copy of what they have in common, if
-        `share_images`; otherwise their images are encoded once all the same.
+    examples: with `input_ids` and `labels` (length,), `pixel_values` (n_tiles, S, S, 3) uint8, or in place of these
+        features (n_rows, hidden) of whole images, `grids`, and `images`, which is equal for examples of the same
+        images (None: unknown). Those that stand next to one another and whose images all come before anything that
+        differs are put behind one copy of what they have in common, if `share_images`; otherwise their images are
+        encoded once all the same.
     original_length: above it an example takes the long rotary factors.
 
     Returns `input_ids` and `position_ids` (1, length), `labels` and `shift_labels`, both the targets (n_targets,),
-    `pixel_values` (n_tiles, S, S, 3), `image_index` (n_appearances,) and `packing`, still without mean and std.
+    `pixel_values` as the examples have them, `image_index` (n_appearances,) and `packing`, still without mean and std.
     """
     ids, positions, targets, kept_rows, label_rows, groups = [], [], [], [], [], []
     tiles, grids, image_index = [], [], []
@@ -115,15 +118,16 @@ def pack(examples: list[dict], original_length: int, share_images: bool) -> dict
             size = groups[-1].size
             kept_rows.append(torch.arange(n_rows + common - tail, n_rows + size))
             n_rows, n_kept = n_rows + size, n_kept + len(kept_rows[-1])
-    labels = torch.cat(targets)
+    labels, pixels = torch.cat(targets), torch.cat(tiles)
+    rows = torch.cat(kept_rows), torch.cat(label_rows)
     return {
         "input_ids": torch.cat(ids)[None],
         "position_ids": torch.cat(positions)[None],
         "labels": labels,
         "shift_labels": labels,  # by which the Trainer counts targets
-        "pixel_values": torch.cat(tiles),
+        "pixel_values": pixels,
         "image_index": torch.tensor(image_index, dtype=torch.long),
-        "packing": Packing(tuple(groups), torch.cat(kept_rows), torch.cat(label_rows), tuple(grids)),
+        "packing": Packing(tuple(groups), *rows, tuple(grids), encoded=pixels.dim() == 2),
     }
 
 

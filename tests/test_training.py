@@ -74,7 +74,7 @@ def one_process(toy_data, tmp_path_factory):
 
 def assert_same_run(losses, out, one_process):
     expected_losses, expected = one_process
-    assert len(losses) == 6 and losses == pytest.approx(expected_losses, abs=1e-5)
+    assert len(losses) == 6 and losses == pytest.approx(expected_losses, rel=1e-5)
     weights = load_file(out / "model.safetensors")
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
