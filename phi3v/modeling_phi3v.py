@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionModel
 from transformers import initialization as init
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -383,6 +384,35 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
 
+class GrowingLayer(DynamicLayer):
+    """A layer of the cache of keys and values with room for tokens to come. `DynamicLayer` copies all that it holds for
+    every token, which takes a third of the time of generating eight answers at once."""
+
+    room = 256  # tokens
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.last, self.buffers = None, ()
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.get_seq_length()
+        new = old + key_states.shape[-2]
+        # Whatever else changes the cache, as beam search does, puts other tensors there.
+        if self.keys is not self.last or new > self.buffers[0].shape[-2]:
+            shape = (*key_states.shape[:2], new + self.room)
+            self.buffers = tuple(x.new_empty(*shape, x.shape[-1]) for x in (key_states, value_states))
+            for buffer, held in zip(self.buffers, (self.keys, self.values), strict=True):
+                if old:
+                    buffer[:, :, :old] = held
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, old:new] = states
+        self.keys, self.values = (buffer[:, :, :new] for buffer in self.buffers)
+        self.last = self.keys
+        return self.keys, self.values
+
+
 class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     """Phi-3.5-vision with its language-model head."""
 
@@ -477,6 +507,14 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             loss = cross_entropy(hidden.flatten(0, 1)[supervised], targets, divisor, self.lm_head)
         rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))  # its name before transformers 5.24
+        if type(cache) is DynamicCache and not cache.get_seq_length():
+            window = self.config.sliding_window  # as published, wider than the longest example
+            if window is None or window >= self.config.max_position_embeddings:
+                cache.layers = [GrowingLayer() for _ in cache.layers]
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         """Drops the cache at the step where an example outgrows the original length: its cached keys were rotated

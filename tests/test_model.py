@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.generation import GenerationMixin
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM
-from phi3v.modeling_phi3v import Phi3VRotaryEmbedding
+from phi3v.modeling_phi3v import GrowingLayer, Phi3VRotaryEmbedding
 
 GOLDEN = Path(__file__).parent / "golden"
 SUMMARY = json.loads((GOLDEN / "model_summary.json").read_text())
@@ -232,6 +233,20 @@ def test_batched_generation_with_cache_equals_decoding_without():
     for row, expected in zip(ids[:, batch["input_ids"].shape[1] :].tolist(), wanted, strict=True):
         assert row[: len(expected)] == expected
         assert set(row[len(expected) :]) <= {0}
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}])
+def test_the_cache_grows_in_pieces_and_gives_what_transformers_cache_gives(monkeypatch, options):
+    monkeypatch.setattr(GrowingLayer, "room", 3)
+    torch.manual_seed(0)
+    model = Phi3VForCausalLM(Phi3VConfig(**TINY)).eval()
+    options |= {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+    grown = model.generate(**batch_of([0, 1, 2], "left"), **options)
+    assert all(type(layer) is GrowingLayer for layer in grown.past_key_values.layers)
+    monkeypatch.setattr(type(model), "_prepare_cache_for_generation", GenerationMixin._prepare_cache_for_generation)
+    plain = model.generate(**batch_of([0, 1, 2], "left"), **options)
+    assert not any(type(layer) is GrowingLayer for layer in plain.past_key_values.layers)
+    assert grown.sequences.tolist() == plain.sequences.tolist()
 
 
 def test_generation_switches_to_the_long_factors_at_an_examples_own_length():
