@@ -20,41 +20,32 @@ it to answer with yes or no. It has one split, train; its first 500 rows are for
 of exact matches.
 """
 
-import json
 import math
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import deepspeed
 import torch
 from peft import LoraConfig
-from torch.utils.data import DataLoader
-from transformers import BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from phi3v.adapters import add_adapter, load_separators, save_separators
-from phi3v.batching import EpochLoader, StepSampler, sampler_for
+from phi3v.adapters import add_adapter, base_and_adapter, load_adapter
+from phi3v.batching import sampler_for
+from phi3v.card import write_model_card
 from phi3v.checkpoints import (
     FINISHED,
-    UNFINISHED,
-    Health,
     Interrupted,
     Preemption,
-    check_agreement,
-    check_settings,
-    check_space,
-    clear_unfinished,
     find_checkpoint,
-    ignore_signals,
     join_after_restart,
     naming_full_disk,
-    publish,
-    refuse_pickles,
-    set_aside_later,
+    open_checkpoint,
+    prepare_output,
     settings_of,
-    shutdown_hint,
-    stored_settings,
+    tokens_to_fill,
     write_json,
 )
 from phi3v.command_line import (
@@ -67,14 +58,22 @@ from phi3v.command_line import (
 from phi3v.conversations import ConversationDataset, PackingCollator, Size, all_sizes, fingerprint
 from phi3v.data_check import check_data
 from phi3v.errors import InputError, blaming, exit_on_input_error
-from phi3v.evaluation import generate_answers, write_page, write_report
+from phi3v.evaluation import Evaluation, write_evaluation, write_page
 from phi3v.feature_cache import cache_features
-from phi3v.hardware import DTYPES, choose_attention, choose_precision
+from phi3v.hardware import DTYPES, choose_attention, choose_precision, precision_of
 from phi3v.measuring import Estimate, Meter, describe_sizes, device_memory, peak_flops
-from phi3v.optimizer import set_part_rates
+from phi3v.summary import describe_run, doubts, render_example
 from phi3v.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys, without_seen_images
+from phi3v.trainer import RecipeTrainer, release
 
 METRIC = "accuracy"
+# Settings of the published results, by --preset; precision and attention are the machine's, so flags of their own.
+PRESETS = {
+    "full": {"batch_size": 64, "learning_rate": 5e-5, "num_train_epochs": 2},
+    "frozen": {"batch_size": 64, "learning_rate": 1e-4, "num_train_epochs": 3, "freeze_vision_model": True},
+    "lora": {"batch_size": 64, "learning_rate": 2e-4, "num_train_epochs": 2, "use_lora": True, "lora_rank": 128},
+    "qlora": {"batch_size": 64, "learning_rate": 2e-4, "num_train_epochs": 2, "use_qlora": True, "lora_rank": 128},
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -178,7 +177,23 @@ class RecipeArguments:
     # evaluation
     no_eval_before: bool = field(default=False, metadata={"help": "skip the evaluation before training"})
     max_new_tokens: int = field(default=64, metadata={"help": "longest answer in tokens"})
+    evaluate_only: bool = field(
+        default=False,
+        metadata={"help": "evaluate --model_name_or_path, which may be a run's output with an adapter, and end"},
+    )
+    keep_best: bool = field(
+        default=False,
+        metadata={"help": "with --eval_steps: keep the model that has evaluated best, in OUTPUT_DIR/best"},
+    )
     # the rest
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "settings of a published result, full, frozen, lora or qlora; other flags go before them"},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "try everything in OUTPUT_DIR/dry_run: two steps, four evaluations, saving, loading again"},
+    )
     estimate: bool = field(
         default=False,
         metadata={"help": "print FLOPs, memory and time that a run takes, and end without loading weights"},
@@ -217,9 +232,9 @@ TRAINER_DEFAULTS = {
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, TrainingArguments]:
     """Reads and checks all flags; raises InputError before anything is loaded."""
-    args, trainer, given = parse_flags(RecipeArguments, TRAINER_DEFAULTS, __doc__.splitlines()[0], argv)
+    args, trainer, given = parse_flags(RecipeArguments, TRAINER_DEFAULTS, PRESETS, __doc__.splitlines()[0], argv)
     args.use_lora |= args.use_qlora
-    if "deepspeed" not in given and not args.use_lora:
+    if "deepspeed" not in given and not args.use_lora and not args.evaluate_only:
         trainer["deepspeed"] = Path(__file__).resolve().parent / "ds_config" / "zero2.json"
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
     if join_after_restart(trainer["ddp_timeout"]) and find_checkpoint("auto", Path(trainer["output_dir"]))[0]:
@@ -284,10 +299,13 @@ def questions(table) -> Conversations:
 
 # shared: model
 def load_model(args: RecipeArguments, training_args: TrainingArguments, without_weights: bool = False):
-    """The model with just those parameters trainable that the flags say; `without_weights` on the meta device."""
+    """The model with just those parameters trainable that the flags say, on the meta device if `without_weights`; with
+    --evaluate_only a tuned one as it was saved."""
     # DeepSpeed keeps an fp32 copy of half-precision weights in its optimizer, and adapters are fp32 on a frozen base.
     # Elsewhere the weights that the optimizer updates are fp32, and autocast computes in half precision.
-    dtype = compute_dtype(training_args) if training_args.deepspeed or args.use_lora else torch.float32
+    in_half = training_args.deepspeed or args.use_lora or args.evaluate_only
+    dtype = compute_dtype(training_args) if in_half else torch.float32
+    name, adapter = base_and_adapter(args.model_name_or_path) if args.evaluate_only else (args.model_name_or_path, None)
     if without_weights:
         config = Phi3VConfig.from_pretrained(args.model_name_or_path)
         config._attn_implementation = args.attn_implementation
@@ -305,7 +323,7 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments, without_
             llm_int8_skip_modules=not_quantized(args),
         )
     model, info = Phi3VForCausalLM.from_pretrained(
-        args.model_name_or_path,
+        name,
         use_safetensors=True,  # nothing is unpickled
         output_loading_info=True,
         dtype=dtype,
@@ -314,9 +332,9 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments, without_
         device_map={"": training_args.device} if args.use_qlora else None,
     )
     if info["missing_keys"]:
-        raise InputError(
-            f"--model_name_or_path {args.model_name_or_path} lacks {', '.join(info['missing_keys'])[:200]}"
-        )
+        raise InputError(f"--model_name_or_path {name} lacks {', '.join(info['missing_keys'])[:200]}")
+    if args.evaluate_only:
+        return load_adapter(model, adapter) if adapter else model
     return choose_trained(model, args)
 
 
@@ -351,7 +369,7 @@ def choose_trained(model: Phi3VForCausalLM, args: RecipeArguments):
 
 
 def compute_dtype(training_args: TrainingArguments) -> torch.dtype:
-    return DTYPES["bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"]
+    return DTYPES[precision_of(training_args)]
 
 
 # end shared
@@ -375,122 +393,6 @@ def score(prediction: str, answers: list[str]) -> float:
 
 
 # shared: training
-class RecipeTrainer(Trainer):
-    """A Trainer that evaluates by generating answers, and has learning rates of their own for tower and projector."""
-
-    def __init__(
-        self,
-        *,
-        recipe: RecipeArguments,
-        sampler: StepSampler,
-        meter: Meter,
-        preemption: Preemption,
-        settings: dict,
-        eval_conversations,
-        **kwargs,
-    ):
-        super().__init__(callbacks=[preemption], **kwargs)
-        self.recipe = recipe
-        self.sampler = sampler
-        self.meter = meter
-        self.preemption = preemption
-        self.settings = settings
-        self.eval_conversations = eval_conversations
-        self.health = Health()
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches of this rank alone, so that nothing has to be dealt out over ranks afterwards."""
-        return EpochLoader(
-            self.train_dataset,
-            batch_sampler=self.sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
-            worker_init_fn=ignore_signals,
-        )
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.meter.add(inputs["packing"])
-        problems = inputs.pop("problems")
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.health.add(loss, problems)
-        return loss
-
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
-        is_read = self.control.should_log or self.control.should_save
-        with self.meter.paused(is_read):  # what logging, evaluation and saving take is no time of training
-            if is_read:
-                self.health.check(self, grad_norm)
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-
-    def _get_output_dir(self, trial):
-        return Path(super()._get_output_dir(trial)) / UNFINISHED  # from where `publish` takes a checkpoint
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir) / UNFINISHED / f"checkpoint-{self.state.global_step}"
-        with naming_full_disk(folder):
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                publish(folder, self.settings, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
-
-    def log(self, logs, *args, **kwargs):
-        super().log(logs | (self.meter.read() if "loss" in logs else {}), *args, **kwargs)
-
-    def report(self) -> dict:
-        """The metric over the evaluation set, with every prediction."""
-        predictions = generate_answers(
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            self.eval_dataset,
-            self.args.per_device_eval_batch_size,
-            self.recipe.max_new_tokens,
-            device=self.args.device,
-            compute_dtype=compute_dtype(self.args),
-            num_workers=self.args.dataloader_num_workers,
-            disable_tqdm=self.args.disable_tqdm,
-            on_batch=self.preemption.check,
-        )
-        rows = []
-        for example, prediction in zip(self.eval_conversations, predictions, strict=True):
-            answers = example.get("answers") or [example["conversations"][-1]["assistant"]]
-            rows.append({"id": example["id"], "prediction": prediction, "answers": answers})
-            rows[-1]["score"] = score(prediction, answers)
-        mean = sum(row["score"] for row in rows) / len(rows)
-        return {"metric": METRIC, METRIC: mean, "num_examples": len(rows), "predictions": rows}
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        try:
-            metrics = {f"{metric_key_prefix}_{METRIC}": self.report()[METRIC]}
-        except Interrupted:  # what has been trained is worth more than the rest of an evaluation
-            self.preemption.stop_training(self.control)
-            return {}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def create_optimizer(self, model=None):
-        """The Trainer's, with the groups of parameters split by part of the model. (An optimizer that is given to
-        the Trainer ready-made would be ignored under DeepSpeed.)"""
-        super().create_optimizer(model)
-        set_part_rates(self.optimizer, self.model, self.recipe.vision_lr, self.recipe.projector_lr)
-        return self.optimizer
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
-        if self.recipe.train_separators and self.args.should_save:
-            save_separators(self.model, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.recipe.train_separators:
-            load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
-
-
 def estimate_run(args: RecipeArguments, training_args: TrainingArguments, sizes: list[Size]) -> Estimate:
     """What training takes, computed from a model without weights."""
     with blaming("model_name_or_path", args.model_name_or_path):
@@ -508,49 +410,42 @@ def estimate_run(args: RecipeArguments, training_args: TrainingArguments, sizes:
 
 def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     args, training_args = parse_arguments(argv)
-    quiet_console()
+    quiet_console(args.no_tqdm)
     preemption = Preemption()
     output_dir, is_first = Path(training_args.output_dir), training_args.process_index == 0
-    resume, messages = find_checkpoint(training_args.resume_from_checkpoint, output_dir)
-    if is_first:
-        for message in messages:
-            print(message, flush=True)
-    check_agreement(resume, output_dir)
-    stored = stored_settings(resume) if resume else {}
-    refuse_pickles()
+    resume, stored = open_checkpoint(training_args)
     set_seed(training_args.seed)
+
     with training_args.main_process_first(desc="data"):  # one process fills caches, the others read them
         train, evaluation = load_data(args)
     train, evaluation = train[: args.max_train_samples], evaluation[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
-    config = Phi3VConfig.from_pretrained(args.model_name_or_path)
-    limit = args.max_length or config.max_position_embeddings
+        base = base_and_adapter(args.model_name_or_path)[0] if args.evaluate_only else args.model_name_or_path
+        longest = Phi3VConfig.from_pretrained(base).max_position_embeddings
+    limit, skip_bad, no_bars = args.max_length or longest, args.on_bad_example == "skip", training_args.disable_tqdm
     if args.check_data:
         if is_first:
-            check_data(
-                train, evaluation, processor, limit, training_args.dataloader_num_workers, training_args.disable_tqdm
-            )
+            check_data(train, evaluation, processor, limit, training_args.dataloader_num_workers, no_bars)
         return None
-    train_dataset = ConversationDataset(
-        train, processor, max_length=limit, truncate=args.truncate, skip_bad=args.on_bad_example == "skip"
-    )
-    sizes = all_sizes(train_dataset, "measuring examples", training_args.disable_tqdm)
     eval_dataset = ConversationDataset(
-        evaluation,
-        processor,
-        for_generation=True,
-        max_length=config.max_position_embeddings,
-        skip_bad=args.on_bad_example == "skip",
+        evaluation, processor, for_generation=True, max_length=longest, skip_bad=skip_bad
     )
-    all_sizes(eval_dataset, "measuring evaluation examples", training_args.disable_tqdm)  # fails now, or never
+    evaluate = Evaluation(
+        processor, eval_dataset, evaluation, METRIC, score, args.max_new_tokens, compute_dtype(training_args)
+    )
+    if args.evaluate_only:
+        evaluate_saved(args, training_args, evaluate, preemption)
+        return None
+    train_dataset = ConversationDataset(train, processor, max_length=limit, truncate=args.truncate, skip_bad=skip_bad)
+    sizes = all_sizes(train_dataset, "measuring examples", no_bars)
+    all_sizes(eval_dataset, "measuring evaluation examples", no_bars)  # fails now, or never
+
     estimate = estimate_run(args, training_args, sizes)
-    if resume and args.max_tokens_per_gpu == "auto" and not stored.get("tokens"):
-        raise InputError(f"--max_tokens_per_gpu auto: {resume} was trained without it; leave it out here too")
     plan = estimate.plan(
         args.batch_size,
         args.batch_size_per_gpu,
-        stored.get("tokens") if args.max_tokens_per_gpu == "auto" and resume else args.max_tokens_per_gpu,
+        tokens_to_fill(args.max_tokens_per_gpu, resume, stored),
         {None: None, True: "all", False: "none"}[training_args.activation_checkpointing],
         device_memory(),
     )
@@ -558,31 +453,18 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         if is_first:
             print(estimate.describe(plan.load, training_args.num_train_epochs))
         return None
-    steps = math.ceil(len(sizes) / args.batch_size)
-    epochs = math.ceil(training_args.num_train_epochs)
-    if training_args.max_steps > 0:
-        epochs = math.ceil(training_args.max_steps / steps)
-    cached = args.cache_vision_features is not None  # to rounding, features depend on what they are computed with
-    settings = settings_of(args, training_args, tokens=plan.tokens, data=fingerprint(sizes), cached=cached)
-    finished = output_dir / FINISHED
-    if training_args.resume_from_checkpoint == "auto" and finished.is_file():
-        before = json.loads(finished.read_text(encoding="utf-8"))
-        if before == settings or not args.resume_anyway:
-            check_settings(before, settings, finished, anyway=False)
-            if is_first:
-                print(f"{output_dir} holds a finished run: there is nothing left to do")
-            return None
-    if resume:
-        check_settings(stored, settings, resume, args.resume_anyway)
-    if is_first:
-        finished.unlink(missing_ok=True)
-        clear_unfinished(output_dir)
-        set_aside_later(output_dir, resume)
-        kept = (training_args.save_total_limit or 1) if training_args.save_strategy != "no" else 0
-        saved = estimate.saved_bytes(args.use_lora)
-        check_space(output_dir, *saved, kept)
-        if hint := shutdown_hint(saved[1]):
-            print(hint, flush=True)
+    settings = settings_of(
+        args,
+        training_args,
+        tokens=plan.tokens,
+        data=fingerprint(sizes),
+        cached=args.cache_vision_features is not None,  # features depend, to rounding, on what they are computed with
+    )
+    if not prepare_output(training_args, settings, resume, args.resume_anyway, *estimate.saved_bytes(args.use_lora)):
+        return None
+    steps = training_args.max_steps
+    if steps <= 0:
+        steps = math.ceil(training_args.num_train_epochs * math.ceil(len(sizes) / args.batch_size))
     sampler = sampler_for(
         train_dataset,
         sizes,
@@ -591,7 +473,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         max_tokens=plan.tokens,
         share_images=args.share_images,
         seed=training_args.seed,
-        epochs=epochs,
+        epochs=math.ceil(steps / math.ceil(len(sizes) / args.batch_size)),
         rank=training_args.process_index,
         world_size=training_args.world_size,
     )
@@ -608,11 +490,15 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         trainer = RecipeTrainer(
             model=model,
             args=training_args,
-            recipe=args,
+            evaluation=evaluate,
             sampler=sampler,
             preemption=preemption,
             settings=settings,
             meter=Meter(estimate.costs[plan.checkpointing], peak),
+            vision_lr=args.vision_lr,
+            projector_lr=args.projector_lr,
+            separators=args.train_separators,
+            keep_best=args.keep_best,
             data_collator=PackingCollator(
                 processor,
                 model.config.original_max_position_embeddings,
@@ -620,17 +506,15 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            eval_conversations=evaluation,
             processing_class=processor,
         )
+    about = {"memory": str(plan), "data": describe_sizes(sizes, len(evaluation))}
     if is_first:
-        micro_batch = f"up to {plan.tokens} tokens" if plan.tokens else args.batch_size_per_gpu
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        print(render_example(train_dataset))
+        print(describe_run(model, args, training_args, sampler, plan, about["data"], steps))
+        print(f"MFU        of {peak / 1e12:.3g} TFLOP/s, {source}")
         print(
-            f"{len(train)} training and {len(evaluation)} evaluation examples; {trained:,} parameters train; "
-            f"{training_args.world_size} processes x micro-batch {micro_batch} x "
-            f"{sampler.accumulation} accumulated\n{plan}; MFU is of {peak / 1e12:.3g} TFLOP/s, {source}",
-            flush=True,
+            *doubts(args, training_args, sum(p.numel() for p in model.parameters()), sizes, steps), sep="\n", flush=True
         )
     if args.cache_vision_features:
         message = cache_features(
@@ -641,18 +525,19 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
             training_args.device,
             compute_dtype(training_args),
             training_args.dataloader_num_workers,
-            training_args.disable_tqdm,
+            no_bars,
         )
         if is_first:
             print(message, flush=True)
-    before = None if args.no_eval_before else write_report(trainer, "eval_before.json")
-    about = {"memory": str(plan), "data": describe_sizes(sizes, len(evaluation))}
+
+    before = None if args.no_eval_before else trainer.report("eval_before.json")
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         if is_first:
-            write_page(trainer, before, None, about)
+            write_page(evaluate, training_args, before, None, about, trainer.state)
     if preemption.stopped:
+        trainer.trackers.close()
         if is_first:
             print(f"stopped by a signal at step {trainer.state.global_step}, with a checkpoint", flush=True)
         raise Interrupted
@@ -660,17 +545,47 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         model.to(compute_dtype(training_args))  # what is evaluated is what is saved
     with naming_full_disk(output_dir):
         trainer.save_model()
-    after = write_report(trainer, "eval_after.json")
+    after = trainer.report("eval_after.json", before)
+    trainer.trackers.close()
     skipped = trainer.health.skipped()
     if is_first:
         if trainer.state.global_step >= trainer.state.max_steps:
-            write_json(finished, settings)
+            write_json(output_dir / FINISHED, settings)
         if skipped:
             print(f"{len(skipped)} examples were left out, as --on_bad_example skip says:", *skipped, sep="\n  ")
-        write_page(trainer, before, after, about)
+        write_page(evaluate, training_args, before, after, about, trainer.state)
+        write_model_card(args, training_args, about | {"steps": trainer.state.global_step}, before, after)
         change = " -> ".join(f"{report[METRIC]:.4f}" for report in (before, after) if report)
         print(f"{METRIC} {change}; the model, its processor and report.html are in {output_dir}")
+    if args.dry_run:
+        finish_dry_run(args, trainer, after)
     return trainer
+
+
+def evaluate_saved(args: RecipeArguments, training_args: TrainingArguments, evaluate: Evaluation, preemption) -> dict:
+    """Evaluates a model without training it; writes evaluation.json and evaluation.html."""
+    with blaming("model_name_or_path", args.model_name_or_path):
+        model = load_model(args, training_args)
+    report = evaluate.report(model, training_args, preemption.check)
+    if training_args.process_index == 0:
+        write_evaluation(Path(training_args.output_dir) / "evaluation.json", report)
+        about = {"model": args.model_name_or_path}
+        write_page(evaluate, training_args, None, report, about, name="evaluation.html")
+    return report
+
+
+def finish_dry_run(args: RecipeArguments, trainer: RecipeTrainer, after: dict):
+    """Loads what was saved, has it answer once more, and compares; then deletes everything."""
+    folder, evaluate = Path(trainer.args.output_dir), trainer.evaluation
+    release(trainer)
+    saved = replace(args, evaluate_only=True, model_name_or_path=str(folder))
+    report = evaluate.report(load_model(saved, replace(trainer.args, deepspeed=None)), trainer.args)
+    if trainer.args.process_index == 0:
+        shutil.rmtree(folder)
+        pairs = zip(after["predictions"], report["predictions"], strict=True)
+        if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:
+            raise InputError(f"--dry_run: loaded again, the model answers otherwise to {', '.join(different)}")
+        print("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")
 
 
 # end shared

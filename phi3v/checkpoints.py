@@ -47,6 +47,10 @@ NEUTRAL = {
     "on_bad_example",
     "cache_vision_features",  # where; whether there is one counts
     "cache_vision_gib",
+    "keep_best",
+    "preset",  # what it sets counts
+    "dry_run",
+    "evaluate_only",
     "per_device_eval_batch_size",
     "logging_steps",
     "logging_first_step",
@@ -237,6 +241,63 @@ def find_checkpoint(asked: str | None, output_dir: Path) -> tuple[Path | None, l
     return None, [*messages, f"no whole checkpoint in {output_dir}: training starts at step 0"]
 
 
+def open_checkpoint(training_args) -> tuple[Path | None, dict]:
+    """(the checkpoint that training goes on from, the settings that it was written with), said on rank 0; (None, {})
+    where it starts anew. Raises InputError as `find_checkpoint` does, and where processes disagree."""
+    output_dir = Path(training_args.output_dir)
+    resume, messages = find_checkpoint(training_args.resume_from_checkpoint, output_dir)
+    if training_args.process_index == 0:
+        for message in messages:
+            print(message, flush=True)
+    check_agreement(resume, output_dir)
+    refuse_pickles()
+    return resume, stored_settings(resume) if resume else {}
+
+
+def stored_settings(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["settings"]
+
+
+def tokens_to_fill(asked: int | str | None, resume: Path | None, stored: dict) -> int | str | None:
+    """--max_tokens_per_gpu; for "auto" what it came to in the run that is gone on with. Raises InputError."""
+    if asked != "auto" or resume is None:
+        return asked
+    if not stored.get("tokens"):
+        raise InputError(f"--max_tokens_per_gpu auto: {resume} was trained without it; leave it out here too")
+    return stored["tokens"]
+
+
+def prepare_output(
+    training_args, settings: dict, resume: Path | None, anyway: bool, model_bytes: float, checkpoint_bytes: float
+) -> bool:
+    """Gets the output folder ready, so that what is in it afterwards is of this run. False where there is nothing left
+    to do, as the run has been finished.
+
+    settings: as `settings_of` gives them; resume, anyway: the checkpoint to go on from, and whether to do so with other
+    settings. Raises InputError for settings that differ, and for a disk without room.
+    """
+    output_dir, is_first = Path(training_args.output_dir), training_args.process_index == 0
+    finished = output_dir / FINISHED
+    if training_args.resume_from_checkpoint == "auto" and finished.is_file():
+        before = json.loads(finished.read_text(encoding="utf-8"))
+        if before == settings or not anyway:
+            check_settings(before, settings, finished, anyway=False)
+            if is_first:
+                print(f"{output_dir} holds a finished run: there is nothing left to do")
+            return False
+    if resume:
+        check_settings(stored_settings(resume), settings, resume, anyway)
+    if is_first:
+        finished.unlink(missing_ok=True)
+        clear_unfinished(output_dir)
+        set_aside_later(output_dir, resume)
+        kept = (training_args.save_total_limit or 1) if training_args.save_strategy != "no" else 0
+        check_space(output_dir, model_bytes, checkpoint_bytes, kept)
+        if hint := shutdown_hint(checkpoint_bytes):
+            print(hint, flush=True)
+    return True
+
+
 def check_agreement(resumed: Path | None, output_dir: Path):
     """Raises InputError where processes would go on from different checkpoints."""
     found = gather_object([resumed and resumed.name])
@@ -258,11 +319,7 @@ def refuse_pickles():
     torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
-def stored_settings(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["settings"]
-
-
-def check_space(output_dir: Path, checkpoint_bytes: float, model_bytes: float, checkpoints_kept: int):
+def check_space(output_dir: Path, model_bytes: float, checkpoint_bytes: float, checkpoints_kept: int):
     """Raises InputError if the disk has no room for the model and for one checkpoint more than are kept, because an old
     one is deleted when the new one is there."""
     needed = model_bytes + checkpoint_bytes * (checkpoints_kept + 1 if checkpoints_kept else 0)

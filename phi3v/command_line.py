@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import logging as python_logging
 import math
 import os
 import socket
@@ -15,6 +16,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_bitsandbytes_available, logging
 
+from .adapters import base_and_adapter
 from .errors import InputError
 
 # Flags of the Trainer that the recipe has under a name of its own, or that can't work here.
@@ -93,6 +95,7 @@ NEEDS = {
     "train_separators": "use_lora",
     "estimate_gpus": "estimate",
     "resume_anyway": "resume_from_checkpoint",
+    "keep_best": "eval_steps",
 }
 
 
@@ -101,11 +104,17 @@ class _Parser(HfArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def parse_flags(recipe_class: type, trainer_defaults: dict, description: str, argv: list[str] | None = None):
+def parse_flags(
+    recipe_class: type,
+    trainer_defaults: dict,
+    presets: dict[str, dict],
+    description: str,
+    argv: list[str] | None = None,
+):
     """Reads the command line.
 
     recipe_class: a dataclass with the recipe's flags, which come first in --help.
-    trainer_defaults: what differs from TrainingArguments' own defaults.
+    trainer_defaults: what differs from TrainingArguments' own defaults; presets: for each --preset, what it sets.
 
     Returns an instance of `recipe_class`, a dict with all fields of TrainingArguments, and the set of flags given.
     Raises InputError for an unknown or refused flag, or a value of the wrong type.
@@ -128,7 +137,14 @@ def parse_flags(recipe_class: type, trainer_defaults: dict, description: str, ar
         if action.dest in REFUSED or action.dest.startswith("hub_"):
             action.help = argparse.SUPPRESS
     # The `deepspeed` launcher adds --local_rank, which the environment says as well.
-    values = vars(parser.parse_args([arg for arg in argv if not arg.startswith("--local_rank")]))
+    argv = [arg for arg in argv if not arg.startswith("--local_rank")]
+    values = vars(parser.parse_args(argv))
+    if (preset := values["preset"]) is not None:
+        if preset not in presets:
+            known = f"must be {', '.join(presets)}" if presets else "and no result of this task has been published"
+            raise InputError(f"--preset is {preset}, {known}")
+        parser.set_defaults(**presets[preset])
+        values = vars(parser.parse_args(argv))
     recipe = recipe_class(**{field.name: values.pop(field.name) for field in dataclasses.fields(recipe_class)})
     return recipe, values, given
 
@@ -200,18 +216,31 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
             raise InputError("--max_tokens_per_gpu must be auto, or a whole number of at least 1")
     if args.max_tokens_per_gpu and "batch_size_per_gpu" in given:
         raise InputError("--max_tokens_per_gpu and --batch_size_per_gpu contradict each other: give one")
+    if (args.evaluate_only or args.dry_run) and trainer["resume_from_checkpoint"] is not None:
+        raise InputError("--resume_from_checkpoint contradicts --evaluate_only and --dry_run: nothing is gone on with")
+    if args.evaluate_only and args.dry_run:
+        raise InputError("--evaluate_only and --dry_run contradict each other: give one")
     step = world_size() * args.batch_size_per_gpu  # examples that all processes handle at once
-    if args.batch_size % step:
+    if args.batch_size % step and not args.evaluate_only:
         raise InputError(
             f"--batch_size {args.batch_size} can't be shared out: {world_size()} processes x --batch_size_per_gpu "
             f"{args.batch_size_per_gpu} must divide it"
         )
-    _check_model_folder(args.model_name_or_path)
+    base, adapter = base_and_adapter(args.model_name_or_path)
+    if adapter and not args.evaluate_only:
+        raise InputError(
+            f"--model_name_or_path {adapter} holds an adapter: give its base {base}, or merge them with "
+            "tools/merge_adapter.py, or --evaluate_only"
+        )
+    _check_model_folder(base)
     resume = trainer["resume_from_checkpoint"]
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise InputError(f"--resume_from_checkpoint {resume} does not exist: give a folder checkpoint-N, or auto")
+    if args.dry_run:
+        trainer.update(max_steps=2, output_dir=str(Path(trainer["output_dir"]) / "dry_run"), report_to="none")
+        args.max_eval_samples = min(args.max_eval_samples or 4, 4)
     if not (args.estimate or args.check_data):
-        _make_output_dir(Path(trainer["output_dir"]), resuming=resume is not None)
+        _make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints=resume is not None or args.evaluate_only)
     return args.batch_size // step
 
 
@@ -230,14 +259,14 @@ def _check_model_folder(name: str):
         raise InputError(f"--model_name_or_path {name} holds a model of type {model_type}, must be phi3_v")
 
 
-def _make_output_dir(folder: Path, resuming: bool):
+def _make_output_dir(folder: Path, may_hold_checkpoints: bool):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output_dir {folder} is not writable")
-    if not resuming and any(folder.glob("checkpoint-*")):
+    if not may_hold_checkpoints and any(folder.glob("checkpoint-*")):
         raise InputError(
             f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
         )
@@ -279,10 +308,15 @@ def workers_per_process() -> int:
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def quiet_console():
+def quiet_console(no_bars: bool):
     """Rank 0 speaks for all: other ranks show no progress bars and no warnings, which would be the same."""
     # Libraries call functions of one another that have got new names.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # DeepSpeed accumulates as its own config has it, and that is taken from the Trainer's.
+    accelerate = python_logging.getLogger("accelerate.accelerator")
+    accelerate.addFilter(lambda record: "Gradient accumulation steps mismatch" not in record.getMessage())
+    if no_bars:
+        logging.disable_progress_bar()
     if int(os.environ["RANK"]) > 0:
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()

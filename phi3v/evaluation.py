@@ -4,6 +4,8 @@ import contextlib
 import importlib.metadata
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
+from transformers import TrainerState, TrainingArguments
 
 from .annotations import END_TOKENS
 from .checkpoints import ignore_signals, write_json
@@ -94,47 +97,93 @@ def _whole(model, split: list):
     return deepspeed.zero.GatheredParameters(split)
 
 
-def write_report(trainer, name: str) -> dict:
-    """Writes `trainer.report()` to a file of the output folder, whole or not at all, and returns it."""
-    report = trainer.report()
-    if trainer.is_world_process_zero():
-        path = Path(trainer.args.output_dir) / name
-        write_json(path, report)
-        value = report[report["metric"]]
-        print(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples", flush=True)
-    return report
+@dataclass
+class Evaluation:
+    """What to ask a model, and how its answers are judged.
 
-
-def write_page(trainer, before: dict | None, after: dict | None, about: dict):
-    """Writes the run as a page to look at, `report.html` in the output folder; rank 0 calls it.
-
-    before, after: what `write_report` returned, None where there has been no such evaluation yet.
-    about: what else to tell of the run, as `write_html_report` takes it.
+    dataset: made with for_generation=True, of `conversations`, which may have "answers" that count as right; by default
+        it is the last turn's.
+    score: of a prediction, given the right answers; their mean is the metric.
     """
-    conversations = trainer.eval_conversations
 
-    def example(i: int) -> dict:
-        turns = conversations[i]["conversations"]
+    processor: Phi3VProcessor
+    dataset: ConversationDataset
+    conversations: Sequence[dict]
+    metric: str
+    score: Callable[[str, list[str]], float]
+    max_new_tokens: int
+    compute_dtype: torch.dtype
+
+    def report(self, model, args: TrainingArguments, on_batch=lambda: None) -> dict:
+        """The metric over the evaluation set, with every prediction. Every rank calls it, and gets the whole."""
+        predictions = generate_answers(
+            model,
+            self.processor,
+            self.dataset,
+            args.per_device_eval_batch_size,
+            self.max_new_tokens,
+            device=args.device,
+            compute_dtype=self.compute_dtype,
+            num_workers=args.dataloader_num_workers,
+            disable_tqdm=args.disable_tqdm,
+            on_batch=on_batch,
+        )
+        rows = []
+        for example, prediction in zip(self.conversations, predictions, strict=True):
+            answers = example.get("answers") or [example["conversations"][-1]["assistant"]]
+            rows.append({"id": example["id"], "prediction": prediction, "answers": answers})
+            rows[-1]["score"] = self.score(prediction, answers)
+        mean = sum(row["score"] for row in rows) / len(rows)
+        return {"metric": self.metric, self.metric: mean, "num_examples": len(rows), "predictions": rows}
+
+    def example(self, i: int) -> dict:
+        """The images and the question of an example, as `write_html_report` takes them."""
+        turns = self.conversations[i]["conversations"]
         return {"images": [image for turn in turns for image in turn["images"]], "question": turns[-1]["user"]}
 
-    args = trainer.args
+
+def write_evaluation(path: Path, report: dict):
+    """Writes a report to a file, whole or not at all, and says what came out."""
+    write_json(path, report)
+    value = report[report["metric"]]
+    print(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples", flush=True)
+
+
+def versions() -> dict[str, str]:
     packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def write_page(
+    evaluation: Evaluation,
+    args: TrainingArguments,
+    before: dict | None,
+    after: dict | None,
+    about: dict,
+    state: TrainerState | None = None,
+    name: str = "report.html",
+):
+    """Writes the run as a page to look at in the output folder; rank 0 calls it.
+
+    before, after: reports; None where there has been no such evaluation yet.
+    about: what else to tell of the run, as `write_html_report` takes it.
+    state: of the Trainer, where there has been a training.
+    """
     summary = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "steps": f"{trainer.state.global_step} of {trainer.state.max_steps}",
+        **({"steps": f"{state.global_step} of {state.max_steps}"} if state else {}),
         "processes": args.world_size,
         "seed": args.seed,
         **about,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": versions(),
     }
-    title = Path(sys.argv[0]).stem.replace("_", " ")
     write_html_report(
-        args.output_dir,
-        title=title,
+        Path(args.output_dir) / name,
+        title=Path(sys.argv[0]).stem.replace("_", " "),
         summary=summary,
-        history=trainer.state.log_history,
+        history=state.log_history if state else None,
         before=before,
         after=after,
-        examples=example,
+        examples=evaluation.example,
     )

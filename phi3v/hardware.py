@@ -46,6 +46,11 @@ def choose_precision(bf16: bool, fp16: bool, fp32: bool) -> str:
     return precision
 
 
+def precision_of(training_args) -> str:
+    """Of a TrainingArguments, as a key of DTYPES."""
+    return "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
+
+
 def choose_attention(asked: str | None, use_flash: bool, precision: str) -> str:
     """The attention implementation asked for, by default flash attention where it can run, else sdpa.
 

@@ -397,6 +397,10 @@ class Estimate:
                     self.frozen += n
             self.largest = max(self.largest, own)
 
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen + self.four_bit
+
     def memory(self, load: Load, checkpointing: str) -> Memory:
         """Expected memory of a process that trains on micro-batches like `load`."""
         costs, trained = self.costs[checkpointing], self.trained
@@ -494,7 +498,7 @@ class Estimate:
         whole = sum(parts.values())
         tokens, crops = (sorted(getattr(s, name) for s in self.sizes) for name in ("tokens", "crops"))
         lines = [
-            f"parameters     {self.trained + self.frozen + self.four_bit:,}, of which {self.trained:,} train"
+            f"parameters     {self.parameters:,}, of which {self.trained:,} train"
             + (f" and {self.four_bit:,} are kept in 4 bits" if self.four_bit else ""),
             f"examples       {n:,}, of {tokens[0]:,} to {tokens[-1]:,} tokens, median {tokens[n // 2]:,}; up to "
             f"{crops[-1]} crops, median {crops[n // 2]}",
@@ -547,11 +551,17 @@ def describe_sizes(sizes: list, n_evaluation: int) -> dict[str, str]:
     """The data in short: how many examples, how long."""
     tokens, crops = (sorted(getattr(s, name) for s in sizes) for name in ("tokens", "crops"))
     middle = len(sizes) // 2
+
+    def span(values, unit):
+        if values[0] == values[-1]:
+            return f"{values[0]:,} {unit}"
+        return f"{values[0]:,} to {values[-1]:,} {unit}, median {values[middle]:,}"
+
     return {
         "training examples": f"{len(sizes):,}",
         "evaluation examples": f"{n_evaluation:,}",
-        "an example": f"{tokens[0]:,} to {tokens[-1]:,} tokens, median {tokens[middle]:,}",
-        "images of an example": f"{crops[0]} to {crops[-1]} crops, median {crops[middle]}",
+        "an example": span(tokens, "tokens"),
+        "images of an example": span(crops, "crops"),
     }
 
 

@@ -47,22 +47,22 @@ MASK = "•••"
 
 
 def write_html_report(
-    output_dir: str | Path,
+    path: str | Path,
     *,
     title: str,
     summary: dict,
-    history: list[dict],
+    history: list[dict] | None,
     before: dict | None,
     after: dict | None,
     examples: Callable[[int], dict],
     max_examples: int = 500,
-) -> Path:
-    """Writes `output_dir/report.html`, whole or not at all, and returns its path. Equal input gives equal bytes.
+):
+    """Writes a page to `path`, whole or not at all. Equal input gives equal bytes.
 
     summary: what to tell of the run: the command under "command", versions, seed, data, settings. Numbers and texts
         form a first table, each dict in it one of its own. Values under names like TOKEN, KEY or PASSWORD are masked.
     history: the Trainer's `state.log_history`: dicts with "step" and numbers under any of the keys of `CHARTS`, where
-        "mfu" is a share of 1 and "peak_memory_gib" in GiB.
+        "mfu" is a share of 1 and "peak_memory_gib" in GiB. None where nothing trained; there is only `after` then.
     before, after: contents of `eval_before.json` and `eval_after.json`; None where there was no such evaluation.
     examples: called with the position of a prediction in `after`, or else in `before`; returns `{"images": […],
         "question": text}` with PIL images, paths or undecoded images of `datasets`. What it raises, and an image that
@@ -70,7 +70,7 @@ def write_html_report(
     max_examples: show at most so many, evenly spaced over the evaluation set.
     Raises OSError where the file can't be written.
     """
-    path = Path(output_dir) / "report.html"
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -86,12 +86,13 @@ def write_html_report(
     page = environment.get_template("report.html.jinja").stream(
         title=title,
         metric=(after or before or {"metric": None})["metric"],
-        results={name: _result(report) for name, report in results.items() if report is not None},
-        missing=[name for name, report in results.items() if report is None],
+        results={name: result_of(report) for name, report in results.items() if report is not None},
+        missing=[name for name, report in results.items() if report is None and history is not None],
+        trained=history is not None,
         paired=_paired(rows),
-        charts=_charts(history),
+        charts=_charts(history or []),
         chart={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT_EDGE, "top": TOP, "bottom": BOTTOM},
-        command=_command(summary.get("command")),
+        command=masked_command(summary.get("command")),
         tables=_tables(summary),
         examples=(_example(rows[i], i, examples) for i in shown),
         num_shown=len(shown),
@@ -103,7 +104,6 @@ def write_html_report(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def sign_test(n_up: int, n_down: int) -> float:
     return min(1.0, 2 * sum(math.exp(value - n * math.log(2)) for value in logs))
 
 
-def _result(report: dict) -> dict:
+def result_of(report: dict) -> dict:
     """A metric with its interval, which only a mean of scores has."""
     value, scores = report[report["metric"]], [row["score"] for row in report["predictions"]]
     result = {"value": value, "n": report["num_examples"], "low": None}
@@ -284,7 +284,7 @@ def _masked(text: str) -> str:
     return SECRET_VALUE.sub(MASK, SECRET_IN_TEXT.sub(mask, text))
 
 
-def _command(command: str | list | None) -> str | None:
+def masked_command(command: str | list | None) -> str | None:
     if command is None:
         return None
     return _masked(command if isinstance(command, str) else shlex.join(map(str, command)))

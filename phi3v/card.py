@@ -1,0 +1,86 @@
+"""The model card that a run leaves: README.md in its output folder."""
+
+import os
+import sys
+from pathlib import Path
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCardData
+
+from .adapters import SEPARATORS_FILE
+from .evaluation import versions
+from .hardware import precision_of
+from .report import masked_command, result_of
+from .summary import mode_of
+
+
+def write_model_card(args, training_args, about: dict, before: dict | None, after: dict):
+    """Writes `README.md` beside the model, whole or not at all: base model, data, settings, metric, and how to load it.
+
+    args: the recipe's flags; about: what a page tells of the run, with "data" as `describe_sizes` gives it; before,
+    after: reports of the evaluations.
+    """
+    folder, script = Path(training_args.output_dir), Path(sys.argv[0]).name
+    task = Path(sys.argv[0]).stem.removeprefix("finetune_hf_trainer_")
+    name = args.model_name_or_path
+    metadata = ModelCardData(
+        base_model=name if not Path(name).exists() else None,
+        library_name="peft" if args.use_lora else "transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["phi3_v", "lora" if args.use_lora else "full-fine-tuning"],
+        model_name=folder.resolve().name,
+        eval_results=[
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=task,
+                dataset_name=task,
+                metric_type=after["metric"],
+                metric_value=round(after[after["metric"]], 4),
+            )
+        ],
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    facts = {
+        **about["data"],
+        "epochs": f"{training_args.num_train_epochs:g}",
+        "steps": about["steps"],
+        "examples a step": args.batch_size,
+        "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type.value}",
+        "weight decay": args.wd,
+        "precision": precision_of(training_args),
+        "crops an image, at most": args.num_crops,
+        **(
+            {"adapter": f"rank {args.lora_rank}, alpha {args.lora_alpha_ratio * args.lora_rank:g}"}
+            if args.use_lora
+            else {}
+        ),
+        "seed": training_args.seed,
+        "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
+    }
+    reports = {"before training": before, "after training": after}
+    text = environment.get_template("card.md.jinja").render(
+        metadata=metadata.to_yaml(),
+        title=f"Phi-3.5-vision, {task}",
+        base=name,
+        mode=mode_of(args),
+        script=script,
+        metric=after["metric"],
+        results={name: result_of(report) for name, report in reports.items() if report},
+        data=about["data"],
+        facts=facts,
+        command=masked_command([script, *sys.argv[1:]]),
+        folder=str(folder),
+        num_crops=args.num_crops,
+        adapter=args.use_lora,
+        separators=(folder / SEPARATORS_FILE).is_file(),
+    )
+    partial = folder / "README.md.partial"
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, folder / "README.md")

@@ -1,0 +1,139 @@
+"""What a run says before it trains: what it will do, one example as the model sees it, and what looks wrong."""
+
+import re
+from collections.abc import Sequence
+
+from transformers import TrainingArguments
+
+from .batching import StepSampler
+from .conversations import ConversationDataset, Size
+from .hardware import precision_of
+from .measuring import Plan
+from .packing import IGNORE_INDEX
+
+LARGE = 1e9  # parameters from which the rates below are known: those of small models are others
+SHOWN = 300  # characters of a text on either side
+# Learning rates (lowest, highest) outside of which a mode has hardly ever trained well at full size.
+SENSIBLE_RATES = {"full": (1e-6, 1e-4), "frozen": (5e-6, 3e-4), "lora": (2e-5, 1e-3)}
+
+
+def describe_run(
+    model, args, training_args: TrainingArguments, sampler: StepSampler, plan: Plan, data: dict[str, str], steps: int
+) -> str:
+    """Some lines: what trains, on what, for how long, in how much memory, and what becomes of it.
+
+    args: the recipe's flags; data: as `describe_sizes` gives it; steps: of the optimizer, in all.
+    """
+    counts = {"language model": 0, "vision tower": 0, "projector and separators": 0}
+    total = 0
+    for name, parameter in model.named_parameters():
+        n = getattr(parameter, "ds_numel", parameter.numel())
+        total += n
+        part = "language model"
+        if "vision_embed_tokens" in name:
+            part = "vision tower" if "img_processor" in name else "projector and separators"
+        counts[part] += n if parameter.requires_grad else 0
+    trained = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
+    micro_batch = f"up to {plan.tokens:,} tokens" if plan.tokens else f"{args.batch_size_per_gpu} examples"
+    parallel = "one process"
+    if training_args.deepspeed:
+        parallel = f"DeepSpeed ZeRO-{training_args.deepspeed.get('zero_optimization', {}).get('stage', 0)}"
+    elif training_args.world_size > 1:
+        parallel = "DDP"
+    warmup = training_args.get_warmup_steps(steps)
+    saving = "no checkpoints (--save_steps)"
+    if training_args.save_strategy != "no":
+        saving = f"a checkpoint every {training_args.save_steps:g} steps"
+    lines = {
+        "trains": f"{sum(counts.values()):,} of {total:,} parameters ({mode_of(args)}): {trained}; "
+        f"{precision_of(training_args)}, {parallel}",
+        "data": f"{data['training examples']} examples of {data['an example']}; {data['images of an example']}; "
+        f"{data['evaluation examples']} for evaluation",
+        "steps": f"{steps:,} of {args.batch_size} examples: {training_args.world_size} processes x micro-batch of "
+        f"{micro_batch} x {sampler.accumulation} accumulated",
+        "optimizer": f"{training_args.optim.value}, rate {training_args.learning_rate:g}, "
+        f"{training_args.lr_scheduler_type.value}, {warmup} steps of warm-up, weight decay {training_args.weight_decay:g}",
+        "memory": str(plan),
+        "output": f"{training_args.output_dir}, {saving}",
+    }
+    return "\n".join(f"{name:10} {text}" for name, text in lines.items())
+
+
+def mode_of(args) -> str:
+    """ "full", "frozen vision", "LoRA", …: what the flags make of the model."""
+    if not args.use_lora:
+        return "frozen vision" if args.freeze_vision_model else "full"
+    mode = ("QDoRA" if args.use_dora else "QLoRA") if args.use_qlora else "DoRA" if args.use_dora else "LoRA"
+    return f"{mode} without vision" if args.freeze_vision_model else mode
+
+
+def doubts(args, training_args: TrainingArguments, n_parameters: int, sizes: Sequence[Size], steps: int) -> list[str]:
+    """Settings that are allowed and known to go wrong, each with what to do."""
+    found = []
+    kind = "lora" if args.use_lora else "frozen" if args.freeze_vision_model else "full"
+    low, high = SENSIBLE_RATES[kind]
+    rate = training_args.learning_rate
+    if n_parameters >= LARGE and not low <= rate <= high:
+        found.append(
+            f"--learning_rate {rate:g} is {'low' if rate < low else 'high'} for {mode_of(args)}: "
+            f"{low:g} to {high:g} is usual"
+        )
+    if training_args.get_warmup_steps(steps) >= steps > 1:
+        found.append(
+            f"--warmup_steps {training_args.warmup_steps:g} is as long as the run of {steps} steps: the learning rate "
+            "never gets to its value; give a share, such as 0.03"
+        )
+    if steps < 20 and n_parameters >= LARGE:
+        found.append(f"{steps} optimizer steps are few: lower --batch_size, or raise --num_train_epochs")
+    if training_args.fp16 and not training_args.deepspeed and not args.use_lora and n_parameters >= LARGE:
+        found.append("fp16 without DeepSpeed keeps everything in fp32 on each GPU: leave out --deepspeed none")
+    if training_args.save_strategy != "no" and training_args.save_steps >= 1 and training_args.save_steps > steps:
+        found.append(
+            f"--save_steps {training_args.save_steps:g} is more than the {steps} steps of the run: nothing is saved"
+        )
+    if args.keep_best and (training_args.eval_strategy == "no" or training_args.eval_steps > steps >= 1):
+        found.append("--keep_best sees no evaluation during training: give --eval_steps below the number of steps")
+    without = sum(size.targets == 0 for size in sizes)
+    if without:
+        found.append(f"{without} examples have no answer to learn from")
+    return [f"warning: {text}" for text in found]
+
+
+def render_example(dataset: ConversationDataset, index: int = 0) -> str:
+    """An example as the model is trained on it: its text with images as they are cut, what is learned, and ids."""
+    example = dataset[index]
+    ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
+    tokenizer, grids = dataset.processor.tokenizer, list(example["grids"])
+    pieces, start = [], 0
+    while start < len(ids):
+        end, is_image, is_target = start, ids[start] < 0, labels[start] != IGNORE_INDEX
+        while end < len(ids) and (ids[end] < 0, labels[end] != IGNORE_INDEX) == (is_image, is_target):
+            end += 1
+        if is_image:
+            for number, image_ids in _images(ids[start:end]):
+                h, w = grids[number - 1]
+                pieces.append(f"<image {number}: {h} x {w} crops and the whole, {image_ids} tokens>")
+        else:
+            text = tokenizer.decode(ids[start:end]).replace("\n", "\\n")
+            pieces.append(f"[[{_short(text)}]]" if is_target else _short(text))
+        start = end
+    targets = [token for token, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
+    return (
+        f"example {dataset.conversations[index]['id']}, {len(ids):,} tokens; what is learned stands in [[ ]]\n"
+        f"  {''.join(pieces)}\n"
+        f"  ids of what is learned: {' '.join(map(str, targets[:20]))}{' …' if len(targets) > 20 else ''}"
+    )
+
+
+def _images(ids: list[int]):
+    """(number, tokens) of images that follow one another; image k's tokens are all -k."""
+    start = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or ids[i] != ids[start]:
+            yield -ids[start], i - start
+            start = i
+
+
+def _short(text: str) -> str:
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)  # data must not steer a terminal
+    return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} … {text[-SHOWN:]}"
