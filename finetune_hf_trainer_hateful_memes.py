@@ -82,8 +82,6 @@ PRESETS = {
 
 @dataclass
 class RecipeArguments:
-    _argument_group_name = "recipe"
-
     # data
     data_dir: str | None = field(
         default=None, metadata={"help": "folder with a copy of the_cauldron in a folder of that name; default: the Hub"}
@@ -157,8 +155,8 @@ class RecipeArguments:
     share_images: bool = field(
         default=True,
         metadata={
-            "help": "questions about one image stand in one step, and read it once (default). --no_share_images draws "
-            "them independently of one another, which may learn a bit better and is slower"
+            "help": "questions about one image stand in one step, and read it once (default); drawn independently of "
+            "one another, they may train a bit better, and slower"
         },
     )
     cache_vision_features: str | None = field(
@@ -205,6 +203,14 @@ class RecipeArguments:
         default=False, metadata={"help": "with --resume_from_checkpoint: go on although settings or data have changed"}
     )
     no_tqdm: bool = field(default=False, metadata={"help": "no progress bars"})
+    _groups = {  # the first flag of each part of --help
+        "data_dir": "data",
+        "model_name_or_path": "model",
+        "freeze_vision_model": "what is trained",
+        "batch_size": "optimisation",
+        "no_eval_before": "evaluation",
+        "preset": "the run",
+    }
     # end shared
 
 
@@ -513,9 +519,8 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         print(render_example(train_dataset))
         print(describe_run(model, args, training_args, sampler, plan, about["data"], steps))
         print(f"MFU        of {peak / 1e12:.3g} TFLOP/s, {source}")
-        print(
-            *doubts(args, training_args, sum(p.numel() for p in model.parameters()), sizes, steps), sep="\n", flush=True
-        )
+        for doubt in doubts(args, training_args, estimate.parameters, sizes, steps):
+            print(doubt, flush=True)
     if args.cache_vision_features:
         message = cache_features(
             model,

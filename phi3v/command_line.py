@@ -99,9 +99,82 @@ NEEDS = {
 }
 
 
+# Flags of the Trainer that --help describes; it names the others.
+USUAL = {
+    "output_dir": "where the model, reports and checkpoints go",
+    "num_train_epochs": "passes over the training data",
+    "max_steps": "optimizer steps, in place of epochs",
+    "learning_rate": "after warm-up, at its highest",
+    "lr_scheduler_type": "linear, cosine, constant, …",
+    "warmup_steps": "a number of steps, or below 1 a share of all",
+    "optim": "adamw_torch_fused, adamw_bnb_8bit, sgd, …",
+    "max_grad_norm": "gradients are clipped to this norm",
+    "seed": "of the order of examples, of new adapters and of dropout",
+    "bf16": "bfloat16: the best precision where the GPU has it",
+    "fp16": "half precision: the default on a GPU",
+    "deepspeed": "a DeepSpeed json, or none for DDP; default: ds_config/zero2.json for full and frozen",
+    "activation_checkpointing": "true or false: compute activations twice to save memory; default: as needed",
+    "save_steps": "write a checkpoint every N steps; default: none",
+    "save_total_limit": "keep the newest N checkpoints",
+    "resume_from_checkpoint": "auto, or a folder checkpoint-N",
+    "eval_steps": "evaluate every N steps; default: before and after training only",
+    "per_device_eval_batch_size": "answers that a process generates at once",
+    "logging_steps": "log every N steps",
+    "report_to": "tensorboard, wandb, trackio, …, or none",
+    "run_name": "of the run, in trackers",
+    "dataloader_num_workers": "processes that prepare images, for each training process",
+    "ddp_timeout": "seconds that processes wait for one another",
+}
+
+
+class _Formatter(argparse.HelpFormatter):
+    """One spelling of each flag, and its default where that says something."""
+
+    def _format_action_invocation(self, action):
+        names = [name for name in action.option_strings if "-" not in name[2:]] or action.option_strings
+        if action.nargs in (0, "?"):
+            return ", ".join(names)
+        return f"{names[0]} {'N' if action.type in (int, float) else 'X'}"
+
+    def _get_help_string(self, action):
+        said = "default" in (action.help or "")
+        if said or action.default in (None, argparse.SUPPRESS) or action.nargs in (0, "?"):
+            return action.help
+        return f"{action.help} (%(default)s)"
+
+
 class _Parser(HfArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (see --help)")
+
+    def group(self, recipe_class: type):
+        """Sorts the flags for --help: the recipe's as its `_groups` say, then the Trainer's."""
+        titles, title = {}, None
+        for field in dataclasses.fields(recipe_class):
+            title = recipe_class._groups.get(field.name, title)
+            titles[field.name] = title
+        others = []
+        for group in self._action_groups:
+            group._group_actions = []
+        self._action_groups = []
+        groups = {}
+        for action in self._actions:
+            name = action.dest
+            title = titles.get(name, "the Trainer's own, most used" if name in USUAL or name == "help" else None)
+            is_opposite = f"--{name}" not in action.option_strings and f"--no_{name}" in action.option_strings
+            if name in REFUSED or name.startswith("hub_") or is_opposite and name not in titles:
+                action.help = argparse.SUPPRESS
+            elif title is None:
+                others.append(action.option_strings[0])
+                action.help = argparse.SUPPRESS
+            else:
+                action.help = f"not --{name}" if is_opposite else USUAL.get(name, action.help)
+                if title not in groups:
+                    groups[title] = self.add_argument_group(title)
+                groups[title]._group_actions.append(action)
+        ordered = [*dict.fromkeys(titles.values()), *groups]
+        self._action_groups = [groups[title] for title in dict.fromkeys(ordered)]
+        self.epilog = f"The Trainer's others, as transformers' TrainingArguments has them: {', '.join(sorted(others))}"
 
 
 def parse_flags(
@@ -129,13 +202,10 @@ def parse_flags(
         usage="torchrun --nproc_per_node=N %(prog)s [flags]",
         description=description,
         allow_abbrev=False,
+        formatter_class=_Formatter,
     )
     parser.set_defaults(**trainer_defaults)
-    parser._optionals.title = "the Trainer's own"
-    parser._action_groups.insert(0, parser._action_groups.pop())
-    for action in parser._actions:
-        if action.dest in REFUSED or action.dest.startswith("hub_"):
-            action.help = argparse.SUPPRESS
+    parser.group(recipe_class)
     # The `deepspeed` launcher adds --local_rank, which the environment says as well.
     argv = [arg for arg in argv if not arg.startswith("--local_rank")]
     values = vars(parser.parse_args(argv))

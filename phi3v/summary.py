@@ -52,7 +52,7 @@ def describe_run(
         "steps": f"{steps:,} of {args.batch_size} examples: {training_args.world_size} processes x micro-batch of "
         f"{micro_batch} x {sampler.accumulation} accumulated",
         "optimizer": f"{training_args.optim.value}, rate {training_args.learning_rate:g}, "
-        f"{training_args.lr_scheduler_type.value}, {warmup} steps of warm-up, weight decay {training_args.weight_decay:g}",
+        f"{training_args.lr_scheduler_type.value}, {warmup} of warm-up, weight decay {training_args.weight_decay:g}",
         "memory": str(plan),
         "output": f"{training_args.output_dir}, {saving}",
     }

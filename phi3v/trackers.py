@@ -1,8 +1,7 @@
 """What `--report_to` names: the same names in every tracker, and the evaluations before and after training.
 
 The Trainer's own callbacks send what is logged while it trains, and stop listening when training ends. Here they are
-kept listening until the last evaluation, whose examples they get too: a table with images in W&B and trackio, images
-and a text in TensorBoard.
+kept listening until the last evaluation, whose examples they get too, as a table and images.
 """
 
 import html
@@ -109,8 +108,9 @@ def _to_tensorboard(writer, columns, rows, step):
 
 
 def _to_wandb(wandb, columns, rows):
-    table = [[image and wandb.Image(image), *rest] for image, *rest in rows]
-    wandb.log({"eval/samples": wandb.Table(columns=columns, data=table)})
+    pictures = [wandb.Image(row[0], caption=f"{row[2]} {row[5]}") for row in rows if row[0] is not None]
+    table = wandb.Table(columns=columns[1:], data=[row[1:] for row in rows])
+    wandb.log({"eval/samples": table, **({"eval/sample_images": pictures} if pictures else {})})
 
 
 def _to_trackio(trackio, columns, rows):
