@@ -23,7 +23,6 @@ one is what evaluation asks for, and its metric is the share of exact matches.
 """
 
 import math
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -61,12 +60,12 @@ from phi3v.command_line import (
 from phi3v.conversations import ConversationDataset, PackingCollator, Size, all_sizes, fingerprint
 from phi3v.data_check import check_data
 from phi3v.errors import InputError, blaming, exit_on_input_error
-from phi3v.evaluation import Evaluation, write_evaluation, write_page
+from phi3v.evaluation import Evaluation, write_page
 from phi3v.feature_cache import cache_features
 from phi3v.hardware import DTYPES, choose_attention, choose_precision, precision_of
 from phi3v.measuring import Estimate, Meter, describe_sizes, device_memory, peak_flops
 from phi3v.summary import describe_run, doubts, render_example
-from phi3v.trainer import RecipeTrainer, release
+from phi3v.trainer import RecipeTrainer, finish_dry_run
 
 METRIC = "accuracy"
 PRESETS = {}  # no result has been published
@@ -424,7 +423,9 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         processor, eval_dataset, evaluation, METRIC, score, args.max_new_tokens, compute_dtype(training_args)
     )
     if args.evaluate_only:
-        evaluate_saved(args, training_args, evaluate, preemption)
+        with blaming("model_name_or_path", args.model_name_or_path):
+            model = load_model(args, training_args)
+        evaluate.write(model, training_args, {"model": args.model_name_or_path}, preemption.check)
         return None
     train_dataset = ConversationDataset(train, processor, max_length=limit, truncate=args.truncate, skip_bad=skip_bad)
     sizes = all_sizes(train_dataset, "measuring examples", no_bars)
@@ -546,34 +547,9 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         change = " -> ".join(f"{report[METRIC]:.4f}" for report in (before, after) if report)
         print(f"{METRIC} {change}; the model, its processor and report.html are in {output_dir}")
     if args.dry_run:
-        finish_dry_run(args, trainer, after)
+        saved = replace(args, evaluate_only=True, model_name_or_path=str(output_dir))
+        finish_dry_run(trainer, after, lambda: load_model(saved, replace(training_args, deepspeed=None)))
     return trainer
-
-
-def evaluate_saved(args: RecipeArguments, training_args: TrainingArguments, evaluate: Evaluation, preemption) -> dict:
-    """Evaluates a model without training it; writes evaluation.json and evaluation.html."""
-    with blaming("model_name_or_path", args.model_name_or_path):
-        model = load_model(args, training_args)
-    report = evaluate.report(model, training_args, preemption.check)
-    if training_args.process_index == 0:
-        write_evaluation(Path(training_args.output_dir) / "evaluation.json", report)
-        about = {"model": args.model_name_or_path}
-        write_page(evaluate, training_args, None, report, about, name="evaluation.html")
-    return report
-
-
-def finish_dry_run(args: RecipeArguments, trainer: RecipeTrainer, after: dict):
-    """Loads what was saved, has it answer once more, and compares; then deletes everything."""
-    folder, evaluate = Path(trainer.args.output_dir), trainer.evaluation
-    release(trainer)
-    saved = replace(args, evaluate_only=True, model_name_or_path=str(folder))
-    report = evaluate.report(load_model(saved, replace(trainer.args, deepspeed=None)), trainer.args)
-    if trainer.args.process_index == 0:
-        shutil.rmtree(folder)
-        pairs = zip(after["predictions"], report["predictions"], strict=True)
-        if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:
-            raise InputError(f"--dry_run: loaded again, the model answers otherwise to {', '.join(different)}")
-        print("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")
 
 
 # end shared

@@ -136,6 +136,14 @@ class Evaluation:
         mean = sum(row["score"] for row in rows) / len(rows)
         return {"metric": self.metric, self.metric: mean, "num_examples": len(rows), "predictions": rows}
 
+    def write(self, model, args: TrainingArguments, about: dict, on_batch=lambda: None):
+        """Evaluates a model that is not trained; writes evaluation.json and evaluation.html to the output folder.
+        about: as `write_page` takes it."""
+        report = self.report(model, args, on_batch)
+        if args.process_index == 0:
+            write_evaluation(Path(args.output_dir) / "evaluation.json", report)
+            write_page(self, args, None, report, about, name="evaluation.html")
+
     def example(self, i: int) -> dict:
         """The images and the question of an example, as `write_html_report` takes them."""
         turns = self.conversations[i]["conversations"]

@@ -3,6 +3,8 @@
 import gc
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from .checkpoints import (
     publish,
     write_json,
 )
+from .errors import InputError
 from .evaluation import Evaluation, write_evaluation
 from .measuring import Meter
 from .optimizer import set_part_rates
@@ -185,11 +188,23 @@ class RecipeTrainer(Trainer):
             load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
 
 
-def release(trainer: RecipeTrainer):
-    """Gives back the memory of the model and of what trained it, and forgets DeepSpeed's settings."""
+def finish_dry_run(trainer: RecipeTrainer, after: dict, load: Callable):
+    """Loads what a run has saved, has it answer once more, and deletes the output folder.
+
+    after: the report on the model before it was saved; load: returns the saved model. Every rank calls it. Raises
+    InputError on rank 0 where the answers differ.
+    """
+    folder, args, evaluation = Path(trainer.args.output_dir), trainer.args, trainer.evaluation
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
     unset_hf_deepspeed_config()  # under ZeRO-3 the next model would be split while it loads
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
+    report = evaluation.report(load(), args)
+    if args.process_index == 0:
+        shutil.rmtree(folder)
+        pairs = zip(after["predictions"], report["predictions"], strict=True)
+        if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:
+            raise InputError(f"--dry_run: loaded again, the model answers otherwise to {', '.join(different)}")
+        print("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")
