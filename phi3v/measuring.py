@@ -422,13 +422,22 @@ class Estimate:
             offloaded = self.on_gpu and zero.get("offload_optimizer", {}).get("device", "none") != "none"
             optimizer = 0.0 if offloaded else share * 12  # fp32 weights and Adam's two moments
             gradients = share * s if stage >= 2 else trained * s
+            if offloaded and stage >= 2:
+                gradients = self.largest * s  # they go to the host one by one
             bucket = zero.get("reduce_bucket_size", 5e8)
-            bucket = trained if bucket == "auto" else min(bucket, trained)
-            passes += bucket * s * (2 if zero.get("overlap_comm") else 1)
-            update = 0.0 if offloaded else share * 4  # gradients in fp32
+            bucket = costs.width**2 if bucket == "auto" else bucket  # what the Trainer fills in
+            buckets = bucket * (2 if zero.get("overlap_comm") and stage < 3 else 1)
+            passes += (buckets if self.on_gpu else min(buckets, trained)) * s  # a CPU has what is written to alone
+            if stage == 2 and not offloaded and trained > bucket:
+                passes += share * s  # a micro-batch's gradients, before they are added to those of earlier ones
+            stepped = share  # updated at once
             if stage == 3:
                 weights /= self.world_size
-                passes += 2 * self.largest * s  # one that computes, one that is being gathered
+                live = max(zero.get("stage3_max_live_parameters", 1e9), 2 * self.largest)  # gathered ones
+                passes += min(live, self.trained + self.frozen) * s
+                stepped = min(share, zero.get("sub_group_size", 1e9))
+            # Gradients are joined, and then converted to fp32.
+            update = 0.0 if offloaded else stepped * (s + 4 if s < 4 else 4)
         context = 0.0
         if self.on_gpu:
             context = GPU_CONTEXT + GPU_FRAGMENTATION * (weights + gradients + optimizer + passes)
@@ -490,6 +499,10 @@ class Estimate:
         """Of the mean example, with what is computed again."""
         return self.costs[checkpointing].flops(self.loads(self.sizes), again=True) / len(self.sizes)
 
+    def examples_per_second(self, checkpointing: str, peak: float) -> float:
+        """Of all devices together at the ASSUMED_MFU of their `peak`, what is computed again being part of it."""
+        return ASSUMED_MFU * peak * self.world_size / self.flops(checkpointing)
+
     def describe(self, load: Load, epochs: float) -> str:
         """Some lines: parameters, FLOPs, memory for `load`, and time; where there is no GPU, on common ones."""
         total = self.loads(self.sizes)
@@ -520,13 +533,9 @@ class Estimate:
             if kind is None:
                 lines.append(f"{line}does not fit")
                 continue
-            seconds = (
-                self.flops(kind)
-                * n
-                / ((published_peak(name) or peak_flops(torch.half)[0]) * ASSUMED_MFU * self.world_size)
-            )
-            line += f"{SPOKEN[kind]}: {_time(seconds)}, {n / seconds:.3g} examples/s"
-            lines.append(line + (f"; {_time(seconds * epochs)} for {epochs:g} epochs" if epochs != 1 else ""))
+            rate = self.examples_per_second(kind, published_peak(name) or peak_flops(torch.half)[0])
+            line += f"{SPOKEN[kind]}: {_time(n / rate)}, {rate:.3g} examples/s"
+            lines.append(line + (f"; {_time(n / rate * epochs)} for {epochs:g} epochs" if epochs != 1 else ""))
         return "\n".join(lines)
 
 

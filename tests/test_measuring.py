@@ -1,6 +1,10 @@
 """FLOPs and memory computed from a model's modules, against what torch counts of the real size."""
 
+import importlib
+import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from phi3v.conversations import Size
 from phi3v.measuring import GPUS, Costs, Estimate, load_of_packing, published_peak
 from phi3v.packing import pack
 
+ROOT = Path(__file__).resolve().parents[1]
 DECODER = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 VISION = (
     r"model\.vision_embed_tokens\.(img_projection\.[02]|"
@@ -163,3 +168,43 @@ def test_an_estimate(capfd, tmp_path):
     assert estimates[1].flops("none") == pytest.approx(77.9e12, rel=0.1)  # the recipe's own count is 77.9 TFLOP
     plan = estimates[1].plan(64, 1, "auto", None, 72e9)
     assert plan.tokens >= 2443 and plan.memory.peak <= 72e9
+
+
+def test_memory_under_deepspeed():
+    """What DeepSpeed 0.19 keeps for the whole model: states, buckets of 5e8 in pairs, gathered parameters."""
+    model, sizes = build("full", torch.bfloat16), [Size(2443, 2400, 17, 10, 0)]
+    whole, trained, largest = 4146621440, 4134023168, 32064 * 3072
+
+    def memory(name, n):
+        config = json.loads((ROOT / "ds_config" / f"{name}.json").read_text())
+        estimate = Estimate(model, sizes, n, 2, config)
+        load = estimate.largest_load(1)
+        found = estimate.memory(load, "all")
+        return found, found.passes - estimate.costs["all"].peak_bytes(load)
+
+    found, buffers = memory("zero2", 8)
+    assert (found.gradients, found.optimizer, found.update) == (trained / 4, trained * 1.5, trained * 0.75)
+    assert buffers == pytest.approx(2e9 + trained / 4)  # with the gradients of the micro-batch at hand
+    found, buffers = memory("zero2_offload", 8)
+    assert (found.gradients, found.optimizer, found.update) == (2 * largest, 0, 0)
+    assert buffers == pytest.approx(2e9)
+    assert memory("zero2_offload", 1)[0] == found  # all that is divided is on the host
+    found, buffers = memory("zero3", 8)
+    assert (found.weights, found.gradients, found.optimizer) == (whole / 4, trained / 4, trained * 1.5)
+    assert buffers == pytest.approx(2 * 3072**2 + 2e9)  # the bucket as the Trainer fills it in
+    assert memory("zero3", 1)[0].update == 6e9  # a group of parameters after the other
+
+
+COMMANDS = [
+    line.removesuffix("\\").strip().split("finetune_hf_trainer_")[1]
+    for line in (ROOT / "benchmarks" / "hardware.md").read_text().replace("\\\n", " ").splitlines()
+    if line.startswith("    ") and "finetune_hf_trainer_" in line
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_hardware_guide(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, *flags = shlex.split(command)
+    script = importlib.import_module(f"finetune_hf_trainer_{name.removesuffix('.py')}")
+    script.parse_arguments([*flags, "--model_name_or_path", "demo/base_checkpoint", "--estimate"])
