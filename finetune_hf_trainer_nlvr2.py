@@ -247,11 +247,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, Tra
     if join_after_restart(trainer["ddp_timeout"]) and find_checkpoint("auto", Path(trainer["output_dir"]))[0]:
         trainer["resume_from_checkpoint"] = "auto"  # and not the one that the first attempt may have started from
     accumulation = check_flags(args, trainer, given)
-    if args.estimate and not torch.accelerator.is_available():  # for a GPU, wherever it is
-        trainer["bf16"] = not (trainer["fp16"] or args.fp32)
-        trainer["fp16"] = False  # takes as much
-    precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32)
-    args.attn_implementation = choose_attention(args.attn_implementation, args.use_flash_attention, precision)
+    elsewhere = args.estimate and not torch.accelerator.is_available()  # for a GPU, wherever it is
+    precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32, elsewhere)
+    args.attn_implementation = choose_attention(
+        args.attn_implementation, args.use_flash_attention, precision, elsewhere
+    )
     trainer.update(
         bf16=precision == "bf16",
         fp16=precision == "fp16",

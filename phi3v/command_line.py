@@ -284,6 +284,8 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
             args.max_tokens_per_gpu = 0
         if args.max_tokens_per_gpu < 1:
             raise InputError("--max_tokens_per_gpu must be auto, or a whole number of at least 1")
+    if args.max_tokens_per_gpu == "auto" and args.estimate and not torch.accelerator.is_available():
+        raise InputError("--max_tokens_per_gpu auto is by the memory of a GPU, and there is none here: give a number")
     if args.max_tokens_per_gpu and "batch_size_per_gpu" in given:
         raise InputError("--max_tokens_per_gpu and --batch_size_per_gpu contradict each other: give one")
     if (args.evaluate_only or args.dry_run) and trainer["resume_from_checkpoint"] is not None:

@@ -28,14 +28,17 @@ def _check_accelerator():
             )
 
 
-def choose_precision(bf16: bool, fp16: bool, fp32: bool) -> str:
+def choose_precision(bf16: bool, fp16: bool, fp32: bool, elsewhere: bool = False) -> str:
     """The precision asked for, by default fp16 on a GPU and fp32 on a CPU, as a key of DTYPES.
 
+    elsewhere: for the estimate of a run on another machine, with a GPU; bf16 stands for fp16 then, which takes as much.
     Raises InputError where more than one is asked for, or one that this machine lacks.
     """
     asked = [name for name, on in (("bf16", bf16), ("fp16", fp16), ("fp32", fp32)) if on]
     if len(asked) > 1:
         raise InputError(f"--{asked[0]} and --{asked[1]} contradict each other: give one")
+    if elsewhere:
+        return "fp32" if fp32 else "bf16"
     _check_accelerator()
     has_gpu = torch.accelerator.is_available()
     precision = asked[0] if asked else ("fp16" if has_gpu else "fp32")
@@ -51,17 +54,20 @@ def precision_of(training_args) -> str:
     return "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
 
 
-def choose_attention(asked: str | None, use_flash: bool, precision: str) -> str:
+def choose_attention(asked: str | None, use_flash: bool, precision: str, elsewhere: bool = False) -> str:
     """The attention implementation asked for, by default flash attention where it can run, else sdpa.
 
-    use_flash: asks for flash attention in other words. Raises InputError for an unknown one, for a contradiction,
-    and for flash attention where something that it needs is missing.
+    use_flash: asks for flash attention in other words. elsewhere: for the estimate of a run on another machine; sdpa
+    stands for flash attention then, which takes as much. Raises InputError for an unknown one, for a contradiction, and
+    for flash attention where something that it needs is missing.
     """
     if use_flash and asked not in (None, "flash_attention_2"):
         raise InputError(f"--use_flash_attention contradicts --attn_implementation {asked}")
     asked = "flash_attention_2" if use_flash else asked
     if asked is not None and asked not in ATTENTION:
         raise InputError(f"--attn_implementation {asked} is unknown: {', '.join(ATTENTION)}")
+    if elsewhere:
+        return "eager" if asked == "eager" else "sdpa"
     missing = None
     if not _is_ampere():
         missing = "an Ampere GPU or newer"

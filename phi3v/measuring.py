@@ -380,7 +380,8 @@ class Estimate:
     ):  # fmt: skip
         self.sizes, self.world_size, self.deepspeed, self.on_gpu = sizes, world_size, deepspeed or {}, on_gpu
         stream_bytes = next(p for name, p in model.named_parameters() if "embed_tokens" in name).element_size()
-        self.costs = {kind: Costs(model, kind, stream_bytes, compute_bytes) for kind in CHECKPOINTING}
+        eager = model.config._attn_implementation == "eager"
+        self.costs = {kind: Costs(model, kind, stream_bytes, compute_bytes, eager) for kind in CHECKPOINTING}
         self.trained = self.frozen = self.four_bit = self.largest = 0
         for module_name, module in model.named_modules():
             quantized = not_quantized is not None and isinstance(module, torch.nn.Linear) and "lora_" not in module_name
