@@ -12,9 +12,11 @@ from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import finetune_hf_trainer_ucf101 as ucf101
 from phi3v import Phi3VConfig, Phi3VForCausalLM
 from phi3v.adapters import add_adapter
 from phi3v.conversations import Size
+from phi3v.errors import InputError
 from phi3v.measuring import GPUS, Costs, Estimate, load_of_packing, published_peak
 from phi3v.packing import pack
 
@@ -203,8 +205,26 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_hardware_guide(command, monkeypatch):
+def test_commands_of_the_hardware_guide(command, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     name, *flags = shlex.split(command)
     script = importlib.import_module(f"finetune_hf_trainer_{name.removesuffix('.py')}")
-    script.parse_arguments([*flags, "--model_name_or_path", "demo/base_checkpoint", "--estimate"])
+    script.parse_arguments([*flags, "--model_name_or_path", "demo/base_checkpoint", "--output_dir", str(tmp_path)])
+
+
+def test_an_estimate_is_for_a_machine_elsewhere(tmp_path):
+    """fp16 and flash attention, which a CPU lacks, and eager attention, which keeps its weights."""
+    common = ["--data_dir", str(tmp_path), "--model_name_or_path", str(ROOT / "demo" / "base_checkpoint"), "--estimate"]
+
+    def estimate(*flags):
+        args, training_args = ucf101.parse_arguments([*common, *flags])
+        estimated = ucf101.estimate_run(args, training_args, [Size(200, 26, 4, 5, 0)])
+        return estimated.memory(estimated.largest_load(1), "none").peak
+
+    half = estimate("--bf16")
+    assert estimate("--fp16", "--use_flash_attention") == estimate() == half < estimate("--fp32")
+    assert estimate("--attn_implementation", "eager") > half
+    with pytest.raises(InputError, match="--bf16 and --fp16 contradict"):
+        estimate("--bf16", "--fp16")
+    with pytest.raises(InputError, match="auto is by the memory of a GPU"):
+        estimate("--max_tokens_per_gpu", "auto")
