@@ -78,10 +78,10 @@ def free_port(address: str) -> int:
         return probe.getsockname()[1]
 
 
-def run_nodes(hosts, folder: Path, *arguments):
+def run_nodes(hosts, program: Path, *flags):
     """torchrun on each host, as the README has it. Leaves no process, whatever happens."""
     port = free_port("127.0.0.1" if hosts[0].enter else hosts[0].address)
-    running, logs = [], [folder / f"node{rank}.log" for rank in (0, 1)]
+    running, logs = [], [program.with_name(f"node{rank}.log") for rank in (0, 1)]
 
     def output():
         return "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in logs if log.exists())
@@ -89,14 +89,16 @@ def run_nodes(hosts, folder: Path, *arguments):
     try:
         for rank, host in enumerate(hosts):
             command = [*host.enter, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}"]
-            command += ["--nproc_per_node=1", f"--master_addr={hosts[0].address}", f"--master_port={port}", *arguments]
+            command += ["--nproc_per_node=1", f"--master_addr={hosts[0].address}", f"--master_port={port}", program]
             variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
             env = {k: v for k, v in os.environ.items() if k not in variables}
             env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": host.interface}
             with open(logs[rank], "w") as log:
                 # What a node has written is told by its permissions: only node 0 lets a group read.
                 umask = 0o077 if rank else 0o022
-                running.append(subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log, umask=umask))
+                running.append(
+                    subprocess.Popen(list(map(str, [*command, *flags])), env=env, stdout=log, stderr=log, umask=umask)
+                )
         end = time.monotonic() + 300
         while any(process.poll() is None for process in running):
             assert not any(process.poll() for process in running), output()
@@ -104,21 +106,17 @@ def run_nodes(hosts, folder: Path, *arguments):
             time.sleep(0.1)
         assert [process.returncode for process in running] == [0, 0], output()
     finally:
-        kill(running)
+        kill(program)
+        for process in running:
+            process.wait()
 
 
-def kill(processes: list[subprocess.Popen]):
-    """Processes and what they have started: torchrun's own have sessions of their own."""
-    family = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.poll() is None:
-                family += psutil.Process(process.pid).children(recursive=True)
+def kill(program: Path):
+    """Processes that run it: torchrun's own have sessions of their own, and outlive a torchrun that is killed."""
+    for process in psutil.process_iter(["cmdline"]):
+        if str(program) in (process.info["cmdline"] or []):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-                process.wait()
-    for child in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +129,7 @@ def test_two_nodes_are_one_training(toy_data, tmp_path, on_one_node):
     (tmp_path / "driver.py").write_text(DRIVER)
     out = tmp_path / "out"
     with two_hosts() as hosts:
-        run_nodes(hosts, tmp_path, tmp_path / "driver.py", "--data_dir", toy_data, "--output_dir", out, *COMMON, *FLAGS)
+        run_nodes(hosts, tmp_path / "driver.py", "--data_dir", toy_data, "--output_dir", out, *COMMON, *FLAGS)
     (expected, _), expected_out = on_one_node
     first, second = [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert first == second and first["engine"] == "DeepSpeedEngine"
