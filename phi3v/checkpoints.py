@@ -274,8 +274,14 @@ def prepare_output(
     to do, as the run has been finished.
 
     settings: as `settings_of` gives them; resume, anyway: the checkpoint to go on from, and whether to do so with other
-    settings. Raises InputError for settings that differ, and for a disk without room.
+    settings. Raises InputError for settings that differ, from that checkpoint's or between processes, and for a disk
+    without room.
     """
+    first, *others = gather_object([settings])
+    for rank, other in enumerate(others, 1):
+        if names := [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]:
+            differences = "; ".join(f"{name}: {_short(first.get(name))}, {_short(other.get(name))}" for name in names)
+            raise InputError(f"processes 0 and {rank} were started with other settings or data: {differences}")
     output_dir, is_first = Path(training_args.output_dir), training_args.process_index == 0
     finished = output_dir / FINISHED
     if training_args.resume_from_checkpoint == "auto" and finished.is_file():

@@ -70,6 +70,9 @@ REFUSED = {
     "liger_kernel_config": "it has no kernels for this model",
 }
 
+# What `accelerate launch` has set, before the Trainer sets the same names for itself.
+LAUNCHED = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+
 # Flags of the recipes that count something.
 COUNTS = {
     "batch_size",
@@ -275,6 +278,10 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError("--cache_vision_features contradicts --train_projector: what it keeps would change")
     if args.cache_vision_features and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise InputError("--cache_vision_features can't run under ZeRO-3, where all processes compute the same layers")
+    if LAUNCHED.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise InputError("accelerate launch: leave out --use_deepspeed; the script has a --deepspeed of its own")
+    if LAUNCHED.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        raise InputError("accelerate launch: give --mixed_precision no; the script has --bf16 and --fp16 of its own")
     if args.on_bad_example not in ("error", "skip"):
         raise InputError(f"--on_bad_example is {args.on_bad_example}, must be error or skip")
     if args.max_tokens_per_gpu not in (None, "auto"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .adapters import load_separators, save_separators
@@ -43,6 +43,14 @@ class LossOnBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
 
 
+class OnePrinter(PrinterCallback):
+    """What is logged without a bar, printed by one process of all, and not by one a node."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+
 class RecipeTrainer(Trainer):
     """A Trainer that evaluates by generating answers, and has learning rates of their own for tower and projector.
 
@@ -69,8 +77,9 @@ class RecipeTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(callbacks=[preemption], **kwargs)
-        if self.pop_callback(ProgressCallback):
-            self.add_callback(LossOnBar)
+        for usual, ours in ((ProgressCallback, LossOnBar), (PrinterCallback, OnePrinter)):
+            if self.pop_callback(usual):
+                self.add_callback(ours)
         self.evaluation = evaluation
         self.sampler = sampler
         self.meter = meter

@@ -17,7 +17,7 @@ import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as script
-from phi3v import Phi3VForCausalLM, summary
+from phi3v import Phi3VForCausalLM, checkpoints, command_line, summary
 from phi3v.conversations import Size
 from phi3v.errors import InputError
 from phi3v.evaluation import Evaluation
@@ -252,3 +252,22 @@ def test_trackers_get_the_same_names_and_pictures(toy_data, tmp_path):
 
 def test_a_base_is_named(runs):
     assert str(CHECKPOINT) in (runs("lora") / "README.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Processes that were not started alike
+
+
+def test_processes_with_other_settings_do_not_train_together(toy_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "gather_object", lambda own: [*own, own[0] and own[0] | {"seed": 7}])
+    flags = arguments(toy_data, tmp_path, *SHORT)
+    monkeypatch.setattr(checkpoints, "check_agreement", lambda *args: None)
+    with pytest.raises(InputError, match="processes 0 and 1 were started with other settings or data: seed: 42, 7"):
+        script.main(flags)
+
+
+@pytest.mark.parametrize("name, value", [("MIXED_PRECISION", "bf16"), ("USE_DEEPSPEED", "true")])
+def test_accelerates_own_settings_are_refused(toy_data, tmp_path, monkeypatch, name, value):
+    monkeypatch.setitem(command_line.LAUNCHED, f"ACCELERATE_{name}", value)
+    with pytest.raises(InputError, match="accelerate launch: "):
+        script.parse_arguments(arguments(toy_data, tmp_path))
