@@ -165,11 +165,11 @@ def cache_features(
                 features = vision(pixels)[:-2].to(dtype)
             wait_for_device()
             seconds = time.perf_counter() - start
-            _write(path, {"features": features.cpu(), "grid": torch.tensor(grids[0])})
+            write_features(path, features, grids[0])
             made.append(path)
             if 1 < len(made) <= TIMED:  # the first one also waits for what a device sets up
                 computing += seconds
-                reading += _reading_seconds(path)
+                reading += reading_seconds(path)
             pays = len(made) < TIMED or reading < computing
     vision.train(was_training)
     ranks = gather_object([(len(made), computing, reading, pays)])
@@ -216,8 +216,9 @@ def _bytes(folder: Path) -> int:
     return total
 
 
-def _write(path: Path, content: dict[str, torch.Tensor]):
-    """Whole or not at all; two runs may write the same."""
+def write_features(path: Path, features: torch.Tensor, grid: tuple[int, int]):
+    """Writes an image's features, whole or not at all; two runs may write the same. Raises InputError."""
+    content = {"features": features.cpu(), "grid": torch.tensor(grid)}
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         save_file(content, partial)
@@ -228,7 +229,7 @@ def _write(path: Path, content: dict[str, torch.Tensor]):
         partial.unlink(missing_ok=True)
 
 
-def _reading_seconds(path: Path) -> float:
+def reading_seconds(path: Path) -> float:
     """What it takes to read a file that is no longer in memory, as far as the system can be told to forget it."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())

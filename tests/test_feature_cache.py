@@ -20,7 +20,7 @@ FROZEN = [*SIX_STEPS, "--freeze_vision_model", "--deepspeed", "none", "--max_eva
 
 @pytest.fixture
 def always_pays(monkeypatch):
-    monkeypatch.setattr(feature_cache, "_reading_seconds", lambda path: 0.0)
+    monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 0.0)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_folder_without_room_or_without_gain_is_not_used(toy_data, tmp_path, m
     dataset = dataset_of(toy_data)
     message, features = cache(model, dataset, tmp_path, limit=10_000)
     assert features is None and "--cache_vision_gib" in message
-    monkeypatch.setattr(feature_cache, "_reading_seconds", lambda path: 100.0)
+    monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 100.0)
     message, features = cache(model, dataset, tmp_path)
     assert features is None and "times as long" in message
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
