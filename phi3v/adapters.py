@@ -8,10 +8,30 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from .modeling_phi3v import Phi3VForCausalLM
+from .modeling_phi3v import Phi3VForCausalLM, let_others_read
 
 SEPARATORS = ("model.vision_embed_tokens.sub_GN", "model.vision_embed_tokens.glb_GN")
 SEPARATORS_FILE = "separators.safetensors"
+
+CARD = """---
+library_name: peft
+{base_line}pipeline_tag: image-text-to-text
+tags:
+- lora
+---
+
+# An adapter for Phi-3.5-vision
+
+Trained on `{base}`. With the package `phi3v` of the project that trained it:
+
+    from phi3v import Phi3VForCausalLM, Phi3VProcessor
+    from phi3v.adapters import load_adapter
+
+    processor = Phi3VProcessor.from_pretrained(FOLDER)
+    model = load_adapter(Phi3VForCausalLM.from_pretrained("{base}", dtype="auto"), FOLDER)
+
+PEFT's own loading leaves out `separators.safetensors`, if there is that file here.
+"""
 
 
 def add_adapter(model: Phi3VForCausalLM, config: LoraConfig, train_separators: bool = False) -> PeftModel:
@@ -29,13 +49,29 @@ def add_adapter(model: Phi3VForCausalLM, config: LoraConfig, train_separators: b
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # autocast casts the adapter's weights; an fp32 input is larger
-    # An adapter on lm_head makes PEFT save the whole base layer beside it, which did not change.
-    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    adapted.save_pretrained = partial(_save_pretrained, adapted)
+    adapted.create_or_update_model_card = partial(_write_card, adapted)
     for name in SEPARATORS if train_separators else ():
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return adapted
+
+
+def _save_pretrained(model: PeftModel, save_directory: str | Path, **kwargs):
+    # An adapter on lm_head makes PEFT save the whole base layer beside it, which did not change.
+    PeftModel.save_pretrained(model, save_directory, **{"save_embedding_layers": False} | kwargs)
+    if kwargs.get("is_main_process", True):
+        let_others_read(save_directory)
+
+
+def _write_card(model: PeftModel, output_dir: str | Path):
+    """In place of PEFT's form with its many blanks. A base on this disk is not named in the header, where the Hub
+    accepts only the name of a repository."""
+    card, base = Path(output_dir) / "README.md", model.active_peft_config.base_model_name_or_path
+    if not card.exists():
+        base_line = "" if Path(base or "").exists() else f"base_model: {base}\n"
+        card.write_text(CARD.format(base=base, base_line=base_line), encoding="utf-8")
 
 
 def save_separators(model: PeftModel, folder: Path):
@@ -44,6 +80,7 @@ def save_separators(model: PeftModel, folder: Path):
     parameters = {name: base.get_parameter(name) for name in SEPARATORS}
     if all(p.requires_grad for p in parameters.values()):
         save_file({name: p.detach().contiguous() for name, p in parameters.items()}, folder / SEPARATORS_FILE)
+        let_others_read(folder)
 
 
 @torch.no_grad()
