@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from .errors import InputError
-from .modeling_phi3v import Phi3VForCausalLM
+from .modeling_phi3v import Phi3VForCausalLM, let_others_read
 
 SEPARATORS = ("model.vision_embed_tokens.sub_GN", "model.vision_embed_tokens.glb_GN")
 SEPARATORS_FILE = "separators.safetensors"
@@ -31,13 +31,20 @@ def add_adapter(model: Phi3VForCausalLM, config: LoraConfig, train_separators: b
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # autocast casts the adapter's weights; an fp32 input is larger
-    # An adapter on lm_head makes PEFT save the whole base layer beside it, which did not change.
-    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    adapted.save_pretrained = partial(_save_pretrained, adapted)
+    adapted.create_or_update_model_card = lambda folder: None  # PEFT's is a form of blanks; a run writes its own
     for name in SEPARATORS if train_separators else ():
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return adapted
+
+
+def _save_pretrained(model: PeftModel, save_directory: str | Path, **kwargs):
+    # An adapter on lm_head makes PEFT save the whole base layer beside it, which did not change.
+    PeftModel.save_pretrained(model, save_directory, **{"save_embedding_layers": False} | kwargs)
+    if kwargs.get("is_main_process", True):
+        let_others_read(save_directory)
 
 
 def save_separators(model: PeftModel, folder: Path):
@@ -46,6 +53,7 @@ def save_separators(model: PeftModel, folder: Path):
     parameters = {name: base.get_parameter(name) for name in SEPARATORS}
     if all(p.requires_grad for p in parameters.values()):
         save_file({name: p.detach().contiguous() for name, p in parameters.items()}, folder / SEPARATORS_FILE)
+        let_others_read(folder)
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ examples of a packed row, and a loss that computes logits only where there is a 
 makes the host wait for the device.
 """
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -434,6 +436,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         """As transformers' own, under the names that the parameters have here, which are the Hub's. Translated back by
         transformers' rules for a bare CLIP model, which it applies under ZeRO-3, they would be neither's."""
         super().save_pretrained(save_directory, **{"save_original_format": False} | kwargs)
+        if kwargs.get("is_main_process", True):
+            let_others_read(save_directory)
 
     def _correct_stop_ids(self):
         if self.generation_config.eos_token_id in (_SHIPPED_EOS_ID, [_SHIPPED_EOS_ID]):
@@ -526,3 +530,10 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             if torch.as_tensor(lengths == limit + 1).any():
                 kwargs.update({cache: None, "next_sequence_length": None, "is_first_iteration": True})
         return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def let_others_read(folder: str | Path):
+    """Gives the weights in a folder the permissions that its other files have: safetensors lets only their owner read
+    them, and a server or a colleague is often another user."""
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(next(path.parent.glob("*config.json"), path).stat().st_mode & 0o777)
