@@ -187,7 +187,7 @@ class RecipeArguments:
     # the rest
     preset: str | None = field(
         default=None,
-        metadata={"help": "settings of a published result, full, frozen, lora or qlora; other flags go before them"},
+        metadata={"help": "settings of a published result, full, frozen, lora or qlora; flags given beside it win"},
     )
     dry_run: bool = field(
         default=False,
@@ -244,7 +244,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RecipeArguments, Tra
     if "deepspeed" not in given and not args.use_lora and not args.evaluate_only:
         trainer["deepspeed"] = Path(__file__).resolve().parent / "ds_config" / "zero2.json"
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
-    if join_after_restart(trainer["ddp_timeout"]) and find_checkpoint("auto", Path(trainer["output_dir"]))[0]:
+    restarted = join_after_restart(trainer["ddp_timeout"]) and not (args.evaluate_only or args.dry_run)
+    if restarted and find_checkpoint("auto", Path(trainer["output_dir"]))[0]:
         trainer["resume_from_checkpoint"] = "auto"  # and not the one that the first attempt may have started from
     accumulation = check_flags(args, trainer, given)
     elsewhere = args.estimate and not torch.accelerator.is_available()  # for a GPU, wherever it is
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     quiet_console(args.no_tqdm)
     preemption = Preemption()
     output_dir, is_first = Path(training_args.output_dir), training_args.process_index == 0
-    resume, stored = open_checkpoint(training_args)
+    resume, stored = open_checkpoint(args, training_args)
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="data"):  # one process fills caches, the others read them
@@ -454,6 +455,9 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     train_dataset = ConversationDataset(train, processor, max_length=limit, truncate=args.truncate, skip_bad=skip_bad)
     sizes = all_sizes(train_dataset, "measuring examples", no_bars)
     all_sizes(eval_dataset, "measuring evaluation examples", no_bars)  # fails now, or never
+    if args.dry_run:  # with what takes most memory
+        train_dataset.keep_largest(2 * args.batch_size)
+        sizes = train_dataset.sizes
 
     estimate = estimate_run(args, training_args, sizes)
     plan = estimate.plan(
@@ -467,13 +471,9 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         if is_first:
             print(estimate.describe(plan.load, training_args.num_train_epochs))
         return None
-    settings = settings_of(
-        args,
-        training_args,
-        tokens=plan.tokens,
-        data=fingerprint(sizes),
-        cached=args.cache_vision_features is not None,  # features depend, to rounding, on what they are computed with
-    )
+    # To rounding, features depend on what they are computed with, so a run goes on with them as it began.
+    cached = stored.get("cached", False) if args.cache_vision_features else False
+    settings = settings_of(args, training_args, tokens=plan.tokens, data=fingerprint(sizes), cached=cached)
     if not prepare_output(training_args, settings, resume, args.resume_anyway, *estimate.saved_bytes(args.use_lora)):
         return None
     steps = training_args.max_steps
@@ -525,7 +525,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     about = {"memory": str(plan), "data": describe_sizes(sizes, len(evaluation))}
     if is_first:
         print(render_example(train_dataset))
-        print(describe_run(model, args, training_args, sampler, plan, about["data"], steps))
+        print(describe_run(model, args, training_args, sampler, plan, about["data"], steps, estimate.parameters))
         print(f"MFU        of {peak / 1e12:.3g} TFLOP/s, {source}")
         for doubt in doubts(args, training_args, estimate.parameters, sizes, steps):
             print(doubt, flush=True)
@@ -539,7 +539,10 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
             compute_dtype(training_args),
             training_args.dataloader_num_workers,
             no_bars,
+            decided=stored.get("cached"),
+            is_stopped=preemption.has_signal,
         )
+        settings["cached"] = train_dataset.features is not None
         if is_first:
             print(message, flush=True)
 
@@ -550,7 +553,6 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         if is_first:
             write_page(evaluate, training_args, before, None, about, trainer.state)
     if preemption.stopped:
-        trainer.trackers.close()
         if is_first:
             print(f"stopped by a signal at step {trainer.state.global_step}, with a checkpoint", flush=True)
         raise Interrupted
@@ -567,11 +569,14 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         if skipped:
             print(f"{len(skipped)} examples were left out, as --on_bad_example skip says:", *skipped, sep="\n  ")
         write_page(evaluate, training_args, before, after, about, trainer.state)
-        write_model_card(args, training_args, about | {"steps": trainer.state.global_step}, before, after)
+        about |= {"steps": trainer.state.global_step, "epochs": f"{trainer.state.epoch:.3g}"}
+        write_model_card(args, training_args, about, before, after)
         change = " -> ".join(f"{report[METRIC]:.4f}" for report in (before, after) if report)
-        print(f"{METRIC} {change}; the model, its processor and report.html are in {output_dir}")
+        where = "" if args.dry_run else f"; the model, its processor and report.html are in {output_dir}"
+        print(f"{METRIC} {change}{where}", flush=True)
     if args.dry_run:
         saved = replace(args, evaluate_only=True, model_name_or_path=str(output_dir))
+        del model  # that of the trainer is let go there
         finish_dry_run(trainer, after, lambda: load_model(saved, replace(training_args, deepspeed=None)))
     return trainer
 

@@ -73,9 +73,12 @@ def base_and_adapter(name: str) -> tuple[str, Path | None]:
     if not config.is_file():
         return name, None
     try:
-        return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"], Path(name)
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{config} does not name a base_model_name_or_path") from None
+        base = None
+    if not isinstance(base, str):
+        raise InputError(f"{config} does not name a base_model_name_or_path")
+    return base, Path(name)
 
 
 def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> PeftModel:

@@ -49,7 +49,7 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
     environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
     facts = {
         **about["data"],
-        "epochs": f"{training_args.num_train_epochs:g}",
+        "epochs": about["epochs"],
         "steps": about["steps"],
         "examples a step": args.batch_size,
         "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type.value}",
@@ -79,6 +79,8 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         folder=str(folder),
         num_crops=args.num_crops,
         adapter=args.use_lora,
+        quantized=args.use_qlora,
+        has_before=before is not None,
         separators=(folder / SEPARATORS_FILE).is_file(),
     )
     partial = folder / "README.md.partial"

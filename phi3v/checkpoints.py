@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,16 @@ from .errors import InputError
 MANIFEST = "complete.json"  # written last: a checkpoint without it was never finished
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
 FINISHED = "finished.json"  # in the output folder, when everything asked for was done
+BEST = "best"  # folder in the output folder, for the model that has evaluated best
+BEST_EVALUATION = "evaluation.json"  # in it
+# What a run leaves, other than checkpoints. Of an earlier run in the same folder it would be taken for the new one's.
+RESULTS = (
+    BEST, FINISHED, "tokenizer*.json", "preprocessor_config.json", "processor_config.json",
+    "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
+    "README.md", "report.html", "eval_before.json", "eval_after.json",
+)  # fmt: skip
+# Flags that processes may have each of their own.
+OWN = {"local_rank", "data_dir", "use_cpu", "dataloader_num_workers", "dataloader_prefetch_factor", "log_level"}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what odd JSON ends in
 REPEATS = 5.0  # seconds within which a signal is the same one again
 DISK_SPEED = 5e8  # bytes/s, to say whether a checkpoint can be written within the time that torchrun leaves
@@ -184,6 +195,18 @@ def set_aside_later(output_dir: Path, resumed: Path | None):
             os.replace(path, target)
 
 
+def set_aside_results(output_dir: Path):
+    """Moves what an earlier run has left into a folder of its own, so that nothing of it is lost or taken for new."""
+    found = [path for pattern in RESULTS for path in output_dir.glob(pattern)]
+    if not any(path.suffix == ".safetensors" for path in found):
+        return
+    number = next(n for n in itertools.count(1) if not (output_dir / f"earlier-{n}").exists())
+    (output_dir / f"earlier-{number}").mkdir()
+    for path in found:
+        os.replace(path, output_dir / f"earlier-{number}" / path.name)
+    print(f"{output_dir}: the model of an earlier run is in earlier-{number} now", flush=True)
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
@@ -241,9 +264,11 @@ def find_checkpoint(asked: str | None, output_dir: Path) -> tuple[Path | None, l
     return None, [*messages, f"no whole checkpoint in {output_dir}: training starts at step 0"]
 
 
-def open_checkpoint(training_args) -> tuple[Path | None, dict]:
+def open_checkpoint(args, training_args) -> tuple[Path | None, dict]:
     """(the checkpoint that training goes on from, the settings that it was written with), said on rank 0; (None, {})
-    where it starts anew. Raises InputError as `find_checkpoint` does, and where processes disagree."""
+    where it starts anew. Raises InputError as `find_checkpoint` does, and where processes have other flags."""
+    flags = json.loads(json.dumps(training_args.to_dict() | vars(args), default=str))
+    check_equal([{name: value for name, value in flags.items() if name not in OWN}], "flags")
     output_dir = Path(training_args.output_dir)
     resume, messages = find_checkpoint(training_args.resume_from_checkpoint, output_dir)
     if training_args.process_index == 0:
@@ -267,6 +292,15 @@ def tokens_to_fill(asked: int | str | None, resume: Path | None, stored: dict) -
     return stored["tokens"]
 
 
+def check_equal(own: list[dict], what: str):
+    """Raises InputError where processes have not the same: they would wait for one another without end."""
+    first, *others = gather_object(own)
+    for rank, other in enumerate(others, 1):
+        if names := [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]:
+            differences = "; ".join(f"{name}: {_short(first.get(name))}, {_short(other.get(name))}" for name in names)
+            raise InputError(f"processes 0 and {rank} were started with other {what}: {differences}")
+
+
 def prepare_output(
     training_args, settings: dict, resume: Path | None, anyway: bool, model_bytes: float, checkpoint_bytes: float
 ) -> bool:
@@ -274,29 +308,29 @@ def prepare_output(
     to do, as the run has been finished.
 
     settings: as `settings_of` gives them; resume, anyway: the checkpoint to go on from, and whether to do so with other
-    settings. Raises InputError for settings that differ, from that checkpoint's or between processes, and for a disk
-    without room.
+    settings. Raises InputError for settings that differ, and for a disk without room.
     """
-    first, *others = gather_object([settings])
-    for rank, other in enumerate(others, 1):
-        if names := [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]:
-            differences = "; ".join(f"{name}: {_short(first.get(name))}, {_short(other.get(name))}" for name in names)
-            raise InputError(f"processes 0 and {rank} were started with other settings or data: {differences}")
     output_dir, is_first = Path(training_args.output_dir), training_args.process_index == 0
     finished = output_dir / FINISHED
     if training_args.resume_from_checkpoint == "auto" and finished.is_file():
         before = json.loads(finished.read_text(encoding="utf-8"))
-        if before == settings or not anyway:
-            check_settings(before, settings, finished, anyway=False)
+        now = settings | {"cached": before.get("cached")}  # which is only found out in training
+        if before == now or not anyway:
+            check_settings(before, now, finished, anyway=False)
             if is_first:
                 print(f"{output_dir} holds a finished run: there is nothing left to do")
             return False
     if resume:
         check_settings(stored_settings(resume), settings, resume, anyway)
     if is_first:
+        if resume is None:
+            set_aside_results(output_dir)
         finished.unlink(missing_ok=True)
         clear_unfinished(output_dir)
         set_aside_later(output_dir, resume)
+        best = output_dir / BEST / BEST_EVALUATION
+        if resume and best.is_file() and json.loads(best.read_text(encoding="utf-8"))["step"] > _step(resume):
+            shutil.rmtree(output_dir / BEST, ignore_errors=True)
         kept = (training_args.save_total_limit or 1) if training_args.save_strategy != "no" else 0
         check_space(output_dir, model_bytes, checkpoint_bytes, kept)
         if hint := shutdown_hint(checkpoint_bytes):
@@ -413,6 +447,10 @@ class Preemption(TrainerCallback):
             os.write(2, f"{name} again: leaving at once\n".encode())
             os._exit(128 + number)
         os.write(2, f"{name}: stopping after this step, with a checkpoint; once more leaves at once\n".encode())
+
+    def has_signal(self) -> bool:
+        """Whether this rank has got a signal."""
+        return self.signals > 0
 
     def requested(self) -> bool:
         """Whether any rank has got a signal. Every rank must ask equally often."""

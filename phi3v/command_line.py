@@ -1,12 +1,14 @@
 """The flags of a script: a recipe's own, and the Trainer's beside them."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
 import logging as python_logging
 import math
 import os
+import shutil
 import socket
 import sys
 import warnings
@@ -17,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_bitsandbytes_available, logging
 
 from .adapters import base_and_adapter
+from .checkpoints import FINISHED
 from .errors import InputError
 
 # Flags of the Trainer that the recipe has under a name of its own, or that can't work here.
@@ -44,9 +47,9 @@ REFUSED = {
     "batch_eval_metrics": "evaluation generates answers",
     "include_for_metrics": "evaluation generates answers",
     "eval_accumulation_steps": "evaluation generates answers",
-    "load_best_model_at_end": "the metric is looked at after training; keep checkpoints with --save_steps",
-    "metric_for_best_model": "the metric is looked at after training; keep checkpoints with --save_steps",
-    "greater_is_better": "the metric is looked at after training; keep checkpoints with --save_steps",
+    "load_best_model_at_end": "use --eval_steps with --keep_best",
+    "metric_for_best_model": "use --eval_steps with --keep_best",
+    "greater_is_better": "use --eval_steps with --keep_best",
     "fsdp": "sharding is DeepSpeed's here: --deepspeed",
     "fsdp_config": "sharding is DeepSpeed's here: --deepspeed",
     "parallelism_config": "sharding is DeepSpeed's here: --deepspeed",
@@ -213,9 +216,10 @@ def parse_flags(
     argv = [arg for arg in argv if not arg.startswith("--local_rank")]
     values = vars(parser.parse_args(argv))
     if (preset := values["preset"]) is not None:
+        if not presets:
+            raise InputError("--preset: no result of this task has been published, so there is none")
         if preset not in presets:
-            known = f"must be {', '.join(presets)}" if presets else "and no result of this task has been published"
-            raise InputError(f"--preset is {preset}, {known}")
+            raise InputError(f"--preset is {preset}, must be {', '.join(presets)}")
         parser.set_defaults(**presets[preset])
         values = vars(parser.parse_args(argv))
     recipe = recipe_class(**{field.name: values.pop(field.name) for field in dataclasses.fields(recipe_class)})
@@ -278,8 +282,9 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError("--cache_vision_features contradicts --train_projector: what it keeps would change")
     if args.cache_vision_features and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise InputError("--cache_vision_features can't run under ZeRO-3, where all processes compute the same layers")
-    if LAUNCHED.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        raise InputError("accelerate launch: leave out --use_deepspeed; the script has a --deepspeed of its own")
+    for kind in ("deepspeed", "fsdp", "megatron_lm", "parallelism_config"):
+        if LAUNCHED.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() in ("true", "1"):
+            raise InputError(f"accelerate launch: leave out --use_{kind}; sharding is the script's --deepspeed")
     if LAUNCHED.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise InputError("accelerate launch: give --mixed_precision no; the script has --bf16 and --fp16 of its own")
     if args.on_bad_example not in ("error", "skip"):
@@ -295,8 +300,8 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         raise InputError("--max_tokens_per_gpu auto is by the memory of a GPU, and there is none here: give a number")
     if args.max_tokens_per_gpu and "batch_size_per_gpu" in given:
         raise InputError("--max_tokens_per_gpu and --batch_size_per_gpu contradict each other: give one")
-    if (args.evaluate_only or args.dry_run) and trainer["resume_from_checkpoint"] is not None:
-        raise InputError("--resume_from_checkpoint contradicts --evaluate_only and --dry_run: nothing is gone on with")
+    if args.evaluate_only or args.dry_run:
+        trainer["resume_from_checkpoint"] = None  # so that either can be added to the command of a run
     if args.evaluate_only and args.dry_run:
         raise InputError("--evaluate_only and --dry_run contradict each other: give one")
     step = world_size() * args.batch_size_per_gpu  # examples that all processes handle at once
@@ -316,8 +321,16 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise InputError(f"--resume_from_checkpoint {resume} does not exist: give a folder checkpoint-N, or auto")
     if args.dry_run:
-        trainer.update(max_steps=2, output_dir=str(Path(trainer["output_dir"]) / "dry_run"), report_to="none")
+        folder = Path(trainer["output_dir"]) / "dry_run"
+        if os.environ["RANK"] == "0":
+            shutil.rmtree(folder, ignore_errors=True)  # of one that was broken off
+        trainer.update(max_steps=2, output_dir=str(folder), report_to="none", save_steps=1)
         args.max_eval_samples = min(args.max_eval_samples or 4, 4)
+    folder = adapter or Path(args.model_name_or_path)
+    if args.evaluate_only and "num_crops" not in given and (adapter or (folder / FINISHED).is_file()):
+        with contextlib.suppress(OSError, ValueError):  # as in its run
+            saved = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+            args.num_crops = saved.get("num_crops", args.num_crops)
     if not (args.estimate or args.check_data):
         _make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints=resume is not None or args.evaluate_only)
     return args.batch_size // step

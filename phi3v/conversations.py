@@ -201,6 +201,15 @@ class ConversationDataset(Dataset):
             return None
         return tuple(map(str, turns[0]["images"]))
 
+    def keep_largest(self, n: int):
+        """Leaves the `n` examples with most tokens; after `all_sizes`."""
+        order = sorted(range(len(self)), key=lambda i: (-self.sizes[i].tokens, i))[:n]
+        self.sizes = [self.sizes[i] for i in order]
+        if hasattr(self.conversations, "select"):
+            self.conversations = self.conversations.select(order)
+        else:
+            self.conversations = [self.conversations[i] for i in order]
+
     def size(self, index: int) -> Size:
         """What the example takes, from its text and the headers of its images. Raises InputError."""
         text, images = self._chat(index)
@@ -228,6 +237,15 @@ def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = Fals
     if dataset.sizes is not None:
         return dataset.sizes
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    probes = sorted({i * (len(dataset) - 1) // 15 for i in range(16)})
+    looked_at = [(len(dataset), [tuple(dataset.size(i)) for i in probes])]  # on all ranks, as their disks may differ
+    first, *others = gather_object(looked_at)
+    for other, found in enumerate(others, 1):
+        if found != first:
+            raise InputError(
+                f"processes 0 and {other} have different data: {first[0]:,} and {found[0]:,} examples, or others; give "
+                "every node the same files"
+            )
     own = range(rank, len(dataset), world_size)
     sizes = [(i, dataset.size(i)) for i in tqdm(own, desc=desc, disable=disable_tqdm or rank != 0)]
     dataset.sizes = [size for _, size in sorted(gather_object(sizes))]

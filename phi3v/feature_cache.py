@@ -7,10 +7,12 @@ old is ever taken for something new.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .checkpoints import ignore_signals
+from .checkpoints import Interrupted, ignore_signals
 from .conversations import ConversationDataset, encode_images
 from .errors import InputError
 from .image_processing_phi3v import crops_of_tiles
@@ -31,6 +33,7 @@ from .measuring import wait_for_device
 from .modeling_phi3v import Phi3VForCausalLM
 
 TIMED = 8  # images a rank after which reading is compared with computing
+FORMAT = 1  # one more wherever crops or features are computed otherwise than before
 
 
 class FeatureCache:
@@ -115,6 +118,8 @@ def cache_features(
     compute_dtype: torch.dtype,
     num_workers: int = 0,
     disable_tqdm: bool = False,
+    decided: bool | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> str:
     """Has `dataset` give features in place of crops, after computing those that are not in `folder` yet; all ranks
     share the work. Where it would not pay or has no room, leaves `dataset` as it is. Returns what to tell about it.
@@ -122,6 +127,8 @@ def cache_features(
     model: a Phi3VForCausalLM, or one with adapters, whose vision part is frozen.
     dataset: with its `sizes`, as `all_sizes` finds them.
     limit: bytes that the folder may hold, whatever is in it from before.
+    decided: whether a run that is gone on with has cached, so that it goes on alike; None to find out.
+    is_stopped: looked at after every image; where it says so on any rank, all raise Interrupted.
     Raises InputError for a folder that can't be written, or an image that can't be read.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -154,41 +161,63 @@ def cache_features(
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
     )
-    computing, reading, made, pays = 0.0, 0.0, [], True
+    computing, reading, made = 0.0, 0.0, []
     was_training = vision.training
     vision.eval()
-    for missing in tqdm(loader, desc="caching vision features", disable=disable_tqdm or rank != 0):
-        for path, tiles, grids in missing if pays else ():
-            start = time.perf_counter()
-            with torch.autocast(device.type, dtype, enabled=autocast):
-                pixels = crops_of_tiles(tiles.to(device), grids, *statistics, vision.glb_GN.dtype)
-                features = vision(pixels)[:-2].to(dtype)
-            wait_for_device()
-            seconds = time.perf_counter() - start
-            write_features(path, features, grids[0])
-            made.append(path)
-            if 1 < len(made) <= TIMED:  # the first one also waits for what a device sets up
-                computing += seconds
-                reading += reading_seconds(path)
-            pays = len(made) < TIMED or reading < computing
-    vision.train(was_training)
-    ranks = gather_object([(len(made), computing, reading, pays)])
-    new, computing, reading, pays = (list(values) for values in zip(*ranks, strict=True))
-    if not all(pays):
+    bar = tqdm(loader, desc="caching vision features", disable=disable_tqdm or rank != 0)
+    images = (image for missing in bar for image in missing)
+
+    def compute(path, tiles, grids) -> float:
+        """Seconds without writing."""
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=autocast):
+            pixels = crops_of_tiles(tiles.to(device), grids, *statistics, vision.glb_GN.dtype)
+            features = vision(pixels)[:-2].to(dtype)
+        wait_for_device()
+        seconds = time.perf_counter() - start
+        write_features(path, features, grids[0])
+        made.append(path)
+        return seconds
+
+    def together() -> list[tuple]:
+        ranks = gather_object([(len(made), computing, reading, is_stopped())])
+        if any(stopped for *_, stopped in ranks):
+            raise Interrupted
+        return ranks
+
+    for image in itertools.islice(images, TIMED) if decided is None else ():
+        seconds = compute(*image)
+        if len(made) > 1:  # the first one also waits for what a device sets up
+            computing += seconds
+            reading += reading_seconds(image[0])
+        if is_stopped():
+            break
+    _, computed, read, _ = map(sum, zip(*together(), strict=True))
+    if decided is False or read > computed:
+        vision.train(was_training)
         for path in made:
             path.unlink(missing_ok=True)
-        ratio = sum(reading) / sum(computing)
-        return f"vision features are not cached: reading them takes {ratio:.1f} times as long here as computing them"
+        if decided is False:
+            return "vision features are not cached, as in the run that is gone on with"
+        return (
+            f"vision features are not cached: reading them takes {read / computed:.1f} times as long as computing them"
+        )
+    for image in images:
+        compute(*image)
+        if is_stopped():
+            break
+    new = sum(count for count, *_ in together())
+    vision.train(was_training)
     dataset.features = cache
     return (
-        f"the features of {crops:,} crops ({needed / 2**30:.2f} GiB) are read from {cache.folder}; "
-        f"{sum(new):,} images are new there"
+        f"the features of {crops:,} crops ({needed / 2**30:.2f} GiB) are read from {cache.folder}; {new:,} images are "
+        "new there"
     )
 
 
 def _model_key(vision, processor, dtype: torch.dtype) -> str:
     image_processor = processor.image_processor
-    facts = [str(dtype), image_processor.num_crops, image_processor.image_mean, image_processor.image_std]
+    facts = [FORMAT, str(dtype), image_processor.num_crops, image_processor.image_mean, image_processor.image_std]
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(vision.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -219,7 +248,7 @@ def _bytes(folder: Path) -> int:
 def write_features(path: Path, features: torch.Tensor, grid: tuple[int, int]):
     """Writes an image's features, whole or not at all; two runs may write the same. Raises InputError."""
     content = {"features": features.cpu(), "grid": torch.tensor(grid)}
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     try:
         save_file(content, partial)
         os.replace(partial, path)

@@ -390,7 +390,7 @@ class GrowingLayer(DynamicLayer):
     """A layer of the cache of keys and values with room for tokens to come. `DynamicLayer` copies all that it holds for
     every token, which takes a third of the time of generating eight answers at once."""
 
-    room = 256  # tokens
+    room = 64  # tokens: more would be much memory, for large batches of long prompts
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

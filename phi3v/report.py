@@ -42,7 +42,10 @@ SECRET_IN_TEXT = re.compile(
     rf"""(?P<b>{_NAME}["']?\s*[:=]\s*|(?<!\S)-{_NAME}\s+(?!-))(?P<value>{_VALUE})""",
     re.IGNORECASE | re.DOTALL,
 )
-SECRET_VALUE = re.compile(r"(?<=://)[^/\s@]+(?=@)|\b(?:hf_|sk-|ghp_)[\w-]{16,}")
+SECRET_VALUE = re.compile(
+    r"(?<=://)[^/\s@]+(?=@)|\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}|"
+    r"(?<=[?&]sig=)[^&\s]+|(?<=[Ss]ignature=)[^&\s]+"  # of links that open by themselves
+)
 MASK = "•••"
 
 

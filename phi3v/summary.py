@@ -14,21 +14,27 @@ from .packing import IGNORE_INDEX
 LARGE = 1e9  # parameters from which the rates below are known: those of small models are others
 SHOWN = 300  # characters of a text on either side
 # Learning rates (lowest, highest) outside of which a mode has hardly ever trained well at full size.
-SENSIBLE_RATES = {"full": (1e-6, 1e-4), "frozen": (5e-6, 3e-4), "lora": (2e-5, 1e-3)}
+SENSIBLE_RATES = {"full": (1e-6, 1e-4), "frozen": (5e-6, 3e-4), "lora": (5e-5, 1e-3)}
 
 
 def describe_run(
-    model, args, training_args: TrainingArguments, sampler: StepSampler, plan: Plan, data: dict[str, str], steps: int
+    model,
+    args,
+    training_args: TrainingArguments,
+    sampler: StepSampler,
+    plan: Plan,
+    data: dict[str, str],
+    steps: int,
+    total: int,
 ) -> str:
     """Some lines: what trains, on what, for how long, in how much memory, and what becomes of it.
 
-    args: the recipe's flags; data: as `describe_sizes` gives it; steps: of the optimizer, in all.
+    args: the recipe's flags; data: as `describe_sizes` gives it; steps: of the optimizer, in all; total: all parameters
+    of the model.
     """
     counts = {"language model": 0, "vision tower": 0, "projector and separators": 0}
-    total = 0
     for name, parameter in model.named_parameters():
         n = getattr(parameter, "ds_numel", parameter.numel())
-        total += n
         part = "language model"
         if "vision_embed_tokens" in name:
             part = "vision tower" if "img_processor" in name else "projector and separators"
@@ -83,7 +89,7 @@ def doubts(args, training_args: TrainingArguments, n_parameters: int, sizes: Seq
             f"--warmup_steps {training_args.warmup_steps:g} is as long as the run of {steps} steps: the learning rate "
             "never gets to its value; give a share, such as 0.03"
         )
-    if steps < 20 and n_parameters >= LARGE:
+    if steps < 20 and not args.dry_run:
         found.append(f"{steps} optimizer steps are few: lower --batch_size, or raise --num_train_epochs")
     if training_args.fp16 and not training_args.deepspeed and not args.use_lora and n_parameters >= LARGE:
         found.append("fp16 without DeepSpeed keeps everything in fp32 on each GPU: leave out --deepspeed none")

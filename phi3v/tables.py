@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import datasets
@@ -148,6 +148,9 @@ class Conversations(Sequence):
 
     def __getitem__(self, i):
         if isinstance(i, slice):
-            return Conversations(self.table, self.keys[i], self.build)
+            return self.select(range(*i.indices(len(self))))
         index, item = self.keys[i]
         return self.build(undecoded(self.table, index), item)
+
+    def select(self, indices: Iterable[int]) -> "Conversations":
+        return Conversations(self.table, [self.keys[i] for i in indices], self.build)

@@ -4,6 +4,7 @@ The Trainer's own callbacks send what is logged while it trains, and stop listen
 kept listening until the last evaluation, whose examples they get too, as a table and images.
 """
 
+import atexit
 import html
 from collections.abc import Callable
 
@@ -33,6 +34,7 @@ class Trackers:
     def __init__(self, trainer):
         integration_utils.rewrite_logs = rewrite_logs  # which all of them look up there
         self.trainer = trainer
+        atexit.register(self.close)  # however the run ends
         callbacks = trainer.callback_handler.callbacks
         self.callbacks = [c for c in callbacks if type(c).__module__ == integration_utils.__name__]
         for callback in self.callbacks:
@@ -70,6 +72,7 @@ class Trackers:
                 _to_trackio(callback._trackio, columns, rows)
 
     def close(self):
+        atexit.unregister(self.close)
         for callback in self.callbacks:
             end = type(callback).on_train_end
             end(callback, *self._event(), model=self.trainer.model, processing_class=self.trainer.processing_class)

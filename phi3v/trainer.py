@@ -3,11 +3,13 @@
 import gc
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -15,10 +17,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from .adapters import load_separators, save_separators
 from .batching import EpochLoader, StepSampler
 from .checkpoints import (
+    BEST,
+    BEST_EVALUATION,
     UNFINISHED,
     Health,
     Interrupted,
     Preemption,
+    clear_unfinished,
     ignore_signals,
     naming_full_disk,
     publish,
@@ -29,9 +34,6 @@ from .evaluation import Evaluation, write_evaluation
 from .measuring import Meter
 from .optimizer import set_part_rates
 from .trackers import Trackers
-
-BEST = "best"  # folder in the output folder
-BEST_EVALUATION = "evaluation.json"  # in it, written last
 
 
 class LossOnBar(ProgressCallback):
@@ -76,7 +78,12 @@ class RecipeTrainer(Trainer):
         keep_best: bool = False,
         **kwargs,
     ):
-        super().__init__(callbacks=[preemption], **kwargs)
+        try:
+            super().__init__(callbacks=[preemption], **kwargs)
+        except RuntimeError as e:
+            if "requires" not in str(e):  # a tracker that is not installed
+                raise
+            raise InputError(f"--report_to: {e}") from None
         for usual, ours in ((ProgressCallback, LossOnBar), (PrinterCallback, OnePrinter)):
             if self.pop_callback(usual):
                 self.add_callback(ours)
@@ -143,8 +150,10 @@ class RecipeTrainer(Trainer):
         if self.is_world_process_zero():
             write_evaluation(Path(self.args.output_dir) / name, report)
         self.trackers.log({f"eval_{report['metric']}": report[report["metric"]]})
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and self.state.global_step:
             self.trackers.log_samples(report, before, self.evaluation.example)
+        if self.keep_best and self.state.global_step:
+            self.save_if_best(report)
         return report
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -163,18 +172,22 @@ class RecipeTrainer(Trainer):
     def save_if_best(self, report: dict):
         """Keeps the model in the folder BEST if no earlier one has evaluated as well; every rank must call it."""
         folder, name = Path(self.args.output_dir) / BEST, report["metric"]
-        record, best = folder / BEST_EVALUATION, -math.inf
-        if record.is_file():
-            best = json.loads(record.read_text(encoding="utf-8"))[name]
-        self.accelerator.wait_for_everyone()  # all have read it
-        if report[name] <= best:
+        best = -math.inf
+        if (folder / BEST_EVALUATION).is_file():
+            earlier = json.loads((folder / BEST_EVALUATION).read_text(encoding="utf-8"))
+            if earlier["num_examples"] == report["num_examples"]:  # otherwise they can't be compared
+                best = earlier[name]
+        if not gather_object([report[name] > best])[0]:  # as rank 0 has read it
             return
-        if self.is_world_process_zero():
-            record.unlink(missing_ok=True)  # a model without it is not whole
-        with naming_full_disk(folder):
-            self.save_model(str(folder))
+        unfinished = Path(self.args.output_dir) / UNFINISHED / BEST
+        with naming_full_disk(unfinished):
+            self.save_model(str(unfinished))
             if self.is_world_process_zero():
-                write_json(record, {"step": self.state.global_step, **report})
+                write_json(unfinished / BEST_EVALUATION, {"step": self.state.global_step, **report})
+                if folder.exists():
+                    os.replace(folder, unfinished.with_name("replaced"))
+                os.replace(unfinished, folder)
+                clear_unfinished(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
 
     def create_optimizer(self, model=None):
@@ -205,7 +218,9 @@ def finish_dry_run(trainer: RecipeTrainer, after: dict, load: Callable):
     """
     folder, args, evaluation = Path(trainer.args.output_dir), trainer.args, trainer.evaluation
     trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+    for holder in (trainer, trainer.callback_handler):
+        holder.model = holder.optimizer = holder.lr_scheduler = None
+    trainer.model_wrapped = trainer.deepspeed = None
     unset_hf_deepspeed_config()  # under ZeRO-3 the next model would be split while it loads
     gc.collect()
     if torch.accelerator.is_available():

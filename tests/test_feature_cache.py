@@ -11,6 +11,7 @@ from test_training import COMMON, SIX_STEPS, in_process
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor, feature_cache
 from phi3v.annotations import read_conversations
+from phi3v.checkpoints import Interrupted
 from phi3v.conversations import ConversationDataset, all_sizes
 from phi3v.errors import InputError
 from phi3v.modeling_phi3v import Phi3VImageEmbedding
@@ -59,9 +60,9 @@ def dataset_of(toy_data, **options):
     return dataset
 
 
-def cache(model, dataset, folder, limit=2**30):
+def cache(model, dataset, folder, limit=2**30, **options):
     message = feature_cache.cache_features(
-        model, dataset, folder, limit, torch.device("cpu"), torch.float32, disable_tqdm=True
+        model, dataset, folder, limit, torch.device("cpu"), torch.float32, disable_tqdm=True, **options
     )
     return message, dataset.features
 
@@ -90,13 +91,31 @@ def test_features_are_those_of_the_image_and_of_the_model(toy_data, tmp_path, al
     assert cache(other, dataset_of(data), tmp_path / "cache")[1].folder != first.folder
 
 
-def test_a_folder_without_room_or_without_gain_is_not_used(toy_data, tmp_path, monkeypatch, model):
+def test_a_run_goes_on_with_features_as_it_began(toy_data, tmp_path, monkeypatch, model):
+    monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 100.0)
+    dataset = dataset_of(toy_data)
+    assert "are read from" in cache(model, dataset, tmp_path, decided=True)[0] and dataset.features
+    monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 0.0)
+    dataset = dataset_of(toy_data)
+    assert "as in the run that is gone on with" in cache(model, dataset, tmp_path, decided=False)[0]
+    assert dataset.features is None
+
+
+def test_caching_stops_at_a_signal(toy_data, tmp_path, always_pays, model):
+    with pytest.raises(Interrupted):
+        cache(model, dataset_of(toy_data), tmp_path, is_stopped=lambda: True)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+def test_a_folder_without_room_or_without_gain_is_not_used(toy_data, tmp_path, monkeypatch, encoded, model):
     dataset = dataset_of(toy_data)
     message, features = cache(model, dataset, tmp_path, limit=10_000)
     assert features is None and "--cache_vision_gib" in message
     monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 100.0)
+    before = sum(encoded)
     message, features = cache(model, dataset, tmp_path)
     assert features is None and "times as long" in message
+    assert sum(encoded) - before <= feature_cache.TIMED * 5 < sum(size.crops for size in dataset.sizes)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -22,6 +22,9 @@ COMMON += ["--max_new_tokens", "8", "--report_to", "none", "--logging_steps", "1
 SIX_STEPS = "--optim sgd --learning_rate 0.05 --lr_scheduler_type constant --warmup_steps 0 --wd 0".split()
 SIX_STEPS += "--max_grad_norm 0 --max_steps 6 --batch_size 4 --no_eval_before".split()
 
+# What trainings in this process set for themselves.
+OF_THIS_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+
 # Started by torchrun: the script, and what its weights and losses are on every rank.
 DRIVER = """
 import hashlib, json, os, sys
@@ -51,7 +54,7 @@ def in_process(toy_data, output_dir, *flags):
 
 def torchrun(program, *flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env = {k: v for k, v in os.environ.items() if k not in OF_THIS_PROCESS and not k.startswith("ACCELERATE_")}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *map(str, flags)], env=env, capture_output=True, text=True, timeout=300)
 
