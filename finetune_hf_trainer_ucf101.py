@@ -276,7 +276,7 @@ def load_data(args: RecipeArguments) -> tuple[list[dict], list[dict]]:
     """Training and evaluation conversations; the test split is left for a last look, by --evaluate_only."""
     folder = Path(args.data_dir)
     if not folder.is_dir():
-        raise InputError(f"--data_dir {folder} is not a folder: python convert_ucf101.py --out_dir {folder} makes it")
+        raise InputError(f"--data_dir {folder} is not a folder: give one that a converter has made")
     train = read_conversations(folder / "ucf101_train.jsonl", folder / "images")
     evaluation = read_conversations(folder / f"ucf101_{args.eval_split}.jsonl", folder / "images")
     return train, evaluation

@@ -61,7 +61,7 @@ def read_conversations(path: Path, images_dir: Path) -> list[dict]:
                     problems.add(where, f"id is {_SHORT.repr(example['id'])}, which line {first} has already")
                 examples.append(example)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: convert the videos first, or check the folder") from None
+        raise InputError(f"{path} does not exist: convert videos or conversations first, or check the folder") from None
     except OSError as e:
         raise InputError(f"{path} can't be read: {e.strerror}") from None
     problems.raise_if_any(str(path))

@@ -1,6 +1,7 @@
 """A small data set in the conversation format: ragged, several images, several turns, text only."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -9,6 +10,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "demo" / "base_checkpoint"
+
+
+def environment(**more) -> dict[str, str]:
+    """For a process that is started: without what trainings in this one have set for themselves."""
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("ACCELERATE_")}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
 def write_toy_data(folder: Path, n_train: int = 24, n_val: int = 6):

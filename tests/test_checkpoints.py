@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKPOINT, ROOT
+from conftest import CHECKPOINT, ROOT, environment
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -258,11 +258,13 @@ def test_a_signal_that_comes_twice_is_one(monkeypatch):
 
 
 def start(program, *flags, **variables):
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, *program, ROOT / "finetune_hf_trainer_ucf101.py", *COMMON, *flags]
     return subprocess.Popen(
-        list(map(str, command)), env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        list(map(str, command)),
+        env=environment(**variables),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 

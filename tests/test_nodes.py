@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import socket
 import stat
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import environment
 from safetensors.torch import load_file
 from test_training import COMMON, DRIVER, two_ranks
 
@@ -90,9 +89,7 @@ def run_nodes(hosts, program: Path, *flags):
         for rank, host in enumerate(hosts):
             command = [*host.enter, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}"]
             command += ["--nproc_per_node=1", f"--master_addr={hosts[0].address}", f"--master_port={port}", program]
-            variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-            env = {k: v for k, v in os.environ.items() if k not in variables}
-            env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": host.interface}
+            env = environment(GLOO_SOCKET_IFNAME=host.interface)
             with open(logs[rank], "w") as log:
                 # What a node has written is told by its permissions: only node 0 lets a group read.
                 umask = 0o077 if rank else 0o022

@@ -1,14 +1,13 @@
 """The script as it is started: one process and two, micro-batches cut in several ways, full and frozen vision."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import CHECKPOINT, ROOT
+from conftest import CHECKPOINT, ROOT, environment
 from safetensors.torch import load_file, save_file
 
 import finetune_hf_trainer_ucf101 as script
@@ -21,9 +20,6 @@ COMMON = ["--model_name_or_path", str(CHECKPOINT), "--num_crops", "4", "--no-tqd
 COMMON += ["--max_new_tokens", "8", "--report_to", "none", "--logging_steps", "1"]
 SIX_STEPS = "--optim sgd --learning_rate 0.05 --lr_scheduler_type constant --warmup_steps 0 --wd 0".split()
 SIX_STEPS += "--max_grad_norm 0 --max_steps 6 --batch_size 4 --no_eval_before".split()
-
-# What trainings in this process set for themselves.
-OF_THIS_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 
 # Started by torchrun: the script, and what its weights and losses are on every rank.
 DRIVER = """
@@ -54,9 +50,7 @@ def in_process(toy_data, output_dir, *flags):
 
 def torchrun(program, *flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
-    env = {k: v for k, v in os.environ.items() if k not in OF_THIS_PROCESS and not k.startswith("ACCELERATE_")}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *map(str, flags)], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, *map(str, flags)], env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def two_ranks(toy_data, folder, *flags):
