@@ -5,6 +5,8 @@
     # Ampere or newer: bf16 and flash attention are the best settings
     torchrun --nproc_per_node=4 finetune_hf_trainer_hateful_memes.py --bf16 --use_flash_attention --batch_size 64 \\
         --output_dir OUT --learning_rate 5e-5 --num_train_epochs 2
+    # the settings of a published result: full, frozen, lora, qlora
+    torchrun --nproc_per_node=8 finetune_hf_trainer_hateful_memes.py --preset full --bf16 --output_dir OUT
     # V100: fp16, the default on a GPU
     torchrun --nproc_per_node=8 finetune_hf_trainer_hateful_memes.py --batch_size 64
     # several nodes: the same on each, with --nnodes, --node_rank, --master_addr and --master_port

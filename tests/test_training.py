@@ -281,12 +281,3 @@ def test_rank_0_alone_reports_and_torchrun_ends(toy_data, tmp_path):
     assert run.returncode == 1  # torchrun's own status
     assert run.stderr.count("error: --batch_size 3 can't be shared out: 2 processes") == 1
     assert "exitcode  : 2" in run.stderr
-
-
-def test_help_starts_with_the_recipe(capsys):
-    with pytest.raises(SystemExit) as status:
-        script.main(["--help"])
-    text = capsys.readouterr().out
-    assert status.value.code == 0
-    assert 0 < text.index("\nrecipe:") < text.index("--freeze_vision_model") < text.index("\nthe Trainer's own:")
-    assert "--seed" in text and "--gradient_accumulation_steps" not in text

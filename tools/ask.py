@@ -111,6 +111,8 @@ def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: 
     ends = {"eos_token_id": tokenizer.convert_tokens_to_ids(list(END_TOKENS)), "pad_token_id": tokenizer.pad_token_id}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**batch, **ends, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
+    if not tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip():
+        print("(the answer is empty)", file=sys.stderr)
     # A tag that the model spelled out would stand for an image in the next turn.
     return IMAGE_TAG.sub("", tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip())
 
