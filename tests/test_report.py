@@ -139,6 +139,8 @@ def test_secrets_are_masked(tmp_path):
     assert "s3cret" not in html and token not in html and "1234567" not in html
     assert "--max_new_tokens 64 --url https://•••@host/x •••" in page.text and "max_new_tokens 64" in page.text
     assert "include_tokens_per_second no" in page.text and "hub_token None" in page.text and "0.23.1" in page.text
+    forms = "github_pat_s3cretab xoxb-s3cret-abc https://h/a?X-Amz-Signature=s3cret&b=1 https://h/a?se=1&sig=s3cret"
+    assert "s3cret" not in report(tmp_path, summary={"command": f"train.py {forms}"})[0]
     listed = report(tmp_path, summary={"command": ["train.py", "--hub_token", "it's s3cret", "--password=s3cret b"]})
     assert "s3cret" not in listed[0]
 

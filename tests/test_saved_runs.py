@@ -359,3 +359,9 @@ def test_accelerates_own_settings_are_refused(toy_data, tmp_path, monkeypatch, n
     monkeypatch.setitem(command_line.LAUNCHED, f"ACCELERATE_{name}", value)
     with pytest.raises(InputError, match="accelerate launch: "):
         script.parse_arguments(arguments(toy_data, tmp_path))
+
+
+def test_the_progress_bar_shows_the_loss(toy_data, tmp_path, capsys):
+    script.main(arguments(toy_data, tmp_path, *SHORT, "--no_eval_before", "--no_tqdm", "false"))
+    losses = re.findall(r"2/2 .*loss=(\d\S*)\]", capsys.readouterr().err)
+    assert losses and float(losses[-1]) > 0
