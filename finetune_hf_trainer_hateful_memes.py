@@ -23,13 +23,14 @@ of exact matches.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import deepspeed
 import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -84,126 +85,106 @@ PRESETS = {
 @dataclass
 class RecipeArguments:
     # data
-    data_dir: str | None = field(
-        default=None, metadata={"help": "folder with a copy of the_cauldron in a folder of that name; default: the Hub"}
+    data_dir: str | None = HfArg(
+        default=None, help="folder with a copy of the_cauldron in a folder of that name; default: the Hub"
     )
-    eval_split: str | None = field(
-        default=None,
-        metadata={"help": "split to evaluate on; default: the first 500 rows of train, which then train nothing"},
+    eval_split: str | None = HfArg(
+        default=None, help="split to evaluate on; default: the first 500 rows of train, which then train nothing"
     )
-    num_crops: int = field(default=16, metadata={"help": "at most this many crops an image, 1 to 16: detail, and time"})
+    num_crops: int = HfArg(default=16, help="at most this many crops an image, 1 to 16: detail, and time")
     # shared: flags
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first N examples only"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first N examples only"})
-    max_length: int | None = field(
-        default=None, metadata={"help": "refuse training examples of more tokens; default: the model's own limit"}
+    max_train_samples: int | None = HfArg(default=None, help="train on the first N examples only")
+    max_eval_samples: int | None = HfArg(default=None, help="evaluate on the first N examples only")
+    max_length: int | None = HfArg(
+        default=None, help="refuse training examples of more tokens; default: the model's own limit"
     )
-    truncate: bool = field(
-        default=False, metadata={"help": "cut off the end of too long ones, if all images and some of the answer stay"}
+    truncate: bool = HfArg(
+        default=False, help="cut off the end of too long ones, if all images and some of the answer stay"
     )
-    on_bad_example: str = field(
-        default="error",
-        metadata={"help": "error, or skip: train on no example whose images can't be read, and list them at the end"},
+    on_bad_example: str = HfArg(
+        default="error", help="error, or skip: train on no example whose images can't be read, and list them at the end"
     )
-    check_data: bool = field(
-        default=False, metadata={"help": "decode every image, print a summary of the data, and end without training"}
+    check_data: bool = HfArg(
+        default=False, help="decode every image, print a summary of the data, and end without training"
     )
     # model
-    model_name_or_path: str = field(
-        default="microsoft/Phi-3.5-vision-instruct", metadata={"help": "a folder, or a repository on the Hub"}
+    model_name_or_path: str = HfArg(
+        default="microsoft/Phi-3.5-vision-instruct", help="a folder, or a repository on the Hub"
     )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "flash_attention_2, sdpa or eager; default: the best that is installed and the GPU can run"},
+    attn_implementation: str | None = HfArg(
+        default=None, help="flash_attention_2, sdpa or eager; default: the best that is installed and the GPU can run"
     )
-    use_flash_attention: bool = field(
-        default=False, metadata={"help": "short for --attn_implementation flash_attention_2"}
-    )
-    fp32: bool = field(default=False, metadata={"help": "full precision; default: fp16 on a GPU, fp32 on a CPU"})
+    use_flash_attention: bool = HfArg(default=False, help="short for --attn_implementation flash_attention_2")
+    fp32: bool = HfArg(default=False, help="full precision; default: fp16 on a GPU, fp32 on a CPU")
     # what is trained
-    freeze_vision_model: bool = field(
-        default=False, metadata={"help": "keep tower, projector and separators; the text embedding still trains"}
+    freeze_vision_model: bool = HfArg(
+        default=False, help="keep tower, projector and separators; the text embedding still trains"
     )
-    train_projector: bool = field(
-        default=False, metadata={"help": "with --freeze_vision_model: train the projector all the same"}
+    train_projector: bool = HfArg(default=False, help="with --freeze_vision_model: train the projector all the same")
+    use_lora: bool = HfArg(default=False, help="train adapters alone; needs no DeepSpeed")
+    use_qlora: bool = HfArg(default=False, help="LoRA on a base in 4 bits (NF4): a third of the memory, slower")
+    quantize_vision: bool = HfArg(
+        default=False, help="with QLoRA: 4 bits for tower and projector too; saves 0.5 GB, costs accuracy"
     )
-    use_lora: bool = field(default=False, metadata={"help": "train adapters alone; needs no DeepSpeed"})
-    use_qlora: bool = field(
-        default=False, metadata={"help": "LoRA on a base in 4 bits (NF4): a third of the memory, slower"}
-    )
-    quantize_vision: bool = field(
-        default=False, metadata={"help": "with QLoRA: 4 bits for tower and projector too; saves 0.5 GB, costs accuracy"}
-    )
-    lora_rank: int = field(default=64, metadata={"help": "rank of the adapters"})
-    lora_alpha_ratio: float = field(default=2.0, metadata={"help": "alpha as a multiple of the rank"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
-    use_dora: bool = field(default=False, metadata={"help": "with LoRA: DoRA, often a bit better and slower"})
-    train_separators: bool = field(
-        default=False, metadata={"help": "with LoRA: train the separators between rows of crops and images too"}
+    lora_rank: int = HfArg(default=64, help="rank of the adapters")
+    lora_alpha_ratio: float = HfArg(default=2.0, help="alpha as a multiple of the rank")
+    lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
+    use_dora: bool = HfArg(default=False, help="with LoRA: DoRA, often a bit better and slower")
+    train_separators: bool = HfArg(
+        default=False, help="with LoRA: train the separators between rows of crops and images too"
     )
     # optimisation
-    batch_size: int = field(default=16, metadata={"help": "examples an optimizer step, over all processes"})
-    batch_size_per_gpu: int = field(
-        default=1, metadata={"help": "micro-batch: examples a process handles at once; the rest is accumulated"}
+    batch_size: int = HfArg(default=16, help="examples an optimizer step, over all processes")
+    batch_size_per_gpu: int = HfArg(
+        default=1, help="micro-batch: examples a process handles at once; the rest is accumulated"
     )
-    max_tokens_per_gpu: str | None = field(
+    max_tokens_per_gpu: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "in place of --batch_size_per_gpu: fill micro-batches with examples of up to so many tokens; auto: "
-            "as many as are expected to fit"
-        },
+        help="in place of --batch_size_per_gpu: fill micro-batches with examples of up to so many tokens; auto: "
+        "as many as are expected to fit",
     )
-    share_images: bool = field(
+    share_images: bool = HfArg(
         default=True,
-        metadata={
-            "help": "questions about one image stand in one step, and read it once (default); drawn independently of "
-            "one another, they may train a bit better, and slower"
-        },
+        help="questions about one image stand in one step, and read it once (default); drawn independently of "
+        "one another, they may train a bit better, and slower",
     )
-    cache_vision_features: str | None = field(
+    cache_vision_features: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "with --freeze_vision_model: folder in which to keep what the vision model gives for each image, "
-            "for later epochs and runs. Only where reading it is measured to be faster than computing: 0.9 MB a crop"
-        },
+        help="with --freeze_vision_model: folder in which to keep what the vision model gives for each image, "
+        "for later epochs and runs. Only where reading it is measured to be faster than computing: 0.9 MB a crop",
     )
-    cache_vision_gib: float = field(default=100.0, metadata={"help": "the most that this folder may hold, in GiB"})
-    wd: float = field(default=0.01, metadata={"help": "weight decay"})
-    vision_lr: float | None = field(default=None, metadata={"help": "the tower's; default: --learning_rate"})
-    projector_lr: float | None = field(
-        default=None, metadata={"help": "the projector's and the separators'; default: --learning_rate"}
+    cache_vision_gib: float = HfArg(default=100.0, help="the most that this folder may hold, in GiB")
+    wd: float = HfArg(default=0.01, help="weight decay")
+    vision_lr: float | None = HfArg(default=None, help="the tower's; default: --learning_rate")
+    projector_lr: float | None = HfArg(
+        default=None, help="the projector's and the separators'; default: --learning_rate"
     )
     # evaluation
-    no_eval_before: bool = field(default=False, metadata={"help": "skip the evaluation before training"})
-    max_new_tokens: int = field(default=64, metadata={"help": "longest answer in tokens"})
-    evaluate_only: bool = field(
-        default=False,
-        metadata={"help": "evaluate --model_name_or_path, which may be a run's output with an adapter, and end"},
+    no_eval_before: bool = HfArg(default=False, help="skip the evaluation before training")
+    max_new_tokens: int = HfArg(default=64, help="longest answer in tokens")
+    evaluate_only: bool = HfArg(
+        default=False, help="evaluate --model_name_or_path, which may be a run's output with an adapter, and end"
     )
-    keep_best: bool = field(
-        default=False,
-        metadata={"help": "with --eval_steps: keep the model that has evaluated best, in OUTPUT_DIR/best"},
+    keep_best: bool = HfArg(
+        default=False, help="with --eval_steps: keep the model that has evaluated best, in OUTPUT_DIR/best"
     )
     # the rest
-    preset: str | None = field(
-        default=None,
-        metadata={"help": "settings of a published result, full, frozen, lora or qlora; flags given beside it win"},
+    preset: str | None = HfArg(
+        default=None, help="settings of a published result, full, frozen, lora or qlora; flags given beside it win"
     )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "try everything in OUTPUT_DIR/dry_run: two steps, four evaluations, saving, loading again"},
+    dry_run: bool = HfArg(
+        default=False, help="try everything in OUTPUT_DIR/dry_run: two steps, four evaluations, saving, loading again"
     )
-    estimate: bool = field(
-        default=False,
-        metadata={"help": "print FLOPs, memory and time that a run takes, and end without loading weights"},
+    estimate: bool = HfArg(
+        default=False, help="print FLOPs, memory and time that a run takes, and end without loading weights"
     )
-    estimate_gpus: int | None = field(
-        default=None, metadata={"help": "with --estimate: for so many GPUs; default: as many as there are processes"}
+    estimate_gpus: int | None = HfArg(
+        default=None, help="with --estimate: for so many GPUs; default: as many as there are processes"
     )
-    resume_anyway: bool = field(
-        default=False, metadata={"help": "with --resume_from_checkpoint: go on although settings or data have changed"}
+    resume_anyway: bool = HfArg(
+        default=False, help="with --resume_from_checkpoint: go on although settings or data have changed"
     )
-    no_tqdm: bool = field(default=False, metadata={"help": "no progress bars"})
+    no_tqdm: bool = HfArg(default=False, help="no progress bars")
     _groups = {  # the first flag of each part of --help
         "data_dir": "data",
         "model_name_or_path": "model",
