@@ -44,6 +44,7 @@ from phi3v.checkpoints import (
     Preemption,
     find_checkpoint,
     join_after_restart,
+    model_fingerprint,
     naming_full_disk,
     open_checkpoint,
     prepare_output,
@@ -429,7 +430,14 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         return None
     # To rounding, features depend on what they are computed with, so a run goes on with them as it began.
     cached = stored.get("cached", False) if args.cache_vision_features else False
-    settings = settings_of(args, training_args, tokens=plan.tokens, data=fingerprint(sizes), cached=cached)
+    settings = settings_of(
+        args,
+        training_args,
+        tokens=plan.tokens,
+        data=fingerprint(sizes),
+        model=model_fingerprint(args.model_name_or_path),
+        cached=cached,
+    )
     if not prepare_output(training_args, settings, resume, args.resume_anyway, *estimate.saved_bytes(args.use_lora)):
         return None
     steps = training_args.max_steps

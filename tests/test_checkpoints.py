@@ -17,7 +17,7 @@ from conftest import CHECKPOINT, ROOT, environment
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v import checkpoints
@@ -161,6 +161,20 @@ def test_other_settings_are_refused(flags, message, can_go_on, toy_data, finishe
     if not can_go_on:
         with pytest.raises(InputError, match="to go on from it, "):
             run(toy_data, out, *resume, "--resume_anyway")
+
+
+def test_a_base_that_has_changed_under_its_name_is_noticed(toy_data, finished, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(CHECKPOINT, base)
+    assert checkpoints.model_fingerprint(str(base)) == checkpoints.model_fingerprint(str(CHECKPOINT))
+    assert checkpoints.model_fingerprint("someone/model") is None
+    flags = [*MODES["full"], "--model_name_or_path", str(base)]
+    run(toy_data, tmp_path / "out", *flags, "--max_steps", "4")
+    (tmp_path / "out" / "finished.json").unlink()
+    weights = {name: tensor * 1.01 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="model: .* then, .* now\n.*--resume_anyway"):
+        run(toy_data, tmp_path / "out", *flags, "--max_steps", "4", "--resume_from_checkpoint", "auto")
 
 
 def test_settings_that_only_watch_may_change(toy_data, finished, tmp_path):
