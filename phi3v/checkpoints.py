@@ -28,14 +28,28 @@ UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
 FINISHED = "finished.json"  # in the output folder, when everything asked for was done
 BEST = "best"  # folder in the output folder, for the model that has evaluated best
 BEST_EVALUATION = "evaluation.json"  # in it
+REPLACED_BEST = "replaced-best"  # in UNFINISHED, for the moment in which another takes its place
 # What a run leaves, other than checkpoints. Of an earlier run in the same folder it would be taken for the new one's.
 RESULTS = (
     BEST, FINISHED, "tokenizer*.json", "preprocessor_config.json", "processor_config.json",
     "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
-    "README.md", "report.html", "eval_before.json", "eval_after.json",
+    "README.md", "report.html", "eval_before.json", "eval_after.json", "evaluation.json", "evaluation.html",
 )  # fmt: skip
 # Flags that processes may have each of their own.
-OWN = {"local_rank", "data_dir", "use_cpu", "dataloader_num_workers", "dataloader_prefetch_factor", "log_level"}
+OWN = {
+    "local_rank",
+    "data_dir",
+    "use_cpu",
+    "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_pin_memory",
+    "log_level",
+    "log_level_replica",
+    "no_tqdm",
+    "disable_tqdm",
+    "run_name",
+    "cache_vision_features",
+}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what odd JSON ends in
 REPEATS = 5.0  # seconds within which a signal is the same one again
 DISK_SPEED = 5e8  # bytes/s, to say whether a checkpoint can be written within the time that torchrun leaves
@@ -69,6 +83,7 @@ NEUTRAL = {
     "logging_strategy",
     "eval_steps",
     "eval_strategy",
+    "do_eval",  # follows from it
     "eval_delay",
     "save_steps",
     "save_strategy",
@@ -214,7 +229,7 @@ def set_aside_later(output_dir: Path, resumed: Path | None):
 def set_aside_results(output_dir: Path):
     """Moves what an earlier run has left into a folder of its own, so that nothing of it is lost or taken for new."""
     found = [path for pattern in RESULTS for path in output_dir.glob(pattern)]
-    if not any(path.suffix == ".safetensors" for path in found):
+    if not any(path.suffix == ".safetensors" or path.name == BEST for path in found):
         return
     number = next(n for n in itertools.count(1) if not (output_dir / f"earlier-{n}").exists())
     (output_dir / f"earlier-{number}").mkdir()
@@ -286,6 +301,9 @@ def open_checkpoint(args, training_args) -> tuple[Path | None, dict]:
     flags = json.loads(json.dumps(training_args.to_dict() | vars(args), default=str))
     check_equal([{name: value for name, value in flags.items() if name not in OWN}], "flags")
     output_dir = Path(training_args.output_dir)
+    if args.dry_run and training_args.process_index == 0:
+        shutil.rmtree(output_dir, ignore_errors=True)  # of one that was broken off
+        output_dir.mkdir()
     resume, messages = find_checkpoint(training_args.resume_from_checkpoint, output_dir)
     if training_args.process_index == 0:
         for message in messages:
@@ -339,16 +357,20 @@ def prepare_output(
     if resume:
         check_settings(stored_settings(resume), settings, resume, anyway)
     if is_first:
-        if resume is None:
+        kept = (training_args.save_total_limit or 1) if training_args.save_strategy != "no" else 0
+        check_space(output_dir, model_bytes, checkpoint_bytes, kept)
+        best = output_dir / BEST
+        if (output_dir / UNFINISHED / REPLACED_BEST).exists() and not best.exists():
+            os.replace(output_dir / UNFINISHED / REPLACED_BEST, best)
+        if resume is None or resume.resolve().parent != output_dir.resolve():
             set_aside_results(output_dir)
         finished.unlink(missing_ok=True)
         clear_unfinished(output_dir)
         set_aside_later(output_dir, resume)
-        best = output_dir / BEST / BEST_EVALUATION
-        if resume and best.is_file() and json.loads(best.read_text(encoding="utf-8"))["step"] > _step(resume):
-            shutil.rmtree(output_dir / BEST, ignore_errors=True)
-        kept = (training_args.save_total_limit or 1) if training_args.save_strategy != "no" else 0
-        check_space(output_dir, model_bytes, checkpoint_bytes, kept)
+        record = best / BEST_EVALUATION
+        if resume and record.is_file() and json.loads(record.read_text(encoding="utf-8"))["step"] > _step(resume):
+            shutil.rmtree(output_dir / f"abandoned-{BEST}", ignore_errors=True)
+            os.replace(best, output_dir / f"abandoned-{BEST}")
         if hint := shutdown_hint(checkpoint_bytes):
             print(hint, flush=True)
     return True

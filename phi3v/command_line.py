@@ -8,7 +8,6 @@ import json
 import logging as python_logging
 import math
 import os
-import shutil
 import socket
 import sys
 import warnings
@@ -19,7 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_bitsandbytes_available, logging
 
 from .adapters import base_and_adapter
-from .checkpoints import FINISHED
+from .checkpoints import BEST, BEST_EVALUATION, FINISHED, MANIFEST
 from .errors import InputError
 
 # Flags of the Trainer that the recipe has under a name of its own, or that can't work here.
@@ -317,22 +316,27 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
             "tools/merge_adapter.py, or --evaluate_only"
         )
     _check_model_folder(base)
+    output_dir = Path(trainer["output_dir"]).resolve()
+    if not args.evaluate_only and Path(base).resolve() in (output_dir, output_dir / BEST):
+        raise InputError(
+            f"--model_name_or_path {base} is what --output_dir {trainer['output_dir']} holds, which is set aside when "
+            "training begins: choose another --output_dir"
+        )
     resume = trainer["resume_from_checkpoint"]
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise InputError(f"--resume_from_checkpoint {resume} does not exist: give a folder checkpoint-N, or auto")
     if args.dry_run:
         folder = Path(trainer["output_dir"]) / "dry_run"
-        if os.environ["RANK"] == "0":
-            shutil.rmtree(folder, ignore_errors=True)  # of one that was broken off
         trainer.update(max_steps=2, output_dir=str(folder), report_to="none", save_steps=1)
         args.max_eval_samples = min(args.max_eval_samples or 4, 4)
     folder = adapter or Path(args.model_name_or_path)
-    if args.evaluate_only and "num_crops" not in given and (adapter or (folder / FINISHED).is_file()):
+    ours = adapter or any((folder / name).is_file() for name in (FINISHED, BEST_EVALUATION, MANIFEST))
+    if args.evaluate_only and "num_crops" not in given and ours:
         with contextlib.suppress(OSError, ValueError):  # as in its run
             saved = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
             args.num_crops = saved.get("num_crops", args.num_crops)
     if not (args.estimate or args.check_data):
-        _make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints=resume is not None or args.evaluate_only)
+        _make_output_dir(Path(trainer["output_dir"]), resume is not None or args.evaluate_only or args.dry_run)
     return args.batch_size // step
 
 

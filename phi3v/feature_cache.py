@@ -129,7 +129,8 @@ def cache_features(
     limit: bytes that the folder may hold, whatever is in it from before.
     decided: whether a run that is gone on with has cached, so that it goes on alike; None to find out.
     is_stopped: looked at after every image; where it says so on any rank, all raise Interrupted.
-    Raises InputError for a folder that can't be written, or an image that can't be read.
+    Raises InputError for a folder that can't be written, an image that can't be read, and features that a run can't
+    go on with for lack of room.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = next(module for module in model.modules() if isinstance(module, Phi3VForCausalLM))
@@ -149,10 +150,13 @@ def cache_features(
         raise InputError(f"--cache_vision_features {folder} can't be made ({e.strerror}): choose another") from None
     room = min(limit - (others - own), free + own)
     if not all(gather_object([needed <= room])):
-        return (
+        message = (
             f"the features of {crops:,} crops are not cached: they take {needed / 2**30:.1f} GiB, and {folder} has "
             f"room for {max(room, 0) / 2**30:.1f}; raise --cache_vision_gib, or delete what is in it from other runs"
         )
+        if decided:
+            raise InputError(f"{message}; the run that is gone on with had them")
+        return message
     statistics = processor.image_processor.image_mean, processor.image_processor.image_std
     loader = DataLoader(
         _Missing(dataset, examples[rank::world_size], cache),

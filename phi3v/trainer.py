@@ -19,6 +19,7 @@ from .batching import EpochLoader, StepSampler
 from .checkpoints import (
     BEST,
     BEST_EVALUATION,
+    REPLACED_BEST,
     UNFINISHED,
     Health,
     Interrupted,
@@ -176,7 +177,7 @@ class RecipeTrainer(Trainer):
         if (folder / BEST_EVALUATION).is_file():
             earlier = json.loads((folder / BEST_EVALUATION).read_text(encoding="utf-8"))
             if earlier["num_examples"] == report["num_examples"]:  # otherwise they can't be compared
-                best = earlier[name]
+                best = earlier.get(name, best)
         if not gather_object([report[name] > best])[0]:  # as rank 0 has read it
             return
         unfinished = Path(self.args.output_dir) / UNFINISHED / BEST
@@ -185,7 +186,7 @@ class RecipeTrainer(Trainer):
             if self.is_world_process_zero():
                 write_json(unfinished / BEST_EVALUATION, {"step": self.state.global_step, **report})
                 if folder.exists():
-                    os.replace(folder, unfinished.with_name("replaced"))
+                    os.replace(folder, unfinished.with_name(REPLACED_BEST))
                 os.replace(unfinished, folder)
                 clear_unfinished(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()

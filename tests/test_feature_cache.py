@@ -99,6 +99,8 @@ def test_a_run_goes_on_with_features_as_it_began(toy_data, tmp_path, monkeypatch
     dataset = dataset_of(toy_data)
     assert "as in the run that is gone on with" in cache(model, dataset, tmp_path, decided=False)[0]
     assert dataset.features is None
+    with pytest.raises(InputError, match="--cache_vision_gib.* had them"):
+        cache(model, dataset_of(toy_data), tmp_path, limit=10_000, decided=True)
 
 
 def test_caching_stops_at_a_signal(toy_data, tmp_path, always_pays, model):

@@ -146,6 +146,49 @@ def test_what_an_earlier_run_left_is_not_taken_for_this_ones(toy_data, tmp_path)
     assert "accuracy" in json.loads((best / "evaluation.json").read_text())
 
 
+def test_a_best_model_alone_is_set_aside_too(toy_data, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "evaluation.json").write_text('{"step": 1, "anls": 0.9, "num_examples": 6}')
+    script.main(arguments(toy_data, tmp_path, *SHORT, "--no_eval_before", "--eval_steps", "1", "--keep_best"))
+    assert (tmp_path / "earlier-1" / "best" / "evaluation.json").is_file()
+    assert "accuracy" in json.loads((tmp_path / "best" / "evaluation.json").read_text())
+
+
+def test_a_checkpoint_of_another_folder_does_not_mix_results(toy_data, runs, tmp_path):
+    flags = [*SHORT, "--no_eval_before", "--save_steps", "1"]
+    script.main(arguments(toy_data, tmp_path / "a", *flags))
+    shutil.copytree(runs("lora"), tmp_path / "b")
+    resume = ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-1")]
+    script.main(arguments(toy_data, tmp_path / "b", *flags, *resume))
+    assert (tmp_path / "b" / "earlier-1" / "adapter_config.json").is_file()
+    assert not (tmp_path / "b" / "adapter_config.json").exists() and (tmp_path / "b" / "model.safetensors").is_file()
+
+
+def test_a_base_is_not_moved_away_by_its_own_training(toy_data, runs, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(runs("full"), folder)
+    with pytest.raises(InputError, match="choose another --output_dir"):
+        script.main(arguments(toy_data, folder, "--model_name_or_path", str(folder)))
+    assert (folder / "model.safetensors").is_file() and not (folder / "earlier-1").exists()
+
+
+def test_evaluation_may_be_added_to_a_run_that_goes_on(toy_data, tmp_path):
+    flags = arguments(toy_data, tmp_path, *SHORT, "--no_eval_before", "--save_steps", "1")
+    script.main(flags)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    (tmp_path / "finished.json").unlink()
+    trainer = script.main([*flags, "--resume_from_checkpoint", "auto", "--eval_steps", "1", "--keep_best"])
+    assert trainer.state.global_step == 2 and (tmp_path / "best" / "model.safetensors").is_file()
+
+
+def test_a_kept_model_is_evaluated_with_its_own_crops(toy_data, tmp_path):
+    flags = [*SHORT, "--no_eval_before", "--eval_steps", "1", "--keep_best", "--num_crops", "2"]
+    script.main(arguments(toy_data, tmp_path / "out", *flags))
+    best = ["--model_name_or_path", str(tmp_path / "out" / "best"), "--evaluate_only"]
+    flags = [flag for flag in arguments(toy_data, tmp_path / "e", *best) if flag not in ("--num_crops", "4")]
+    assert script.parse_arguments(flags)[0].num_crops == 2
+
+
 def test_a_tracker_that_is_not_installed_is_named(toy_data, tmp_path, monkeypatch):
     monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
     with pytest.raises(InputError, match="--report_to: WandbCallback requires wandb"):
