@@ -1,9 +1,10 @@
 """Greedy generation at batch 8 against one prompt at a time, in one run.
 
-    python benchmarks/generation.py [--new_tokens 128]
+    python benchmarks/generation.py [--new_tokens 128] [--threads 1]
 
-One CPU thread, fp32, the 51M-parameter model of benchmarks/step.py with random weights; eight prompts, each with an
-image of 1x2 crops and text of its own length; every answer has the same number of new tokens. Seconds are CPU seconds.
+On a CPU, fp32, the 51M-parameter model of benchmarks/step.py with random weights; eight prompts, each with an
+image of 1x2 crops and text of its own length; every answer has the same number of new tokens. Seconds are CPU
+seconds of one thread.
 """
 
 import argparse
@@ -22,8 +23,10 @@ from phi3v import Phi3VConfig, Phi3VForCausalLM  # noqa: E402
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1, help="with more than one, seconds are wall-clock time")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     torch.manual_seed(0)
     model = Phi3VForCausalLM(Phi3VConfig(**base.DECODER, vision_config=base.VISION)).eval()
     prompts = []
@@ -45,29 +48,29 @@ def main():
         return model.generate(**batch, **options, pad_token_id=0)[:, n:]
 
     generate(prompts[0])  # warms up
-    start = time.process_time()
+    start = clock()
     for batch in (*prompts, together):
         model(**batch, logits_to_keep=1)
         if batch is prompts[-1]:
-            reading = time.process_time() - start
-    reading_together = time.process_time() - start - reading
-    start = time.process_time()
+            reading = clock() - start
+    reading_together = clock() - start - reading
+    start = clock()
     alone = torch.cat([generate(prompt) for prompt in prompts])
-    middle = time.process_time()
+    middle = clock()
     batched = generate(together)
-    end = time.process_time()
+    end = clock()
     n = alone.numel()
     weights = [m.weight for m in [*model.model.layers.modules(), model.lm_head] if isinstance(m, torch.nn.Linear)]
     products = {}
     for rows in (1, 8):
         inputs = [torch.randn(rows, weight.shape[1]) for weight in weights]
-        begun = time.process_time()
+        begun = clock()
         for _ in range(20):
             for x, weight in zip(inputs, weights, strict=True):
                 torch.nn.functional.linear(x, weight)
-        products[rows] = time.process_time() - begun
+        products[rows] = clock() - begun
     print(
-        f"torch {torch.__version__}, 1 thread: one at a time {n / (middle - start):.1f} tokens/s, batch 8 "
+        f"torch {torch.__version__}, {args.threads} thread(s): alone {n / (middle - start):.1f} tokens/s, batch 8 "
         f"{n / (end - middle):.1f}: {(middle - start) / (end - middle):.2f} times; without reading the "
         f"prompts {(middle - start - reading) / (end - middle - reading_together):.2f} times; outputs "
         f"{'identical' if torch.equal(alone, batched) else 'DIFFER'}; a token's matrix products alone, 8 "
