@@ -169,7 +169,7 @@ class RecipeArguments:
     keep_best: bool = HfArg(
         default=False, help="with --eval_steps: keep the model that has evaluated best, in OUTPUT_DIR/best"
     )
-    # the rest
+    # the run
     preset: str | None = HfArg(
         default=None, help="settings of a published result, full, frozen, lora or qlora; flags given beside it win"
     )

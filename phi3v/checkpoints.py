@@ -299,7 +299,7 @@ def open_checkpoint(args, training_args) -> tuple[Path | None, dict]:
     """(the checkpoint that training goes on from, the settings that it was written with), said on rank 0; (None, {})
     where it starts anew. Raises InputError as `find_checkpoint` does, and where processes have other flags."""
     flags = json.loads(json.dumps(training_args.to_dict() | vars(args), default=str))
-    check_equal([{name: value for name, value in flags.items() if name not in OWN}], "flags")
+    check_flags_equal({name: value for name, value in flags.items() if name not in OWN})
     output_dir = Path(training_args.output_dir)
     if args.dry_run and training_args.process_index == 0:
         shutil.rmtree(output_dir, ignore_errors=True)  # of one that was broken off
@@ -326,13 +326,13 @@ def tokens_to_fill(asked: int | str | None, resume: Path | None, stored: dict) -
     return stored["tokens"]
 
 
-def check_equal(own: list[dict], what: str):
-    """Raises InputError where processes have not the same: they would wait for one another without end."""
-    first, *others = gather_object(own)
+def check_flags_equal(flags: dict):
+    """Raises InputError where processes have other ones: they would wait for one another without end."""
+    first, *others = gather_object([flags])
     for rank, other in enumerate(others, 1):
         if names := [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]:
             differences = "; ".join(f"{name}: {_short(first.get(name))}, {_short(other.get(name))}" for name in names)
-            raise InputError(f"processes 0 and {rank} were started with other {what}: {differences}")
+            raise InputError(f"processes 0 and {rank} were started with other flags: {differences}")
 
 
 def prepare_output(

@@ -12,6 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "demo" / "base_checkpoint"
 
 
+@pytest.fixture(autouse=True)
+def no_trace_of_a_training():
+    """A training under DeepSpeed tells accelerate so by the environment, and the next one would be under it too."""
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+
+
 def environment(**more) -> dict[str, str]:
     """For a process that is started: without what trainings in this one have set for themselves."""
     own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
