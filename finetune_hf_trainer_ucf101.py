@@ -34,11 +34,22 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from phi3v.adapters import add_adapter, base_and_adapter, load_adapter
-from phi3v.annotations import read_conversations
-from phi3v.batching import sampler_for
-from phi3v.card import write_model_card
-from phi3v.checkpoints import (
+from phi3v.command_line import (
+    check_flags,
+    parse_flags,
+    quiet_console,
+    read_deepspeed_config,
+    workers_per_process,
+)
+from phi3v.data.annotations import read_conversations
+from phi3v.data.check import check_data
+from phi3v.data.conversations import ConversationDataset, PackingCollator, Size, all_sizes, fingerprint
+from phi3v.data.sampler import sampler_for
+from phi3v.errors import InputError, blaming, exit_on_input_error
+from phi3v.model.adapters import add_adapter, base_and_adapter, load_adapter
+from phi3v.report.card import write_model_card
+from phi3v.report.summary import describe_run, doubts, render_example
+from phi3v.training.checkpoints import (
     FINISHED,
     Interrupted,
     Preemption,
@@ -52,22 +63,11 @@ from phi3v.checkpoints import (
     tokens_to_fill,
     write_json,
 )
-from phi3v.command_line import (
-    check_flags,
-    parse_flags,
-    quiet_console,
-    read_deepspeed_config,
-    workers_per_process,
-)
-from phi3v.conversations import ConversationDataset, PackingCollator, Size, all_sizes, fingerprint
-from phi3v.data_check import check_data
-from phi3v.errors import InputError, blaming, exit_on_input_error
-from phi3v.evaluation import Evaluation, write_page
-from phi3v.feature_cache import cache_features
-from phi3v.hardware import DTYPES, choose_attention, choose_precision, precision_of
-from phi3v.measuring import Estimate, Meter, describe_sizes, device_memory, peak_flops
-from phi3v.summary import describe_run, doubts, render_example
-from phi3v.trainer import RecipeTrainer, finish_dry_run
+from phi3v.training.evaluation import Evaluation, write_page
+from phi3v.training.feature_cache import cache_features
+from phi3v.training.hardware import DTYPES, choose_attention, choose_precision, precision_of
+from phi3v.training.measuring import Estimate, Meter, describe_sizes, device_memory, peak_flops
+from phi3v.training.trainer import RecipeTrainer, finish_dry_run
 
 METRIC = "accuracy"
 PRESETS = {}  # no result has been published

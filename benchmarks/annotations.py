@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CASE = """
 import json, os, resource, sys, time
-from phi3v.annotations import read_conversations
+from phi3v.data.annotations import read_conversations
 from phi3v.errors import InputError
 
 case, path, images = sys.argv[1:]

@@ -20,7 +20,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VImageProcessor  # noqa: E402
-from phi3v.image_processing_phi3v import crops_of_tiles  # noqa: E402
+from phi3v.model.image_processing_phi3v import crops_of_tiles  # noqa: E402
 
 
 def straightforward(processor: Phi3VImageProcessor, image: Image.Image) -> torch.Tensor:

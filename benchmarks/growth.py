@@ -18,7 +18,7 @@ from packing import packed
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VConfig, Phi3VForCausalLM  # noqa: E402
-from phi3v.measuring import Costs, load_of_packing  # noqa: E402
+from phi3v.training.measuring import Costs, load_of_packing  # noqa: E402
 
 # What grows: micro-batches as the grids of sub-crops of each example's images.
 SERIES = {

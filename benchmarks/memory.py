@@ -42,10 +42,10 @@ def run(name: str):
     from transformers import BitsAndBytesConfig
 
     from phi3v import Phi3VConfig, Phi3VForCausalLM
-    from phi3v.adapters import add_adapter
     from phi3v.command_line import read_deepspeed_config, world_size
-    from phi3v.conversations import Size
-    from phi3v.measuring import Estimate, load_of_packing
+    from phi3v.data.conversations import Size
+    from phi3v.model.adapters import add_adapter
+    from phi3v.training.measuring import Estimate, load_of_packing
 
     mode, grids, checkpointing, zero = CASES[name]
     torch.set_num_threads(1)

@@ -22,8 +22,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is 
 from dataclasses import replace  # noqa: E402
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor  # noqa: E402
-from phi3v.image_processing_phi3v import crops_of_tiles  # noqa: E402
-from phi3v.packing import pack  # noqa: E402
+from phi3v.model.image_processing_phi3v import crops_of_tiles  # noqa: E402
+from phi3v.model.packing import pack  # noqa: E402
 
 IMAGES = Phi3VImageProcessor(num_crops=16)
 

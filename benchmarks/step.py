@@ -25,7 +25,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VConfig, Phi3VForCausalLM  # noqa: E402
-from phi3v.packing import pack  # noqa: E402
+from phi3v.model.packing import pack  # noqa: E402
 
 DECODER = {
     "hidden_size": 512,

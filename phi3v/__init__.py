@@ -8,10 +8,10 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_phi3v import Phi3VConfig
-from .image_processing_phi3v import Phi3VImageProcessor
-from .modeling_phi3v import Phi3VForCausalLM
-from .processing_phi3v import Phi3VProcessor
+from .model.configuration_phi3v import Phi3VConfig
+from .model.image_processing_phi3v import Phi3VImageProcessor
+from .model.modeling_phi3v import Phi3VForCausalLM
+from .model.processing_phi3v import Phi3VProcessor
 
 AutoConfig.register("phi3_v", Phi3VConfig)
 AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM)

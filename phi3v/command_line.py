@@ -17,9 +17,9 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_bitsandbytes_available, logging
 
-from .adapters import base_and_adapter
-from .checkpoints import BEST, BEST_EVALUATION, FINISHED, MANIFEST
 from .errors import InputError
+from .model.adapters import base_and_adapter
+from .training.checkpoints import BEST, BEST_EVALUATION, FINISHED, MANIFEST
 
 # Flags of the Trainer that the recipe has under a name of its own, or that can't work here.
 REFUSED = {

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phi3v import annotations
-from phi3v.annotations import check_text, read_conversations, text_problem
+from phi3v.data import annotations
+from phi3v.data.annotations import check_text, read_conversations, text_problem
 from phi3v.errors import InputError, Problems, exit_on_input_error
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.adapters import SEPARATORS, SEPARATORS_FILE, add_adapter
+from phi3v.model.adapters import SEPARATORS, SEPARATORS_FILE, add_adapter
 from tools import ask
 from tools import merge_adapter as merge_tool
 

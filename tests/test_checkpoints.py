@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import finetune_hf_trainer_ucf101 as script
-from phi3v import checkpoints
-from phi3v.checkpoints import PREEMPTED, damage, find_checkpoint
 from phi3v.errors import InputError
+from phi3v.training import checkpoints
+from phi3v.training.checkpoints import PREEMPTED, damage, find_checkpoint
 
 COMMON = ["--model_name_or_path", str(CHECKPOINT), "--num_crops", "2", "--no-tqdm", "--dataloader_num_workers", "0"]
 COMMON += ["--max_new_tokens", "2", "--max_eval_samples", "2", "--no_eval_before", "--batch_size", "4"]

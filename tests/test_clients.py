@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from phi3v.adapters import add_adapter, load_adapter, save_separators
+from phi3v.model.adapters import add_adapter, load_adapter, save_separators
 from tools import merge_adapter as merge_tool
 
 PROMPT = "<|user|>\n<|image_1|>\nWhat digit is this?<|end|>\n<|assistant|>\n"

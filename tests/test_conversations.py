@@ -9,10 +9,10 @@ from conftest import CHECKPOINT
 from PIL import Image
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.annotations import read_conversations
-from phi3v.conversations import Collator, ConversationDataset, encode_conversation
+from phi3v.data.annotations import read_conversations
+from phi3v.data.conversations import Collator, ConversationDataset, encode_conversation
 from phi3v.errors import InputError
-from phi3v.evaluation import generate_answers
+from phi3v.training.evaluation import generate_answers
 
 SNAPSHOT = os.environ.get("PHI3V_SNAPSHOT")
 

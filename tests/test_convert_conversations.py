@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from phi3v.annotations import read_conversations
+from phi3v.data.annotations import read_conversations
 from phi3v.errors import InputError
 
 sys.path.append(str(ROOT / "tools"))

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from phi3v import Phi3VProcessor, data_check
-from phi3v.annotations import read_conversations, text_problem
-from phi3v.conversations import encode_conversation
-from phi3v.data_check import check_data, check_images
+from phi3v import Phi3VProcessor
+from phi3v.data import check as data_check
+from phi3v.data.annotations import read_conversations, text_problem
+from phi3v.data.check import check_data, check_images
+from phi3v.data.conversations import encode_conversation
+from phi3v.data.images import open_image, read_image, to_rgb
 from phi3v.errors import InputError
-from phi3v.images import open_image, read_image, to_rgb
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v import Phi3VConfig, Phi3VForCausalLM
-from phi3v.adapters import add_adapter
-from phi3v.conversations import Size
+from phi3v.data.conversations import Size
 from phi3v.errors import InputError
-from phi3v.measuring import GPUS, Costs, Estimate, load_of_packing, published_peak
-from phi3v.packing import pack
+from phi3v.model.adapters import add_adapter
+from phi3v.model.packing import pack
+from phi3v.training.measuring import GPUS, Costs, Estimate, load_of_packing, published_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODER = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -111,7 +111,7 @@ CASES = [
 @pytest.mark.parametrize(("mode", "dtype", "checkpointing", "batch"), CASES)
 def test_kept_tensors_at_real_size(mode, dtype, checkpointing, batch, monkeypatch):
     """On fake CPU tensors, where attention is the fused kernel's, as on a GPU; on the meta device it is not."""
-    monkeypatch.setattr("phi3v.modeling_phi3v.Phi3VModel._check_images", lambda *args: None)  # looks at values
+    monkeypatch.setattr("phi3v.model.modeling_phi3v.Phi3VModel._check_images", lambda *args: None)  # looks at values
     row = micro_batch(BATCHES[batch])
     model = build(mode.split()[0], dtype, checkpointing)
     autocast, kept = mode.endswith("autocast"), {}

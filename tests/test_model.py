@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM
-from phi3v.modeling_phi3v import GrowingLayer, Phi3VRotaryEmbedding
+from phi3v.model.modeling_phi3v import GrowingLayer, Phi3VRotaryEmbedding
 
 GOLDEN = Path(__file__).parent / "golden"
 SUMMARY = json.loads((GOLDEN / "model_summary.json").read_text())
@@ -58,7 +58,7 @@ def case_inputs(name):
 @pytest.mark.parametrize("name", SUMMARY)
 def test_golden_case(name, attn_implementation, monkeypatch):
     # With other ranks a text alone would take a blank crop along; an earlier test may have started a group of one.
-    monkeypatch.setattr("phi3v.modeling_phi3v.dist.is_initialized", lambda: False)
+    monkeypatch.setattr("phi3v.model.modeling_phi3v.dist.is_initialized", lambda: False)
     model = load(attn_implementation).train()
     inputs, saved = case_inputs(name)
     with torch.no_grad():

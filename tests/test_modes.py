@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.adapters import SEPARATORS, load_adapter
-from phi3v.annotations import read_conversations
-from phi3v.conversations import Collator, ConversationDataset
-from phi3v.modeling_phi3v import Phi3VImageEmbedding
+from phi3v.data.annotations import read_conversations
+from phi3v.data.conversations import Collator, ConversationDataset
+from phi3v.model.adapters import SEPARATORS, load_adapter
+from phi3v.model.modeling_phi3v import Phi3VImageEmbedding
 from tools import merge_adapter as merge_tool
 
 MODES = {

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_training import COMMON, DRIVER, two_ranks
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.checkpoints import damage
+from phi3v.training.checkpoints import damage
 
 FLAGS = "--max_steps 6 --batch_size 4 --learning_rate 1e-3 --save_steps 3 --per_device_eval_batch_size 2".split()
 STEPS = 6

@@ -10,12 +10,12 @@ from PIL import Image
 from transformers import BitsAndBytesConfig
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from phi3v.adapters import add_adapter
-from phi3v.batching import StepSampler
-from phi3v.conversations import Collator, ConversationDataset, PackingCollator, Size
+from phi3v.data.conversations import Collator, ConversationDataset, PackingCollator, Size
+from phi3v.data.sampler import StepSampler
 from phi3v.errors import InputError
-from phi3v.functional import cross_entropy
-from phi3v.packing import Group
+from phi3v.model.adapters import add_adapter
+from phi3v.model.functional import cross_entropy
+from phi3v.model.packing import Group
 
 ORIGINAL = 300  # tokens from which the long rotary factors are taken
 
@@ -187,7 +187,7 @@ def test_an_example_without_targets_trains_nothing(data):
 def test_the_loss_goes_through_its_chunks(monkeypatch, data):
     model = build("full", "sdpa", False)
     expected, n = alone(model, data, [0, 2, 6])
-    monkeypatch.setattr("phi3v.functional.LOSS_CHUNK", 3)
+    monkeypatch.setattr("phi3v.model.functional.LOSS_CHUNK", 3)
     batch = PackingCollator(data.processor, ORIGINAL, True)(data.__getitems__([0, 2, 6]))
     assert_equal(gradients(model, [batch], n), expected)
 

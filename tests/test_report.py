@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from phi3v.report import confidence_interval, number, sign_test, write_html_report
+from phi3v.report.page import confidence_interval, number, sign_test, write_html_report
 
 VOID = {"meta", "link", "img", "input", "br"}
 SVG = {"path", "rect", "circle", "polyline"}

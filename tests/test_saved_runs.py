@@ -19,11 +19,13 @@ import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as script
-from phi3v import Phi3VForCausalLM, command_line, summary, trackers
-from phi3v.conversations import Size
+from phi3v import Phi3VForCausalLM, command_line
+from phi3v.data.conversations import Size
 from phi3v.errors import InputError
-from phi3v.evaluation import Evaluation
-from phi3v.trainer import RecipeTrainer
+from phi3v.report import summary
+from phi3v.training import trackers
+from phi3v.training.evaluation import Evaluation
+from phi3v.training.trainer import RecipeTrainer
 
 SHORT = "--max_steps 2 --batch_size 4 --learning_rate 1e-3 --deepspeed none".split()
 FAR = "--max_steps 12 --batch_size 4 --learning_rate 5e-3 --warmup_steps 0 --deepspeed none".split()  # from the base

@@ -13,9 +13,9 @@ import finetune_hf_trainer_hateful_memes as memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v import Phi3VProcessor
-from phi3v.conversations import ConversationDataset
+from phi3v.data.conversations import ConversationDataset
+from phi3v.data.tables import load_table
 from phi3v.errors import InputError
-from phi3v.tables import load_table
 
 CAULDRON = datasets.Features(
     {

@@ -18,12 +18,12 @@ from transformers import BitsAndBytesConfig, TextStreamer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VForCausalLM, Phi3VProcessor  # noqa: E402
-from phi3v.adapters import load_adapter  # noqa: E402
-from phi3v.annotations import END_TOKENS, check_text  # noqa: E402
-from phi3v.conversations import Collator, encode_conversation  # noqa: E402
+from phi3v.data.annotations import END_TOKENS, check_text  # noqa: E402
+from phi3v.data.conversations import Collator, encode_conversation  # noqa: E402
 from phi3v.errors import InputError, exit_on_input_error  # noqa: E402
-from phi3v.hardware import ATTENTION, DTYPES, choose_attention, choose_precision  # noqa: E402
-from phi3v.processing_phi3v import IMAGE_TAG  # noqa: E402
+from phi3v.model.adapters import load_adapter  # noqa: E402
+from phi3v.model.processing_phi3v import IMAGE_TAG  # noqa: E402
+from phi3v.training.hardware import ATTENTION, DTYPES, choose_attention, choose_precision  # noqa: E402
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # as in QLoRA
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
-from phi3v.annotations import read_conversations, text_problem  # noqa: E402
+from phi3v.data.annotations import read_conversations, text_problem  # noqa: E402
 from phi3v.errors import InputError, exit_on_input_error  # noqa: E402
 
 IMAGE_PLACE = re.compile(r"\s*<image>\s*|\s*<\|image_\d+\|>\s*")

@@ -18,9 +18,9 @@ from transformers import BitsAndBytesConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VForCausalLM, Phi3VProcessor  # noqa: E402
-from phi3v.adapters import merge_adapter  # noqa: E402
 from phi3v.errors import InputError, exit_on_input_error  # noqa: E402
-from phi3v.hardware import DTYPES  # noqa: E402
+from phi3v.model.adapters import merge_adapter  # noqa: E402
+from phi3v.training.hardware import DTYPES  # noqa: E402
 
 
 def main(argv: list[str] | None = None):

@@ -3,7 +3,7 @@
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from .errors import InputError
+from ..errors import InputError
 
 ATTENTION = ("flash_attention_2", "sdpa", "eager")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

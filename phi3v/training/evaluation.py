@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import TrainerState, TrainingArguments
 
-from .annotations import END_TOKENS
+from ..data.annotations import END_TOKENS
+from ..data.conversations import Collator, ConversationDataset, all_sizes
+from ..model.image_processing_phi3v import crops_of_tiles
+from ..model.modeling_phi3v import Phi3VForCausalLM
+from ..model.processing_phi3v import Phi3VProcessor
+from ..report.page import write_html_report
 from .checkpoints import ignore_signals, write_json
-from .conversations import Collator, ConversationDataset, all_sizes
-from .image_processing_phi3v import crops_of_tiles
-from .modeling_phi3v import Phi3VForCausalLM
-from .processing_phi3v import Phi3VProcessor
-from .report import write_html_report
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def write_html_report(
     results = {"before training": before, "after training": after}
     rows = _rows(before, after)
     shown = np.linspace(0, len(rows) - 1, min(max_examples, len(rows)), dtype=int).tolist() if rows else []
-    page = environment.get_template("report.html.jinja").stream(
+    page = environment.get_template("page.html.jinja").stream(
         title=title,
         metric=(after or before or {"metric": None})["metric"],
         results={name: result_of(report) for name, report in results.items() if report is not None},

@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..data.conversations import ConversationDataset, encode_images
+from ..data.images import image_name
+from ..errors import InputError
+from ..model.image_processing_phi3v import crops_of_tiles
+from ..model.modeling_phi3v import Phi3VForCausalLM
 from .checkpoints import Interrupted, ignore_signals
-from .conversations import ConversationDataset, encode_images
-from .errors import InputError
-from .image_processing_phi3v import crops_of_tiles
-from .images import image_name
 from .measuring import wait_for_device
-from .modeling_phi3v import Phi3VForCausalLM
 
 TIMED = 8  # images a rank after which reading is compared with computing
 FORMAT = 1  # one more wherever crops or features are computed otherwise than before

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from .adapters import load_separators, save_separators
-from .batching import EpochLoader, StepSampler
+from ..data.sampler import EpochLoader, StepSampler
+from ..errors import InputError
+from ..model.adapters import load_separators, save_separators
 from .checkpoints import (
     BEST,
     BEST_EVALUATION,
@@ -30,7 +31,6 @@ from .checkpoints import (
     publish,
     write_json,
 )
-from .errors import InputError
 from .evaluation import Evaluation, write_evaluation
 from .measuring import Meter
 from .optimizer import set_part_rates

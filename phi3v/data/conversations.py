@@ -19,12 +19,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..errors import InputError
+from ..model.image_processing_phi3v import crops_of_tiles
+from ..model.packing import IGNORE_INDEX, pack
+from ..model.processing_phi3v import Phi3VProcessor
 from .annotations import ROLE_TOKENS
-from .errors import InputError
-from .image_processing_phi3v import crops_of_tiles
 from .images import image_name, image_size, read_image
-from .packing import IGNORE_INDEX, pack
-from .processing_phi3v import Phi3VProcessor
 
 
 def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> dict:

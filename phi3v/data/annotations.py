@@ -7,8 +7,8 @@ import reprlib
 import sys
 from pathlib import Path
 
-from .errors import InputError, Problems
-from .processing_phi3v import IMAGE_TAG
+from ..errors import InputError, Problems
+from ..model.processing_phi3v import IMAGE_TAG
 
 ROLES = ("user", "assistant")
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>")

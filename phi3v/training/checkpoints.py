@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from .errors import InputError
+from ..errors import InputError
 
 MANIFEST = "complete.json"  # written last: a checkpoint without it was never finished
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written

@@ -23,8 +23,8 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from .functional import LOSS_CHUNK
-from .packing import Group, Packing
+from ..model.functional import LOSS_CHUNK
+from ..model.packing import Group, Packing
 
 # Peak dense FLOP/s in half precision with sums in fp32, as NVIDIA publishes them (V100, T4 and RTX 8000: fp16). The
 # first name that is a word of a device's own counts.

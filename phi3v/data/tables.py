@@ -7,8 +7,8 @@ from pathlib import Path
 
 import datasets
 
+from ..errors import InputError, Problems
 from .annotations import text_problem
-from .errors import InputError, Problems
 from .images import read_image
 
 ROW = "row_in_split"

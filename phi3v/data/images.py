@@ -6,7 +6,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def image_name(image) -> str:

@@ -12,10 +12,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..errors import InputError, Problems
+from ..model.processing_phi3v import Phi3VProcessor
 from .conversations import chat_text
-from .errors import InputError, Problems
 from .images import image_name, open_image, to_rgb
-from .processing_phi3v import Phi3VProcessor
 
 EXIF_ORIENTATION = 0x0112
 # Special kinds of images, and what becomes of them.

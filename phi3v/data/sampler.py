@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
+from ..errors import InputError
 from .conversations import ConversationDataset, Size
-from .errors import InputError
 
 
 class StepSampler(Sampler[list[int]]):

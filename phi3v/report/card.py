@@ -7,10 +7,10 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from .adapters import SEPARATORS_FILE
-from .evaluation import versions
-from .hardware import precision_of
-from .report import masked_command, result_of
+from ..model.adapters import SEPARATORS_FILE
+from ..training.evaluation import versions
+from ..training.hardware import precision_of
+from .page import masked_command, result_of
 from .summary import mode_of
 
 

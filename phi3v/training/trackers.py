@@ -11,8 +11,8 @@ from collections.abc import Callable
 from PIL import Image
 from transformers.integrations import integration_utils
 
-from .errors import InputError
-from .images import read_image
+from ..data.images import read_image
+from ..errors import InputError
 
 PERFORMANCE = ("images_per_second", "tokens_per_second", "mfu", "peak_memory_gib")
 SHOWN = 16  # examples

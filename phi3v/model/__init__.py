@@ -1,0 +1,1 @@
+"""The model, its processor, and what is computed with them."""
