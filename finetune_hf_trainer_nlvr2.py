@@ -46,7 +46,10 @@ from phi3v.data.conversations import ConversationDataset, PackingCollator, Size,
 from phi3v.data.sampler import sampler_for
 from phi3v.data.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys, without_seen_images
 from phi3v.errors import InputError, blaming, exit_on_input_error
-from phi3v.model.adapters import add_adapter, base_and_adapter, load_adapter
+from phi3v.files import write_json
+from phi3v.model.adapters import add_adapter, load_adapter
+from phi3v.model.loading import base_and_adapter
+from phi3v.ranks import join_after_restart
 from phi3v.report.card import write_model_card
 from phi3v.report.summary import describe_run, doubts, render_example
 from phi3v.training.checkpoints import (
@@ -54,14 +57,12 @@ from phi3v.training.checkpoints import (
     Interrupted,
     Preemption,
     find_checkpoint,
-    join_after_restart,
     model_fingerprint,
     naming_full_disk,
     open_checkpoint,
     prepare_output,
     settings_of,
     tokens_to_fill,
-    write_json,
 )
 from phi3v.training.evaluation import Evaluation, write_page
 from phi3v.training.feature_cache import cache_features

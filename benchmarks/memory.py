@@ -42,9 +42,10 @@ def run(name: str):
     from transformers import BitsAndBytesConfig
 
     from phi3v import Phi3VConfig, Phi3VForCausalLM
-    from phi3v.command_line import read_deepspeed_config, world_size
+    from phi3v.command_line import read_deepspeed_config
     from phi3v.data.conversations import Size
     from phi3v.model.adapters import add_adapter
+    from phi3v.ranks import start_alone
     from phi3v.training.measuring import Estimate, load_of_packing
 
     mode, grids, checkpointing, zero = CASES[name]
@@ -66,7 +67,7 @@ def run(name: str):
     config = Phi3VConfig(**base.DECODER, vision_config=base.VISION)
     deepspeed_config = None
     if zero:
-        world_size()
+        start_alone()
         deepspeed_config = read_deepspeed_config(Path(__file__).resolve().parents[1] / "ds_config" / "zero2.json")
         zero_options = {k: v for k, v in deepspeed_config["zero_optimization"].items() if v != "auto"}
         deepspeed_config = {

@@ -8,7 +8,6 @@ import json
 import logging as python_logging
 import math
 import os
-import socket
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +17,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_bitsandbytes_available, logging
 
 from .errors import InputError
-from .model.adapters import base_and_adapter
+from .model.loading import base_and_adapter
+from .ranks import is_first, local_world_size, start_alone, world_size
 from .training.checkpoints import BEST, BEST_EVALUATION, FINISHED, MANIFEST
 
 # Flags of the Trainer that the recipe has under a name of its own, or that can't work here.
@@ -303,6 +303,7 @@ def check_flags(args, trainer: dict, given: set[str]) -> int:
         trainer["resume_from_checkpoint"] = None  # so that either can be added to the command of a run
     if args.evaluate_only and args.dry_run:
         raise InputError("--evaluate_only and --dry_run contradict each other: give one")
+    start_alone()
     step = world_size() * args.batch_size_per_gpu  # examples that all processes handle at once
     if args.batch_size % step and not args.evaluate_only:
         raise InputError(
@@ -386,22 +387,11 @@ def read_deepspeed_config(path: str | Path | None) -> dict | None:
     return config
 
 
-def world_size() -> int:
-    """Number of processes as torchrun says it. Without torchrun it is 1, and the variables that torch, accelerate
-    and DeepSpeed look for are set for a world of one."""
-    if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return int(os.environ["WORLD_SIZE"])
-
-
 def workers_per_process() -> int:
     """Processes that prepare images for each training process: its share of the cores, but not more than 8, which
     keep up with any GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(8, cores // local_world_size()))
 
 
 def quiet_console(no_bars: bool):
@@ -413,7 +403,7 @@ def quiet_console(no_bars: bool):
     accelerate.addFilter(lambda record: "Gradient accumulation steps mismatch" not in record.getMessage())
     if no_bars:
         logging.disable_progress_bar()
-    if int(os.environ["RANK"]) > 0:
+    if not is_first():
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -1,13 +1,13 @@
 """Wrong input: one message from one rank, and the exit status that says so."""
 
 import contextlib
-import os
 import signal
 import sys
 import time
 
-import torch.distributed as dist
 from safetensors import SafetensorError
+
+from .ranks import is_first, leave_group
 
 
 class InputError(ValueError):
@@ -70,12 +70,12 @@ def exit_on_input_error(main):
     """Calls `main`. An InputError ends the process with `error: …` and status 2, without a traceback."""
     try:
         main()
-        _leave_group()
+        leave_group()
     except SystemExit:
-        _leave_group()
+        leave_group()
         raise
     except InputError as e:
-        if int(os.environ.get("RANK", 0)) > 0:
+        if not is_first():
             # Rank 0 meets most errors too. It reports them, and torchrun ends this process before it wakes up.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(20)
@@ -83,8 +83,3 @@ def exit_on_input_error(main):
         message = str(e).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2].strip()
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def _leave_group():
-    if dist.is_initialized():
-        dist.destroy_process_group()  # else its threads now and then abort the process when Python ends

@@ -13,12 +13,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .. import ranks
 from ..errors import InputError
 from ..model.image_processing_phi3v import crops_of_tiles
 from ..model.packing import IGNORE_INDEX, pack
@@ -236,7 +236,7 @@ def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = Fals
     """`size` of every example, looked up by all ranks together, once for a dataset."""
     if dataset.sizes is not None:
         return dataset.sizes
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = ranks.rank(), ranks.world_size()
     probes = sorted({i * (len(dataset) - 1) // 15 for i in range(16)})
     looked_at = [(len(dataset), [tuple(dataset.size(i)) for i in probes])]  # on all ranks, as their disks may differ
     first, *others = gather_object(looked_at)

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 
 from ..errors import InputError, Problems
+from ..ranks import is_first
 from .annotations import text_problem
 from .images import read_image
 
@@ -79,7 +80,7 @@ def without_seen_images(train: datasets.Dataset, evaluation: datasets.Dataset) -
     keep = [i for i, row in enumerate(_hashes(train)) if seen.isdisjoint(row)]
     if len(keep) == len(train):
         return train
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(f"{len(train) - len(keep)} of {len(train)} training rows left out: their images are evaluated on")
     if not keep:
         raise InputError("every training image is in the evaluation set too: choose another split")

@@ -1,6 +1,5 @@
 """LoRA adapters in PEFT's format, and merging them into a checkpoint of the Hub's form."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from ..errors import InputError
-from .modeling_phi3v import Phi3VForCausalLM, let_others_read
+from ..files import let_others_read
+from .modeling_phi3v import Phi3VForCausalLM
 
 SEPARATORS = ("model.vision_embed_tokens.sub_GN", "model.vision_embed_tokens.glb_GN")
 SEPARATORS_FILE = "separators.safetensors"
@@ -62,23 +61,6 @@ def load_separators(model: Phi3VForCausalLM, folder: Path):
     if (folder / SEPARATORS_FILE).is_file():
         for name, tensor in load_file(folder / SEPARATORS_FILE).items():
             model.get_parameter(name).copy_(tensor)
-
-
-def base_and_adapter(name: str) -> tuple[str, Path | None]:
-    """(the base model, the adapter's folder) of a folder with an adapter; (name, None) of any other.
-
-    Raises InputError where the adapter does not say what its base is.
-    """
-    config = Path(name) / "adapter_config.json"
-    if not config.is_file():
-        return name, None
-    try:
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
-    if not isinstance(base, str):
-        raise InputError(f"{config} does not name a base_model_name_or_path")
-    return base, Path(name)
 
 
 def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> PeftModel:

@@ -6,8 +6,6 @@ examples of a packed row, and a loss that computes logits only where there is a 
 makes the host wait for the device.
 """
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -29,6 +27,7 @@ from transformers.models.phi3.modeling_phi3 import (
     Phi3RMSNorm,
 )
 
+from ..files import let_others_read
 from .configuration_phi3v import Phi3VConfig
 from .functional import QuickGELU, cross_entropy, rms_norm, rotate, swiglu
 from .image_processing_phi3v import crops_of_tiles
@@ -530,10 +529,3 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             if torch.as_tensor(lengths == limit + 1).any():
                 kwargs.update({cache: None, "next_sequence_length": None, "is_first_iteration": True})
         return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-
-
-def let_others_read(folder: str | Path):
-    """Gives the weights in a folder the permissions that its other files have: safetensors lets only their owner read
-    them, and a server or a colleague is often another user."""
-    for path in Path(folder).glob("*.safetensors"):
-        path.chmod(next(path.parent.glob("*config.json"), path).stat().st_mode & 0o777)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from ..files import write_json
 from .configuration_phi3v import HUB_REPO
 from .image_processing_phi3v import Phi3VImageProcessor, as_list
 
@@ -43,7 +44,7 @@ class Phi3VProcessor(ProcessorMixin):
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
         auto_map = {"AutoProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VProcessor"}
         common = {"auto_map": auto_map, "processor_class": type(self).__name__}
-        _write_json(folder / "processor_config.json", common)
+        write_json(folder / "processor_config.json", common, sort_keys=True)
         tokenizer_config = folder / "tokenizer_config.json"
         saved = json.loads(tokenizer_config.read_text(encoding="utf-8"))
         # Under names that transformers 4 knows, and without what is true of this load alone.
@@ -52,7 +53,7 @@ class Phi3VProcessor(ProcessorMixin):
         saved["chat_template"] = self.chat_template
         for key in ("backend", "is_local", "local_files_only"):
             saved.pop(key, None)
-        _write_json(tokenizer_config, saved | common)
+        write_json(tokenizer_config, saved | common, sort_keys=True)
         return [str(path) for path in folder.iterdir()]
 
     def tokenize(self, text: str, num_img_tokens: list[int]) -> tuple[list[int], list[int]]:
@@ -150,7 +151,3 @@ class Phi3VProcessor(ProcessorMixin):
             raise ValueError(f"the prompts' image tags ask for {sum(wanted)} images, but {len(images)} were given")
         flat = iter(images)
         return [[next(flat) for _ in range(n)] for n in wanted]
-
-
-def _write_json(path: Path, content: dict):
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

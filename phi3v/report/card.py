@@ -1,12 +1,12 @@
 """The model card that a run leaves: README.md in its output folder."""
 
-import os
 import sys
 from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..files import write_text
 from ..model.adapters import SEPARATORS_FILE
 from ..training.evaluation import versions
 from ..training.hardware import precision_of
@@ -83,6 +83,4 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         has_before=before is not None,
         separators=(folder / SEPARATORS_FILE).is_file(),
     )
-    partial = folder / "README.md.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, folder / "README.md")
+    write_text(folder / "README.md", text)

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import math
-import os
 import re
 import shlex
 from collections import Counter
@@ -14,6 +13,8 @@ from pathlib import Path
 import jinja2
 import numpy as np
 from PIL import Image
+
+from ..files import replacing
 
 RIGHT = 0.5  # the score from which an answer counts as right; ANLS gives none between 0 and this
 Z = 1.959964  # two-sided 95% of the normal distribution
@@ -101,12 +102,8 @@ def write_html_report(
         num_shown=len(shown),
         num_examples=len(rows),
     )
-    partial = path.with_suffix(".partial")
-    try:
+    with replacing(path) as partial:
         page.dump(str(partial), encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------

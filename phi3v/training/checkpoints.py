@@ -1,7 +1,6 @@
 """Checkpoints that appear whole or not at all, what they belong to, and stopping in time to write one."""
 
 import contextlib
-import datetime
 import errno
 import hashlib
 import itertools
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from ..errors import InputError
+from ..files import write_json
 
 MANIFEST = "complete.json"  # written last: a checkpoint without it was never finished
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
@@ -180,16 +180,6 @@ def check_settings(stored: dict, now: dict, source: Path, anyway: bool):
 def _short(value) -> str:
     text = json.dumps(value)
     return text if len(text) <= 100 else f"{text[:97]}…"
-
-
-def write_json(path: Path, content: dict):
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -409,32 +399,6 @@ def check_space(output_dir: Path, model_bytes: float, checkpoint_bytes: float, c
             f"model {model_bytes / 2**30:.1f}, checkpoints {checkpoint_bytes / 2**30:.1f} each; free some, choose "
             "another disk, or lower --save_total_limit"
         )
-
-
-def join_after_restart(timeout: float) -> bool:
-    """Whether torchrun has started this process again after a failure. If so, joins the other processes.
-
-    Left to torch, they would look one another up under the names of the first attempt, in the store that torchrun's
-    agent keeps, and find processes that are gone (so it is in torch 2.14). timeout: of collectives, in seconds.
-    """
-    environment = os.environ
-    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if attempt and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        limit = datetime.timedelta(seconds=timeout)
-        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        if torch.accelerator.is_available():
-            torch.accelerator.set_device_index(int(environment["LOCAL_RANK"]))
-        store = dist.TCPStore(
-            environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world_size, is_master=False, timeout=limit
-        )
-        dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.PrefixStore(f"attempt-{attempt}", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=limit,
-        )
-    return attempt > 0
 
 
 def shutdown_hint(checkpoint_bytes: float) -> str | None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import TrainerState, TrainingArguments
 
+from .. import ranks
 from ..data.annotations import END_TOKENS
 from ..data.conversations import Collator, ConversationDataset, all_sizes
 from ..model.image_processing_phi3v import crops_of_tiles
@@ -46,7 +46,7 @@ def generate_answers(
     compute_dtype: half precision here makes autocast compute in it, whatever the weights are kept in.
     on_batch: called before each batch, on every rank equally often; may raise.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = ranks.rank(), ranks.world_size()
     sizes = all_sizes(dataset, "measuring examples", disable_tqdm)
     order = sorted(range(len(dataset)), key=lambda i: (-sizes[i].tokens, i))  # what needs most memory comes first
     # Every rank gets as many, the last ones some twice: under ZeRO-3 no rank can go on without the others.

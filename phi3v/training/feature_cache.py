@@ -11,12 +11,10 @@ import itertools
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
@@ -24,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .. import ranks
 from ..data.conversations import ConversationDataset, encode_images
 from ..data.images import image_name
 from ..errors import InputError
+from ..files import replacing
 from ..model.image_processing_phi3v import crops_of_tiles
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from .checkpoints import Interrupted, ignore_signals
@@ -132,7 +132,7 @@ def cache_features(
     Raises InputError for a folder that can't be written, an image that can't be read, and features that a run can't
     go on with for lack of room.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = ranks.rank(), ranks.world_size()
     model = next(module for module in model.modules() if isinstance(module, Phi3VForCausalLM))
     vision, processor = model.model.vision_embed_tokens.to(device), dataset.processor
     autocast = compute_dtype != torch.float32
@@ -252,14 +252,11 @@ def _bytes(folder: Path) -> int:
 def write_features(path: Path, features: torch.Tensor, grid: tuple[int, int]):
     """Writes an image's features, whole or not at all; two runs may write the same. Raises InputError."""
     content = {"features": features.cpu(), "grid": torch.tensor(grid)}
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     try:
-        save_file(content, partial)
-        os.replace(partial, path)
+        with replacing(path, durable=False, several_writers=True) as partial:
+            save_file(content, partial)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{path} can't be written ({' '.join(str(e).split())}): free some room") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def reading_seconds(path: Path) -> float:

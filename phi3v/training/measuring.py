@@ -8,7 +8,6 @@ import contextlib
 import functools
 import math
 import operator
-import os
 import re
 import resource
 import sys
@@ -25,6 +24,7 @@ from accelerate.utils import gather_object
 
 from ..model.functional import LOSS_CHUNK
 from ..model.packing import Group, Packing
+from ..ranks import local_world_size
 
 # Peak dense FLOP/s in half precision with sums in fp32, as NVIDIA publishes them (V100, T4 and RTX 8000: fp16). The
 # first name that is a word of a device's own counts.
@@ -619,7 +619,7 @@ def device_memory() -> float:
     if torch.cuda.is_available():
         own = torch.cuda.mem_get_info()[0]
     else:
-        own = min(psutil.virtual_memory().available, _container_limit()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        own = min(psutil.virtual_memory().available, _container_limit()) / local_world_size()
     return USABLE * min(gather_object([own]))
 
 

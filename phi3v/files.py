@@ -1,0 +1,49 @@
+"""Writing files so that they appear whole or not at all, whatever happens while they are written."""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, *, durable: bool = True, several_writers: bool = False) -> Iterator[Path]:
+    """Gives a path beside `path` to write to. When the block ends, the file written there takes the place of `path`;
+    after an exception it is deleted, and `path` is as it was.
+
+    durable: waits until the content is on the disk, so that the file is whole even after a power failure.
+    several_writers: other processes may write the same file at the same time; the last one to finish wins.
+    """
+    path = Path(path)
+    unique = f".{uuid.uuid4().hex}" if several_writers else ""
+    partial = path.with_name(f"{path.name}{unique}.partial")
+    try:
+        yield partial
+        if durable:
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str):
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: dict, sort_keys: bool = False):
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+
+
+def read_json(path: str | Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def let_others_read(folder: str | Path):
+    """Gives the weights in a folder the permissions of its other files. safetensors lets only the owner read them, and
+    a model server or a colleague is often another user."""
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(next(path.parent.glob("*config.json"), path).stat().st_mode & 0o777)
