@@ -64,10 +64,19 @@ from phi3v.training.checkpoints import (
     settings_of,
     tokens_to_fill,
 )
+from phi3v.training.estimate import Estimate
 from phi3v.training.evaluation import Evaluation, write_page
 from phi3v.training.feature_cache import cache_features
-from phi3v.training.hardware import DTYPES, choose_attention, choose_precision, precision_of
-from phi3v.training.measuring import Estimate, Meter, describe_sizes, device_memory, peak_flops
+from phi3v.training.hardware import (
+    DTYPES,
+    choose_attention,
+    choose_precision,
+    device_memory,
+    peak_flops,
+    precision_of,
+)
+from phi3v.training.measuring import describe_sizes
+from phi3v.training.meter import Meter
 from phi3v.training.trainer import RecipeTrainer, finish_dry_run
 
 METRIC = "accuracy"

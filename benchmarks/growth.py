@@ -3,7 +3,7 @@
     python benchmarks/growth.py [--repetitions 3]
 
 One CPU thread, fp32, the 51M-parameter model of benchmarks/step.py. Seconds are CPU seconds of forward and backward,
-the median; FLOPs and kept memory are computed (phi3v.measuring), with causal attention.
+the median; FLOPs and kept memory are computed (phi3v.training.costs), with causal attention.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from packing import packed
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VConfig, Phi3VForCausalLM  # noqa: E402
-from phi3v.training.measuring import Costs, load_of_packing  # noqa: E402
+from phi3v.training.costs import Costs  # noqa: E402
+from phi3v.training.workload import load_of_packing  # noqa: E402
 
 # What grows: micro-batches as the grids of sub-crops of each example's images.
 SERIES = {

@@ -22,7 +22,8 @@ with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints, too
     import finetune_hf_trainer_docvqa as docvqa
     from phi3v import Phi3VProcessor
     from phi3v.data.conversations import ConversationDataset, Size
-    from phi3v.training.measuring import ASSUMED_MFU, GPUS, USABLE, Estimate, published_peak
+    from phi3v.training.estimate import ASSUMED_MFU, Estimate
+    from phi3v.training.hardware import GPUS, USABLE, published_peak
 
 QUESTION = "What is the total amount that is to be paid according to the second row of the table on this page?"
 ANSWER = "$1,234.50"

@@ -46,7 +46,8 @@ def run(name: str):
     from phi3v.data.conversations import Size
     from phi3v.model.adapters import add_adapter
     from phi3v.ranks import start_alone
-    from phi3v.training.measuring import Estimate, load_of_packing
+    from phi3v.training.estimate import Estimate
+    from phi3v.training.workload import load_of_packing
 
     mode, grids, checkpointing, zero = CASES[name]
     torch.set_num_threads(1)

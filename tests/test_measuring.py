@@ -18,7 +18,10 @@ from phi3v.data.conversations import Size
 from phi3v.errors import InputError
 from phi3v.model.adapters import add_adapter
 from phi3v.model.packing import pack
-from phi3v.training.measuring import GPUS, Costs, Estimate, load_of_packing, published_peak
+from phi3v.training.costs import Costs
+from phi3v.training.estimate import Estimate
+from phi3v.training.hardware import GPUS, published_peak
+from phi3v.training.workload import load_of_packing
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODER = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"

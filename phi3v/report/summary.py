@@ -8,8 +8,8 @@ from transformers import TrainingArguments
 from ..data.conversations import ConversationDataset, Size
 from ..data.sampler import StepSampler
 from ..model.packing import IGNORE_INDEX
+from ..training.estimate import Plan
 from ..training.hardware import precision_of
-from ..training.measuring import Plan
 
 LARGE = 1e9  # parameters from which the rates below are known: those of small models are others
 SHOWN = 300  # characters of a text on either side

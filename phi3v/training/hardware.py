@@ -1,12 +1,56 @@
 """What the machine at hand can do, said before anything is loaded."""
 
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+
+import psutil
 import torch
+from accelerate.utils import gather_object
 from transformers.utils import is_flash_attn_2_available
 
 from ..errors import InputError
+from ..ranks import local_world_size
 
 ATTENTION = ("flash_attention_2", "sdpa", "eager")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Peak dense FLOP/s in half precision with sums in fp32, as NVIDIA publishes them (V100, T4 and RTX 8000: fp16). The
+# first name that is a word of a device's own counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A6000": 155e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 8000": 130e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+USABLE = 0.9  # of a device's memory: what is planned with
+# Common GPUs and their GiB, for estimates where there is none. Their names contain one of PEAK_FLOPS'.
+GPUS = {
+    "RTX 3090 24 GB": 24,
+    "RTX 4090 24 GB": 24,
+    "V100 32 GB": 32,
+    "A100 40 GB": 40,
+    "RTX 8000 48 GB": 48,
+    "A100 80 GB": 80,
+    "H100 80 GB": 80,
+    "H200 141 GB": 141,
+}
 
 
 def _is_ampere() -> bool:
@@ -78,3 +122,56 @@ def choose_attention(asked: str | None, use_flash: bool, precision: str, elsewhe
     if asked == "flash_attention_2" and missing:
         raise InputError(f"flash attention needs {missing}: or use --attn_implementation sdpa")
     return asked or ("sdpa" if missing else "flash_attention_2")
+
+
+def published_peak(name: str) -> float | None:
+    """FLOP/s in half precision of a GPU that is called so."""
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name, re.IGNORECASE)), None)
+
+
+def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
+    """(FLOP/s, where from) of this process's device: published for a known GPU, measured for anything else."""
+    if torch.cuda.is_available() and (peak := published_peak(torch.cuda.get_device_name())):
+        return peak, "published"
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    n = 8192 if device.type != "cpu" else 1536
+    square, best = torch.ones(n, n, dtype=dtype, device=device), float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        square @ square
+        wait_for_device()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best, "of a matrix product, measured"
+
+
+def wait_for_device():
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def peak_memory() -> int:
+    """Bytes: the most that tensors have taken on an accelerator, on a CPU the process's largest resident size."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def device_memory() -> float:
+    """Bytes that each process can have, the USABLE share of its GPU's, or its share of what is free on a CPU. The least
+    of all ranks, so that all of them plan alike."""
+    if torch.cuda.is_available():
+        own = torch.cuda.mem_get_info()[0]
+    else:
+        own = min(psutil.virtual_memory().available, _container_limit()) / local_world_size()
+    return USABLE * min(gather_object([own]))
+
+
+def _container_limit() -> float:
+    """Bytes that a control group leaves, as a container has it; infinite without one."""
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        return float("inf") if limit == "max" else max(int(limit) - used, 0)
+    except (OSError, ValueError):
+        return float("inf")

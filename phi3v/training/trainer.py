@@ -32,7 +32,7 @@ from .checkpoints import (
     write_json,
 )
 from .evaluation import Evaluation, write_evaluation
-from .measuring import Meter
+from .meter import Meter
 from .optimizer import set_part_rates
 from .trackers import Trackers
 
