@@ -52,6 +52,7 @@ from phi3v.model.loading import base_and_adapter
 from phi3v.ranks import join_after_restart
 from phi3v.report.card import write_model_card
 from phi3v.report.summary import describe_run, doubts, render_example
+from phi3v.training import checkpointing
 from phi3v.training.checkpoints import (
     FINISHED,
     Interrupted,
@@ -431,12 +432,12 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         args.batch_size,
         args.batch_size_per_gpu,
         tokens_to_fill(args.max_tokens_per_gpu, resume, stored),
-        {None: None, True: "all", False: "none"}[training_args.activation_checkpointing],
+        checkpointing.kind_from_flag(training_args.activation_checkpointing),
         device_memory(),
     )
     if args.estimate:
         if is_first:
-            print(estimate.describe(plan.load, training_args.num_train_epochs))
+            print(estimate.describe(plan.workload, training_args.num_train_epochs))
         return None
     # To rounding, features depend on what they are computed with, so a run goes on with them as it began.
     cached = stored.get("cached", False) if args.cache_vision_features else False
@@ -468,11 +469,11 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     training_args = replace(
         training_args,
         gradient_accumulation_steps=sampler.accumulation,
-        activation_checkpointing=plan.checkpointing != "none",
+        activation_checkpointing=checkpointing.flag_for_trainer(plan.checkpointing),
     )
     with blaming("model_name_or_path", args.model_name_or_path):
         model = load_model(args, training_args)
-    next(m for m in model.modules() if isinstance(m, Phi3VForCausalLM)).checkpoint_tower = plan.checkpointing == "all"
+    checkpointing.set_tower_checkpointing(model, plan.checkpointing)
     peak, source = peak_flops(compute_dtype(training_args))
     with blaming("report_to", training_args.report_to):
         trainer = RecipeTrainer(

@@ -19,7 +19,7 @@ from packing import packed
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VConfig, Phi3VForCausalLM  # noqa: E402
 from phi3v.training.costs import Costs  # noqa: E402
-from phi3v.training.workload import load_of_packing  # noqa: E402
+from phi3v.training.workload import workload_of_packing  # noqa: E402
 
 # What grows: micro-batches as the grids of sub-crops of each example's images.
 SERIES = {
@@ -56,14 +56,14 @@ def main():
                 start = time.process_time()
                 base.step(model, batch)
                 times.append(time.process_time() - start)
-            load = load_of_packing(batch["packing"])
-            seconds, flops = statistics.median(times[1:]), costs.flops(load)
+            workload = workload_of_packing(batch["packing"])
+            seconds, flops = statistics.median(times[1:]), costs.flops(workload)
             first = first or (seconds, flops)
             h, w = examples[0][0]
             label = {"crops": h * w, "images": len(examples[0])}.get(name.split()[0], len(examples))
             print(
-                f"{label:>38}{load.tokens:>8}{seconds:>8.2f}{seconds / first[0]:>7.2f}{flops / first[1]:>7.2f}"
-                f"{flops / seconds / 1e9:>9.0f}{costs.kept_bytes(load) / 2**30:>10.2f}",
+                f"{label:>38}{workload.tokens:>8}{seconds:>8.2f}{seconds / first[0]:>7.2f}{flops / first[1]:>7.2f}"
+                f"{flops / seconds / 1e9:>9.0f}{costs.activation_bytes(workload) / 2**30:>10.2f}",
                 flush=True,
             )
 

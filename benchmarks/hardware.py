@@ -23,7 +23,7 @@ with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints, too
     from phi3v import Phi3VProcessor
     from phi3v.data.conversations import ConversationDataset, Size
     from phi3v.training.estimate import ASSUMED_MFU, Estimate
-    from phi3v.training.hardware import GPUS, USABLE, published_peak
+    from phi3v.training.hardware import GPUS, USABLE_SHARE, published_peak
 
 QUESTION = "What is the total amount that is to be paid according to the second row of the table on this page?"
 ANSWER = "$1,234.50"
@@ -56,7 +56,7 @@ def estimate(model: str, flags: list[str], gpus: int, size: Size) -> Estimate:
 
 
 def cell(found: Estimate, gpu: str) -> str:
-    plan = found.plan(BATCH_SIZE, 1, "auto", None, USABLE * GPUS[gpu] * 2**30)
+    plan = found.plan(BATCH_SIZE, 1, "auto", None, USABLE_SHARE * GPUS[gpu] * 2**30)
     if plan.memory.peak > plan.budget:
         return "–"
     rate = found.examples_per_second(plan.checkpointing, published_peak(gpu))
@@ -71,7 +71,7 @@ def main():
     size = example_size(args.model_name_or_path)
     print(
         f"One page: {size.tokens:,} tokens, {size.crops} crops, {size.targets} supervised tokens. {ASSUMED_MFU:.0%} of "
-        f"the peak is assumed, {USABLE:.0%} of the memory is planned with."
+        f"the peak is assumed, {USABLE_SHARE:.0%} of the memory is planned with."
     )
     for columns in TABLES:
         estimates = [estimate(args.model_name_or_path, MODES[mode], gpus, size) for gpus, mode in columns]

@@ -47,7 +47,7 @@ def run(name: str):
     from phi3v.model.adapters import add_adapter
     from phi3v.ranks import start_alone
     from phi3v.training.estimate import Estimate
-    from phi3v.training.workload import load_of_packing
+    from phi3v.training.workload import workload_of_packing
 
     mode, grids, checkpointing, zero = CASES[name]
     torch.set_num_threads(1)
@@ -129,7 +129,7 @@ def run(name: str):
     measured = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     sizes = [Size(1, 0, 0, 1, 0)]
     estimate = Estimate(outline, sizes, 1, 4, deepspeed_config, skip, on_gpu=False)
-    memory = estimate.memory(load_of_packing(batch["packing"]), checkpointing)
+    memory = estimate.memory(workload_of_packing(batch["packing"]), checkpointing)
     print(json.dumps({"measured": measured, "expected": memory.peak, "parts": str(memory)}))
 
 

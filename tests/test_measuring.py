@@ -21,7 +21,7 @@ from phi3v.model.packing import pack
 from phi3v.training.costs import Costs
 from phi3v.training.estimate import Estimate
 from phi3v.training.hardware import GPUS, published_peak
-from phi3v.training.workload import load_of_packing
+from phi3v.training.workload import workload_of_packing
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODER = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -88,10 +88,10 @@ def test_flops_at_real_size(mode, checkpointing):
     with FlopCounterMode(display=False) as counter:
         model(**to(row, "meta")).loss.backward()
     counted = counter.get_total_flops()
-    costs, load = Costs(model, checkpointing), load_of_packing(row["packing"], causal=False)
-    assert costs.flops(load, again=True) == pytest.approx(counted, rel=0.01)
+    costs, workload = Costs(model, checkpointing), workload_of_packing(row["packing"], causal=False)
+    assert costs.flops(workload, with_recomputation=True) == pytest.approx(counted, rel=0.01)
     # What is reported counts a query with the keys before it alone.
-    assert 0.95 * counted < costs.flops(load_of_packing(row["packing"]), again=True) < counted
+    assert 0.95 * counted < costs.flops(workload_of_packing(row["packing"]), with_recomputation=True) < counted
 
 
 CASES = [
@@ -140,7 +140,7 @@ def test_kept_tensors_at_real_size(mode, dtype, checkpointing, batch, monkeypatc
         kept.pop(p.untyped_storage()._cdata, None)
     found = sum(storage.nbytes() for storage in kept.values())
     costs = Costs(model, checkpointing, dtype.itemsize, 2 if autocast else dtype.itemsize)
-    expected = costs.kept_bytes(load_of_packing(row["packing"]))
+    expected = costs.activation_bytes(workload_of_packing(row["packing"]))
     if autocast:  # it keeps copies of the weights that train
         expected += sum(2 * p.numel() for p in model.parameters() if p.requires_grad and p.dim() > 1)
     assert expected == pytest.approx(found, rel=0.1)
@@ -165,12 +165,14 @@ def test_an_estimate(capfd, tmp_path):
     sizes = [Size(2443, 2400, 17, 10, 0)] * 3
     model = build("full", torch.bfloat16)
     estimates = [Estimate(model, sizes, n, 2, {"zero_optimization": {"stage": 2}}) for n in (1, 8)]
-    load = estimates[0].largest_load(1)
-    peaks = [estimates[1].memory(load, kind).peak for kind in ("none", "decoder", "all")]
-    assert peaks == sorted(peaks, reverse=True) and peaks[0] < estimates[0].memory(load, "none").peak
-    text = estimates[1].describe(load, 2)
+    workload = estimates[0].largest_workload(1)
+    peaks = [estimates[1].memory(workload, kind).peak for kind in ("none", "decoder", "all")]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] < estimates[0].memory(workload, "none").peak
+    text = estimates[1].describe(workload, 2)
     assert "4,146,621,440, of which 4,134,023,168 train" in text and "V100 32 GB" in text
-    assert estimates[1].flops("none") == pytest.approx(77.9e12, rel=0.1)  # the recipe's own count is 77.9 TFLOP
+    assert estimates[1].flops_per_example("none") == pytest.approx(
+        77.9e12, rel=0.1
+    )  # the recipe's own count is 77.9 TFLOP
     plan = estimates[1].plan(64, 1, "auto", None, 72e9)
     assert plan.tokens >= 2443 and plan.memory.peak <= 72e9
 
@@ -183,9 +185,9 @@ def test_memory_under_deepspeed():
     def memory(name, n):
         config = json.loads((ROOT / "ds_config" / f"{name}.json").read_text())
         estimate = Estimate(model, sizes, n, 2, config)
-        load = estimate.largest_load(1)
-        found = estimate.memory(load, "all")
-        return found, found.passes - estimate.costs["all"].peak_bytes(load)
+        workload = estimate.largest_workload(1)
+        found = estimate.memory(workload, "all")
+        return found, found.passes - estimate.costs["all"].peak_bytes(workload)
 
     found, buffers = memory("zero2", 8)
     assert (found.gradients, found.optimizer, found.update) == (trained / 4, trained * 1.5, trained * 0.75)
@@ -222,7 +224,7 @@ def test_an_estimate_is_for_a_machine_elsewhere(tmp_path):
     def estimate(*flags):
         args, training_args = ucf101.parse_arguments([*common, *flags])
         estimated = ucf101.estimate_run(args, training_args, [Size(200, 26, 4, 5, 0)])
-        return estimated.memory(estimated.largest_load(1), "none").peak
+        return estimated.memory(estimated.largest_workload(1), "none").peak
 
     half = estimate("--bf16")
     assert estimate("--fp16", "--use_flash_attention") == estimate() == half < estimate("--fp32")

@@ -77,3 +77,8 @@ def merge_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Phi3VForCausal
     if getattr(model, "is_quantized", False):
         model = model.dequantize().float()
     return load_adapter(model, folder).merge_and_unload()
+
+
+def inner_model(model: torch.nn.Module) -> Phi3VForCausalLM:
+    """The Phi3VForCausalLM in `model`, which is that itself or a wrapper around it, such as a PeftModel."""
+    return next(module for module in model.modules() if isinstance(module, Phi3VForCausalLM))

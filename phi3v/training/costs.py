@@ -1,236 +1,265 @@
-"""What a training costs: FLOPs and memory, from the model and its configuration.
+"""FLOPs and memory of one micro-batch's forward and backward pass, computed from the modules of the model.
 
-All of it is computed from the modules of a model, which may be on the meta device: their sizes, and which of their
-parameters train. A multiplication with an addition counts as two FLOPs, and matrix products alone are counted.
+The model may be on the meta device: only the sizes of its modules count, and which parameters are trained. A
+multiplication with the addition that follows it counts as two FLOPs; only matrix products are counted.
 """
 
 from collections import Counter
 
+from torch import nn
+
+from ..model.adapters import inner_model
 from ..model.functional import LOSS_CHUNK
-from .workload import Load
+from .workload import Workload
+
+
+def _base(linear: nn.Module) -> nn.Module:
+    """The linear layer itself where LoRA adapters are wrapped around it."""
+    return getattr(linear, "base_layer", linear)
 
 
 class Costs:
-    """FLOPs and kept bytes of a micro-batch's forward and backward pass.
+    """What a micro-batch costs, as rates (FLOPs or bytes for one token, one patch, …) times quantities.
 
     model: a Phi3VForCausalLM, or a PeftModel around one.
-    checkpointing: "none", "decoder" or "all", what is computed again in the backward pass.
-    stream_bytes, compute_bytes: of a number between layers, and of one that a matrix product takes or gives. The
-        first is that of the embedding, the second differs from it under autocast.
-    eager: attention that keeps its weights.
+    checkpointing: the kind of activation checkpointing, one of `checkpointing.KINDS`.
+    stream_bytes: size of a number in the residual stream between layers, which has the dtype of the embedding.
+    compute_bytes: size of a number that a matrix product reads or writes; differs from `stream_bytes` under autocast.
+    eager: whether attention is the eager implementation, which keeps the attention weights.
+
+    The modules are walked once, in the order of the forward pass, and `needs_gradient` says at each point whether the
+    tensor that has been reached needs a gradient, because something before it is trained.
     """
 
     def __init__(self, model, checkpointing="none", stream_bytes=2, compute_bytes=2, eager=False):
-        self.forward, self.backward, self.again = Counter(), Counter(), Counter()  # FLOPs for one of each unit
-        self.kept, self.recomputed = Counter(), Counter()  # bytes; `recomputed` are those of one layer at a time
-        self.model = getattr(model, "base_model", model)
-        self.model = getattr(self.model, "model", self.model) if hasattr(model, "peft_config") else model
-        self.s, self.c, self.eager = stream_bytes, compute_bytes, eager
-        self.needs = False  # whether what has been reached needs a gradient
-        self.checkpointing = checkpointing
+        self.model = inner_model(model)
+        self.checkpointing, self.eager = checkpointing, eager
+        self.stream_bytes, self.compute_bytes = stream_bytes, compute_bytes
+        # Rates by unit; `_quantities` has the units.
+        self.forward_flops, self.backward_flops, self.recomputed_flops = Counter(), Counter(), Counter()
+        self.kept_bytes = Counter()  # from the forward pass to the backward pass
+        self.recomputed_bytes = Counter()  # of all layers that are computed again, which exist one layer at a time
+        self.needs_gradient = False
+        self.is_recomputed = False  # whether the modules at hand are computed again in the backward pass
         self._tower()
+        self._projector()
         self._decoder()
 
     def _trains(self, *modules) -> bool:
         return any(p.requires_grad for module in modules for p in module.parameters())
 
-    def _product(self, unit, linear, n_in=None, n_out=None, is_last=False):
-        """One row through a linear layer with its adapters; `is_last`: of a layer, so that nothing needs its result
-        when the layer is computed again."""
-        base = getattr(linear, "base_layer", linear)
-        n_in, n_out = n_in or base.in_features, n_out or base.out_features
-        size, trains = 2 * n_in * n_out, base.weight.requires_grad
-        adapters = [(a, linear.lora_B[name]) for name, a in getattr(linear, "lora_A", {}).items()]
-        self._count(unit, size, self.needs + trains, again=not is_last or bool(adapters))
-        for a, b in adapters:
-            self._count(unit, 2 * n_in * a.out_features, self.needs + 1)
-            self._count(unit, 2 * b.in_features * n_out, 2, again=not is_last)
-            self._keep(unit, b.in_features * self.c)
-        return trains or bool(adapters)
-
-    def _count(self, unit, forward, backward_share, again=True):
-        self.forward[unit] += forward
-        self.backward[unit] += forward * backward_share
-        if again and self.recomputing:
-            self.again[unit] += forward
+    def _count(self, unit, forward, backward_share, is_recomputed=True):
+        self.forward_flops[unit] += forward
+        self.backward_flops[unit] += forward * backward_share
+        if is_recomputed and self.is_recomputed:
+            self.recomputed_flops[unit] += forward
 
     def _keep(self, unit, n_bytes):
-        (self.recomputed if self.recomputing else self.kept)[unit] += n_bytes
+        (self.recomputed_bytes if self.is_recomputed else self.kept_bytes)[unit] += n_bytes
+
+    def _linear(self, unit, linear, ends_layer=False) -> bool:
+        """Counts one row through a linear layer and its adapters. Returns whether any of its weights train, so that
+        its input must be kept.
+
+        ends_layer: nothing in its layer needs its result, so that recomputing the layer stops before it.
+        """
+        base = _base(linear)
+        n_in, n_out, trains = base.in_features, base.out_features, base.weight.requires_grad
+        adapters = [(a, linear.lora_B[name]) for name, a in getattr(linear, "lora_A", {}).items()]
+        self._count(unit, 2 * n_in * n_out, self.needs_gradient + trains, not ends_layer or bool(adapters))
+        for a, b in adapters:
+            self._count(unit, 2 * n_in * a.out_features, self.needs_gradient + 1)
+            self._count(unit, 2 * b.in_features * n_out, 2, not ends_layer)
+            self._keep(unit, b.in_features * self.compute_bytes)
+        return trains or bool(adapters)
+
+    def _norm(self, unit, norm, width, statistics, rows=1):
+        """statistics: bytes that a norm keeps for each row beside the row itself."""
+        if self.needs_gradient or self._trains(norm):
+            self._keep(unit, rows * (width * self.stream_bytes + statistics))
 
     def _tower(self):
-        vision = self.model.model.vision_embed_tokens
-        tower, width = vision.img_processor.vision_model, vision.img_processor.vision_model.config.hidden_size
-        config, embeddings = tower.config, tower.embeddings
+        tower = self.model.model.vision_embed_tokens.img_processor.vision_model
+        config, patch_embedding = tower.config, tower.embeddings.patch_embedding
+        width, layers = config.hidden_size, tower.encoder.layers[:-1]  # the last layer's features are not used
         self.patches = (config.image_size // config.patch_size) ** 2 + 1  # with the class token
-        rows = self.patches
-        layers = tower.encoder.layers[:-1]
-        with_grad = self._trains(tower)
-        self.recomputing = False
-        pixels = 3 * config.patch_size**2
-        self._count("crop", 2 * (rows - 1) * pixels * width, embeddings.patch_embedding.weight.requires_grad)
-        if embeddings.patch_embedding.weight.requires_grad:
-            self._keep("crop", 3 * config.image_size**2 * self.s)
-        self.needs = self._trains(embeddings)
-        if with_grad:
-            self._norm("crop", tower.pre_layrnorm, width, rows, statistics=8)
-        self.needs |= self._trains(tower.pre_layrnorm)
-        self.recomputing = with_grad and self.checkpointing == "all"
-        if self.recomputing:
-            self.kept["crop"] += len(layers) * rows * width * self.s
+        trains_patches = patch_embedding.weight.requires_grad
+        self._count("crop", 2 * (self.patches - 1) * 3 * config.patch_size**2 * width, trains_patches)
+        if trains_patches:
+            self._keep("crop", 3 * config.image_size**2 * self.stream_bytes)
+        self.needs_gradient = self._trains(tower.embeddings)
+        self._norm("crop", tower.pre_layrnorm, width, statistics=8, rows=self.patches)
+        self.needs_gradient |= self._trains(tower.pre_layrnorm)
+        self.is_recomputed = self._trains(tower) and self.checkpointing == "all"
+        if self.is_recomputed:
+            self.kept_bytes["crop"] += len(layers) * self.patches * width * self.stream_bytes
         for layer in layers:
-            self._attention_layer(
-                "patch",
-                layer.layer_norm1,
-                [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj],
-                layer.self_attn.out_proj,
-                layer.layer_norm2,
-                layer.mlp.fc1,
-                layer.mlp.fc2,
-                width,
-                config.num_attention_heads,
-                statistics=8,
-                pairs="crop pair",
-                first_kept=with_grad,
+            attention = layer.self_attn
+            self._layer(
+                norms=(layer.layer_norm1, layer.layer_norm2),
+                projections=[attention.q_proj, attention.k_proj, attention.v_proj],
+                output=attention.out_proj,
+                up=layer.mlp.fc1,
+                down=layer.mlp.fc2,
+                width=width,
+                heads=config.num_attention_heads,
+                statistics=8,  # mean and variance, in fp32
+                unit="patch",
+                pair_unit="patch pair",
             )
         self.tower_layers = len(layers)
-        self.recomputing = False
+        self.is_recomputed = False
+
+    def _projector(self):
+        vision, row = self.model.model.vision_embed_tokens, "projected row"
+        width = vision.img_processor.vision_model.config.hidden_size
         first, second = vision.img_projection[0], vision.img_projection[2]
-        self.needs |= vision.glb_GN.requires_grad or vision.sub_GN.requires_grad
-        hidden = getattr(first, "base_layer", first).out_features
-        if self._product("projected", first):
-            self._keep("projected", 4 * width * self.c)
-        self.needs |= self._trains(first)
-        if self.needs:
-            self._keep("projected", hidden * self.c)
-        if self._product("projected", second):
-            self._keep("projected", hidden * self.c)
-        self.needs |= self._trains(second)
+        self.needs_gradient |= vision.glb_GN.requires_grad or vision.sub_GN.requires_grad
+        hidden = _base(first).out_features
+        if self._linear(row, first):
+            self._keep(row, 4 * width * self.compute_bytes)
+        self.needs_gradient |= self._trains(first)
+        if self.needs_gradient:
+            self._keep(row, hidden * self.compute_bytes)
+        if self._linear(row, second):
+            self._keep(row, hidden * self.compute_bytes)
+        self.needs_gradient |= self._trains(second)
 
-    def _norm(self, unit, norm, width, rows=1, statistics=4):
-        if self.needs or self._trains(norm):
-            self._keep(unit, rows * (width * self.s + statistics))
+    def _layer(
+        self, norms, projections, output, up, down, width, heads, statistics, unit, pair_unit, unit_after=None
+    ):  # fmt: skip
+        """A transformer layer.
 
-    def _attention_layer(
-        self, unit, norm1, inputs, output, norm2, up, down, width, heads, statistics, pairs, after=None, first_kept=True
-    ):
-        """after: the unit of what follows attention, where it differs."""
-        after = after or unit
-        self._norm(unit, norm1, width, statistics=statistics) if first_kept else None
-        self.needs |= self._trains(norm1)
-        taken = [self._product(unit, linear) for linear in inputs]
-        if any(taken):
-            self._keep(unit, width * self.c)
-        self.needs |= self._trains(*inputs)
-        head_out = sum(getattr(i, "base_layer", i).out_features for i in inputs)
-        self._count(pairs, 4 * width, 2 * self.needs)
-        if self.needs:
-            self._keep(unit, head_out * self.c)
-            self._keep(after, width * self.c + 4 * heads)
+        projections: what makes queries, keys and values.
+        statistics: bytes that a norm keeps for each row.
+        unit_after: the unit of all that follows attention, where it differs from `unit`.
+        """
+        unit_after, size = unit_after or unit, self.compute_bytes
+        self._norm(unit, norms[0], width, statistics)
+        self.needs_gradient |= self._trains(norms[0])
+        if any([self._linear(unit, linear) for linear in projections]):
+            self._keep(unit, width * size)
+        self.needs_gradient |= self._trains(*projections)
+        self._count(pair_unit, 4 * width, 2 * self.needs_gradient)
+        if self.needs_gradient:
+            self._keep(unit, sum(_base(linear).out_features for linear in projections) * size)
+            self._keep(unit_after, width * size + 4 * heads)  # the result, and each head's log-sum-exp in fp32
             if self.eager:
-                self._keep(pairs, heads * (4 + self.c + 1))
-        if self._product(after, output) and not self.needs:
-            self._keep(after, width * self.c)
-        self.needs |= self._trains(output)
-        self._norm(after, norm2, width, statistics=statistics)
-        self.needs |= self._trains(norm2)
-        if self._product(after, up):
-            self._keep(after, width * self.c)
-        self.needs |= self._trains(up)
-        up_out, down_in = (getattr(up, "base_layer", up).out_features, getattr(down, "base_layer", down).in_features)
-        if self.needs:
-            self._keep(after, up_out * self.c)
-        if self._product(after, down, is_last=True):
-            self._keep(after, down_in * self.c)
-        self.needs |= self._trains(down)
+                self._keep(pair_unit, heads * (4 + size + 1))  # softmax in fp32, the same rounded, the mask
+        if self._linear(unit_after, output) and not self.needs_gradient:
+            self._keep(unit_after, width * size)
+        self.needs_gradient |= self._trains(output)
+        self._norm(unit_after, norms[1], width, statistics)
+        self.needs_gradient |= self._trains(norms[1])
+        if self._linear(unit_after, up):
+            self._keep(unit_after, width * size)
+        self.needs_gradient |= self._trains(up)
+        if self.needs_gradient:
+            self._keep(unit_after, _base(up).out_features * size)
+        if self._linear(unit_after, down, ends_layer=True):
+            self._keep(unit_after, _base(down).in_features * size)
+        self.needs_gradient |= self._trains(down)
 
     def _decoder(self):
         inner, config = self.model.model, self.model.config
-        width, heads = config.hidden_size, config.num_attention_heads
-        self.needs |= self._trains(inner.embed_tokens)
-        self.recomputing = self.checkpointing != "none"
-        self.decoder_layers = len(inner.layers)
-        if self.recomputing:
-            self.kept["token"] += len(inner.layers) * width * self.s
+        self.vocabulary, self.width, self.decoder_layers = config.vocab_size, config.hidden_size, len(inner.layers)
+        self.needs_gradient |= self._trains(inner.embed_tokens)
+        self.is_recomputed = self.checkpointing != "none"
+        if self.is_recomputed:
+            self.kept_bytes["token"] += self.decoder_layers * self.width * self.stream_bytes
         for i, layer in enumerate(inner.layers):
-            is_last = i == len(inner.layers) - 1
-            self._attention_layer(
-                "token",
-                layer.input_layernorm,
-                [layer.self_attn.qkv_proj],
-                layer.self_attn.o_proj,
-                layer.post_attention_layernorm,
-                layer.mlp.gate_up_proj,
-                layer.mlp.down_proj,
-                width,
-                heads,
-                statistics=4,
-                pairs="last pair" if is_last else "pair",
-                after="kept" if is_last else None,
+            is_last = i == self.decoder_layers - 1
+            self._layer(
+                norms=(layer.input_layernorm, layer.post_attention_layernorm),
+                projections=[layer.self_attn.qkv_proj],
+                output=layer.self_attn.o_proj,
+                up=layer.mlp.gate_up_proj,
+                down=layer.mlp.down_proj,
+                width=self.width,
+                heads=config.num_attention_heads,
+                statistics=4,  # the root mean square, in fp32
+                unit="token",
+                pair_unit="last-layer pair" if is_last else "pair",
+                unit_after="kept token" if is_last else None,
             )
-        self.recomputing = False
-        self._norm("kept", inner.norm, width)
-        self.needs |= self._trains(inner.norm)
-        self._product("target", self.model.lm_head)
-        self._keep("target", 2 * width * self.s)  # the rows that are projected, and their gradients
-        self.vocabulary, self.width = config.vocab_size, width
+        self.is_recomputed = False
+        self._norm("kept token", inner.norm, self.width, statistics=4)
+        self.needs_gradient |= self._trains(inner.norm)
+        self._linear("target", self.model.lm_head)
+        self._keep("target", 2 * self.width * self.stream_bytes)  # the rows that are projected, and their gradients
 
-    def _units(self, load: Load) -> dict[str, int]:
-        vision = self.model.model.vision_embed_tokens
+    def _quantities(self, workload: Workload) -> dict[str, int]:
+        """How much of each unit a micro-batch has."""
+        grid = self.model.model.vision_embed_tokens.grid
         return {
-            "crop": load.crops,
-            "patch": load.crops * self.patches,
-            "crop pair": load.crops * self.patches**2,
-            "projected": load.crops * vision.grid**2 + 2 if load.crops else 0,
-            "token": load.tokens,
-            "kept": load.kept,
-            "target": load.targets,
-            "pair": load.pairs,
-            "last pair": load.last_pairs,
+            "crop": workload.crops,
+            "patch": workload.crops * self.patches,
+            "patch pair": workload.crops * self.patches**2,
+            "projected row": workload.crops * grid**2 + 2 if workload.crops else 0,  # with the two separators
+            "token": workload.tokens,
+            "kept token": workload.kept_tokens,
+            "target": workload.targets,
+            "pair": workload.pairs,
+            "last-layer pair": workload.last_layer_pairs,
         }
 
-    def _sum(self, rates: Counter, load: Load) -> float:
-        units = self._units(load)
-        return sum(rate * units[unit] for unit, rate in rates.items())
+    def _total(self, rates: Counter, workload: Workload) -> float:
+        quantities = self._quantities(workload)
+        return sum(rate * quantities[unit] for unit, rate in rates.items())
 
-    def flops(self, load: Load, again: bool = False) -> float:
-        """Of the forward and backward pass; `again`: with what activation checkpointing computes a second time."""
-        extra = self._sum(self.again, load) if again else 0
-        return self._sum(self.forward, load) + self._sum(self.backward, load) + extra
+    def flops(self, workload: Workload, with_recomputation: bool = False) -> float:
+        """FLOPs of the forward and backward pass.
 
-    def flops_by_part(self, load: Load) -> dict[str, float]:
-        """FLOPs of the two passes of tower, projector, decoder and head."""
-        vision = {"crop", "patch", "crop pair"}
-        rates = self.forward + self.backward
+        with_recomputation: adds what activation checkpointing computes a second time.
+        """
+        recomputed = self._total(self.recomputed_flops, workload) if with_recomputation else 0
+        return self._total(self.forward_flops, workload) + self._total(self.backward_flops, workload) + recomputed
+
+    def flops_by_part(self, workload: Workload) -> dict[str, float]:
+        """FLOPs of the forward and backward pass, without recomputation, of each part of the model."""
         parts = {
-            "tower": vision,
-            "projector": {"projected"},
-            "decoder": {"token", "kept", "pair", "last pair"},
+            "tower": {"crop", "patch", "patch pair"},
+            "projector": {"projected row"},
+            "decoder": {"token", "kept token", "pair", "last-layer pair"},
             "head": {"target"},
         }
+        rates = self.forward_flops + self.backward_flops
         return {
-            name: self._sum(Counter({u: r for u, r in rates.items() if u in own}), load) for name, own in parts.items()
+            name: self._total(Counter({u: r for u, r in rates.items() if u in units}), workload)
+            for name, units in parts.items()
         }
 
-    def kept_bytes(self, load: Load) -> float:
-        """What the forward pass keeps for the backward pass, parameters apart."""
-        joined = load.tokens * self.width * self.c * self.decoder_layers if load.groups > 1 and self.needs else 0
-        return self._sum(self.kept, load) + (joined if self.checkpointing == "none" else 0)
+    def activation_bytes(self, workload: Workload) -> float:
+        """What the forward pass keeps for the backward pass, without parameters."""
+        joined = 0
+        if workload.groups > 1 and self.needs_gradient and self.checkpointing == "none":
+            # Attention goes group by group, and then joins the results in a tensor of its own in every layer.
+            joined = workload.tokens * self.width * self.compute_bytes * self.decoder_layers
+        return self._total(self.kept_bytes, workload) + joined
 
-    def peak_bytes(self, load: Load) -> float:
-        """The most that both passes hold at once, parameters and their gradients apart: what is kept, a layer that is
-        computed again, the temporaries of one layer, and a chunk of logits with the head's gradient."""
-        units = self._units(load)
-        again = max(
-            sum(self.recomputed[unit] * units[unit] for unit in own) / layers
-            for own, layers in ((("patch", "crop pair"), self.tower_layers), (("token", "pair"), self.decoder_layers))
+    def peak_bytes(self, workload: Workload) -> float:
+        """The most that the two passes hold at once, without parameters and their gradients.
+
+        That is what the forward pass keeps, and beside it the larger of two things: one layer that is computed again
+        with its temporaries, or one chunk of logits with the gradient of the head.
+        """
+        quantities, size = self._quantities(workload), self.compute_bytes
+        recomputed_layer = max(
+            sum(self.recomputed_bytes[unit] * quantities[unit] for unit in units) / layers
+            for units, layers in (
+                (("patch", "patch pair"), self.tower_layers),
+                (("token", "pair"), self.decoder_layers),
+            )
         )
-        decoder, tower = self.model.config, self.model.model.vision_embed_tokens.img_processor.vision_model.config
-        busy = load.tokens * decoder.intermediate_size * 4 * self.c if self.needs else 0
-        if self._trains(self.model.model.vision_embed_tokens):
-            busy = max(busy, load.crops * self.patches * tower.intermediate_size * 3 * self.c)
-        if self.model.config._attn_implementation == "eager":
-            busy += load.pairs // max(load.groups, 1) * decoder.num_attention_heads * 12
-        chunk = min(load.targets, LOSS_CHUNK) * self.vocabulary * (2 * self.c + 4)
+        vision, decoder = self.model.model.vision_embed_tokens, self.model.config
+        temporaries = workload.tokens * decoder.intermediate_size * 4 * size if self.needs_gradient else 0
+        if self._trains(vision):
+            intermediate_size = vision.img_processor.vision_model.config.intermediate_size
+            temporaries = max(temporaries, quantities["patch"] * intermediate_size * 3 * size)
+        if decoder._attn_implementation == "eager":
+            temporaries += workload.pairs // max(workload.groups, 1) * decoder.num_attention_heads * 12
+        logits = min(workload.targets, LOSS_CHUNK) * self.vocabulary * (2 * size + 4)
         if self._trains(self.model.lm_head):
-            chunk += self.vocabulary * self.width * self.c * (2 if load.targets > LOSS_CHUNK else 1)
-        return self.kept_bytes(load) + max(again + busy, chunk)
+            # From the second chunk on there is the sum of the head's gradients so far as well.
+            logits += self.vocabulary * self.width * size * (2 if workload.targets > LOSS_CHUNK else 1)
+        return self.activation_bytes(workload) + max(recomputed_layer + temporaries, logits)

@@ -27,6 +27,7 @@ from ..data.conversations import ConversationDataset, encode_images
 from ..data.images import image_name
 from ..errors import InputError
 from ..files import replacing
+from ..model.adapters import inner_model
 from ..model.image_processing_phi3v import crops_of_tiles
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from .checkpoints import Interrupted, ignore_signals
@@ -133,7 +134,7 @@ def cache_features(
     go on with for lack of room.
     """
     rank, world_size = ranks.rank(), ranks.world_size()
-    model = next(module for module in model.modules() if isinstance(module, Phi3VForCausalLM))
+    model = inner_model(model)
     vision, processor = model.model.vision_embed_tokens.to(device), dataset.processor
     autocast = compute_dtype != torch.float32
     dtype = compute_dtype if autocast else vision.glb_GN.dtype

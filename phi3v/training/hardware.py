@@ -1,4 +1,4 @@
-"""What the machine at hand can do, said before anything is loaded."""
+"""What this machine can do: precision, attention implementation, speed and memory of its devices."""
 
 import re
 import resource
@@ -16,8 +16,8 @@ from ..ranks import local_world_size
 
 ATTENTION = ("flash_attention_2", "sdpa", "eager")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Peak dense FLOP/s in half precision with sums in fp32, as NVIDIA publishes them (V100, T4 and RTX 8000: fp16). The
-# first name that is a word of a device's own counts.
+# Peak dense FLOP/s in half precision with sums in fp32, as NVIDIA publishes them; for V100, T4 and RTX 8000 in fp16. If
+# several names occur as words in the name of a device, the first one is taken.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -39,8 +39,8 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-USABLE = 0.9  # of a device's memory: what is planned with
-# Common GPUs and their GiB, for estimates where there is none. Their names contain one of PEAK_FLOPS'.
+USABLE_SHARE = 0.9  # of a device's memory; the rest is left free in every plan
+# Common GPUs and their GiB, for estimates on a machine without a GPU. Each name contains a name from PEAK_FLOPS.
 GPUS = {
     "RTX 3090 24 GB": 24,
     "RTX 4090 24 GB": 24,
@@ -54,16 +54,16 @@ GPUS = {
 
 
 def _is_ampere() -> bool:
-    """An NVIDIA GPU of compute capability 8.0 or more, from which on there are bf16 and flash attention."""
+    """Whether there is an NVIDIA GPU of compute capability 8.0 or more, which bf16 and flash attention need."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _check_accelerator():
-    """Raises InputError for a GPU that the installed torch was not built for; its first kernel would fail."""
+    """Raises InputError if the installed torch was not built for this GPU, on which its first kernel would fail."""
     if torch.cuda.is_available() and torch.version.cuda:
         major, minor = torch.cuda.get_device_capability()
-        # A cubin runs on its own major version from its minor upwards; PTX, which torch ships for its newest
-        # architecture, on everything later.
+        # A compiled kernel runs on GPUs of the same major version and of its own or a higher minor version. For its
+        # newest architecture torch also ships PTX, which runs on all later ones.
         built = [divmod(int(arch.split("_")[1].rstrip("af")), 10) for arch in torch.cuda.get_arch_list()]
         if built and not any(b[0] == major and b[1] <= minor for b in built) and (major, minor) < max(built):
             raise InputError(
@@ -73,10 +73,11 @@ def _check_accelerator():
 
 
 def choose_precision(bf16: bool, fp16: bool, fp32: bool, elsewhere: bool = False) -> str:
-    """The precision asked for, by default fp16 on a GPU and fp32 on a CPU, as a key of DTYPES.
+    """The precision that the flags ask for, as a key of DTYPES; by default fp16 on a GPU and fp32 on a CPU.
 
-    elsewhere: for the estimate of a run on another machine, with a GPU; bf16 stands for fp16 then, which takes as much.
-    Raises InputError where more than one is asked for, or one that this machine lacks.
+    elsewhere: the run is only estimated, for another machine that has a GPU. Then fp16 gives "bf16", which takes the
+        same memory and the same time.
+    Raises InputError if the flags ask for more than one precision, or for one that this machine lacks.
     """
     asked = [name for name, on in (("bf16", bf16), ("fp16", fp16), ("fp32", fp32)) if on]
     if len(asked) > 1:
@@ -94,22 +95,25 @@ def choose_precision(bf16: bool, fp16: bool, fp32: bool, elsewhere: bool = False
 
 
 def precision_of(training_args) -> str:
-    """Of a TrainingArguments, as a key of DTYPES."""
+    """The precision of a TrainingArguments, as a key of DTYPES."""
     return "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
 
 
 def choose_attention(asked: str | None, use_flash: bool, precision: str, elsewhere: bool = False) -> str:
-    """The attention implementation asked for, by default flash attention where it can run, else sdpa.
+    """The attention implementation that the flags ask for; by default flash attention if it can run here, else sdpa.
 
-    use_flash: asks for flash attention in other words. elsewhere: for the estimate of a run on another machine; sdpa
-    stands for flash attention then, which takes as much. Raises InputError for an unknown one, for a contradiction, and
-    for flash attention where something that it needs is missing.
+    asked: the value of --attn_implementation, None if not given.
+    use_flash: whether --use_flash_attention is given, which is short for asking for flash attention.
+    elsewhere: the run is only estimated, for another machine. Then flash attention gives "sdpa", which takes the same
+        memory and the same time.
+    Raises InputError for an unknown implementation, if the flags contradict each other, and for flash attention if
+    something that it needs is missing.
     """
     if use_flash and asked not in (None, "flash_attention_2"):
         raise InputError(f"--use_flash_attention contradicts --attn_implementation {asked}")
     asked = "flash_attention_2" if use_flash else asked
     if asked is not None and asked not in ATTENTION:
-        raise InputError(f"--attn_implementation {asked} is unknown: {', '.join(ATTENTION)}")
+        raise InputError(f"--attn_implementation {asked} is unknown: choose one of {', '.join(ATTENTION)}")
     if elsewhere:
         return "eager" if asked == "eager" else "sdpa"
     missing = None
@@ -120,17 +124,18 @@ def choose_attention(asked: str | None, use_flash: bool, precision: str, elsewhe
     elif precision == "fp32":
         missing = "half precision (--bf16 or --fp16)"
     if asked == "flash_attention_2" and missing:
-        raise InputError(f"flash attention needs {missing}: or use --attn_implementation sdpa")
+        raise InputError(f"flash attention needs {missing}; --attn_implementation sdpa runs without")
     return asked or ("sdpa" if missing else "flash_attention_2")
 
 
 def published_peak(name: str) -> float | None:
-    """FLOP/s in half precision of a GPU that is called so."""
+    """FLOP/s in half precision of the GPU with this name; None for a GPU that PEAK_FLOPS does not list."""
     return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name, re.IGNORECASE)), None)
 
 
 def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
-    """(FLOP/s, where from) of this process's device: published for a known GPU, measured for anything else."""
+    """Peak FLOP/s of this process's device, and where the number comes from: published for a GPU in PEAK_FLOPS, else
+    measured with a matrix product in `dtype`."""
     if torch.cuda.is_available() and (peak := published_peak(torch.cuda.get_device_name())):
         return peak, "published"
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -141,33 +146,34 @@ def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
         square @ square
         wait_for_device()
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, "of a matrix product, measured"
+    return 2 * n**3 / best, "measured with a matrix product"
 
 
 def wait_for_device():
+    """Waits until the accelerator, if there is one, has finished all that it was given."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 def peak_memory() -> int:
-    """Bytes: the most that tensors have taken on an accelerator, on a CPU the process's largest resident size."""
+    """Bytes: the most that tensors have taken on the accelerator; on a CPU the largest resident size of the process."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def device_memory() -> float:
-    """Bytes that each process can have, the USABLE share of its GPU's, or its share of what is free on a CPU. The least
-    of all ranks, so that all of them plan alike."""
+    """Bytes that a training process can use: the USABLE_SHARE of what is free on its GPU, or, on a CPU, of its share of
+    the machine's free memory. All ranks get the smallest value of any rank, so that they make the same plan."""
     if torch.cuda.is_available():
         own = torch.cuda.mem_get_info()[0]
     else:
         own = min(psutil.virtual_memory().available, _container_limit()) / local_world_size()
-    return USABLE * min(gather_object([own]))
+    return USABLE_SHARE * min(gather_object([own]))
 
 
 def _container_limit() -> float:
-    """Bytes that a control group leaves, as a container has it; infinite without one."""
+    """Bytes that the container's control group still allows; infinite if there is no limit."""
     try:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()

@@ -1,4 +1,4 @@
-"""How fast a training goes."""
+"""Measures how fast a run trains: images and tokens per second, MFU and peak memory."""
 
 import contextlib
 import time
@@ -9,13 +9,16 @@ from accelerate.utils import gather_object
 from ..model.packing import Packing
 from .costs import Costs
 from .hardware import peak_memory, wait_for_device
-from .workload import load_of_packing
+from .workload import workload_of_packing
 
 
 class Meter:
-    """Counts what a rank trains on, and says how fast it goes. Never makes the host wait for the device between reads.
+    """Counts what this rank trains on, and the time that it takes.
 
-    peak: FLOP/s of a rank's device.
+    The host waits for the device only when a measurement is read.
+
+    costs: of this run's micro-batches, from which their FLOPs follow.
+    peak: FLOP/s of this rank's device.
     """
 
     def __init__(self, costs: Costs, peak: float):
@@ -29,8 +32,12 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self, is_read: bool):
-        """Time that is not counted. The clock starts at the first pause's end, as the first step is like no other.
-        `is_read`: the device has to come to an end of what it has been given."""
+        """The time within this context is not counted.
+
+        Nor is anything before the end of the first such context, because the first step is slower than the others.
+
+        is_read: whether `read` is called within; waits until the device has finished all that it was given.
+        """
         if is_read:
             wait_for_device()
         if self.started is None:
@@ -43,15 +50,17 @@ class Meter:
         self.started = time.perf_counter()
 
     def add(self, packing: Packing):
-        """A micro-batch, with the images that it encodes."""
-        load = load_of_packing(packing)
+        """Counts a micro-batch."""
+        workload = workload_of_packing(packing)
         self.images += len(packing.grids)
-        self.tokens += load.tokens
-        self.flops += self.costs.flops(load)
+        self.tokens += workload.tokens
+        self.flops += self.costs.flops(workload)
 
     def read(self) -> dict[str, float]:
-        """Of all ranks together since the last reading; memory is the largest rank's. Empty where no whole step has
-        been timed. Every rank must call it."""
+        """The speed of all ranks together since the last call, and the largest rank's peak memory.
+
+        Empty if no whole step has been timed since. Every rank must call it.
+        """
         totals = [float(self.images), float(self.tokens), float(self.flops), float(peak_memory())]
         ranks = gather_object([totals])
         images, tokens, flops, memory = zip(*ranks, strict=True)
