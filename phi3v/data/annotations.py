@@ -164,6 +164,14 @@ def check_text(text, where: str) -> str:
     return text
 
 
+def check_texts(texts, where: str):
+    """Raises InputError unless `texts` is a list with at least one text, all of which can stand in a conversation."""
+    if not texts:
+        raise InputError(f"{where} is empty")
+    for i, text in enumerate(texts):
+        check_text(text, f"{where}[{i}]")
+
+
 class _Images:
     """Which names are images inside a folder. Lists every folder once: a look-up of each file takes far longer,
     above all on a network's file system."""

@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from transformers import TrainerState, TrainingArguments
 from .. import ranks
 from ..data.annotations import END_TOKENS
 from ..data.conversations import Collator, ConversationDataset, all_sizes
+from ..files import write_json
 from ..model.image_processing_phi3v import crops_of_tiles
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from ..model.processing_phi3v import Phi3VProcessor
 from ..report.page import write_html_report
-from .checkpoints import ignore_signals, write_json
+from .stopping import ignore_signals
 
 
 @torch.no_grad()
@@ -106,9 +107,7 @@ class Evaluation:
     score: of a prediction, given the right answers; their mean is the metric.
     """
 
-    processor: Phi3VProcessor
     dataset: ConversationDataset
-    conversations: Sequence[dict]
     metric: str
     score: Callable[[str, list[str]], float]
     max_new_tokens: int
@@ -118,7 +117,7 @@ class Evaluation:
         """The metric over the evaluation set, with every prediction. Every rank calls it, and gets the whole."""
         predictions = generate_answers(
             model,
-            self.processor,
+            self.dataset.processor,
             self.dataset,
             args.per_device_eval_batch_size,
             self.max_new_tokens,
@@ -129,7 +128,7 @@ class Evaluation:
             on_batch=on_batch,
         )
         rows = []
-        for example, prediction in zip(self.conversations, predictions, strict=True):
+        for example, prediction in zip(self.dataset.conversations, predictions, strict=True):
             answers = example.get("answers") or [example["conversations"][-1]["assistant"]]
             rows.append({"id": example["id"], "prediction": prediction, "answers": answers})
             rows[-1]["score"] = self.score(prediction, answers)
@@ -146,7 +145,7 @@ class Evaluation:
 
     def example(self, i: int) -> dict:
         """The images and the question of an example, as `write_html_report` takes them."""
-        turns = self.conversations[i]["conversations"]
+        turns = self.dataset.conversations[i]["conversations"]
         return {"images": [image for turn in turns for image in turn["images"]], "question": turns[-1]["user"]}
 
 

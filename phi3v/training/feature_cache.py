@@ -30,8 +30,8 @@ from ..files import replacing
 from ..model.adapters import inner_model
 from ..model.image_processing_phi3v import crops_of_tiles
 from ..model.modeling_phi3v import Phi3VForCausalLM
-from .checkpoints import Interrupted, ignore_signals
 from .hardware import wait_for_device
+from .stopping import Interrupted, ignore_signals
 
 TIMED = 8  # images a rank after which reading is compared with computing
 FORMAT = 1  # one more wherever crops or features are computed otherwise than before

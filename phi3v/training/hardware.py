@@ -99,6 +99,20 @@ def precision_of(training_args) -> str:
     return "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
 
 
+def compute_dtype(training_args) -> torch.dtype:
+    """The dtype of matrix products."""
+    return DTYPES[precision_of(training_args)]
+
+
+def weights_dtype(training_args, adapters_only: bool) -> torch.dtype:
+    """The dtype in which the model's weights are loaded for training.
+
+    DeepSpeed keeps an fp32 copy of half-precision weights in its optimizer, and adapters are fp32 on a frozen base.
+    Otherwise the weights that the optimizer updates are fp32, and autocast computes in half precision.
+    """
+    return compute_dtype(training_args) if training_args.deepspeed or adapters_only else torch.float32
+
+
 def choose_attention(asked: str | None, use_flash: bool, precision: str, elsewhere: bool = False) -> str:
     """The attention implementation that the flags ask for; by default flash attention if it can run here, else sdpa.
 

@@ -10,35 +10,26 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..data.sampler import EpochLoader, StepSampler
-from ..errors import InputError
+from ..data.sampler import EpochLoader
+from ..errors import InputError, blaming
+from ..files import write_json
 from ..model.adapters import load_separators, save_separators
-from .checkpoints import (
-    BEST,
-    BEST_EVALUATION,
-    REPLACED_BEST,
-    UNFINISHED,
-    Health,
-    Interrupted,
-    Preemption,
-    clear_unfinished,
-    ignore_signals,
-    naming_full_disk,
-    publish,
-    write_json,
-)
+from .checkpoints import UNFINISHED, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
-from .meter import Meter
+from .health import TrainingHealth
 from .optimizer import set_part_rates
+from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
+from .stopping import Interrupted, ignore_signals
 from .trackers import Trackers
 
 
 class LossOnBar(ProgressCallback):
-    """The Trainer's bar, with the last loss on it."""
+    """The Trainer's progress bar, which also shows the last loss."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs=logs, **kwargs)
@@ -47,7 +38,7 @@ class LossOnBar(ProgressCallback):
 
 
 class OnePrinter(PrinterCallback):
-    """What is logged without a bar, printed by one process of all, and not by one a node."""
+    """Prints what is logged if there is no progress bar: on rank 0 alone, where transformers prints once a node."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -55,52 +46,46 @@ class OnePrinter(PrinterCallback):
 
 
 class RecipeTrainer(Trainer):
-    """A Trainer that evaluates by generating answers, and has learning rates of their own for tower and projector.
+    """A Trainer that trains on packed micro-batches and evaluates by generating answers.
 
-    evaluation: what to answer, and how answers are judged.
-    sampler: this rank's micro-batches.
-    settings: what the run's result depends on, kept in every checkpoint.
-    vision_lr, projector_lr: where they differ from the learning rate.
-    separators: whether they train beside adapters, and are kept with these.
-    keep_best: whether the model that evaluates best is kept, in the folder BEST.
+    evaluation: the questions to answer, and how answers are scored.
+    run: the parts of the run that training uses: `sampler` (this rank's micro-batches), `meter` (throughput and
+        memory), `preemption` (signals), `settings` (kept in every checkpoint), and `args.keep_best` (whether the model
+        that evaluates best is kept, in the folder BEST).
+    vision_lr, projector_lr: learning rates of the tower and the projector, if they differ from the others'.
     """
 
     def __init__(
         self,
         *,
         evaluation: Evaluation,
-        sampler: StepSampler,
-        meter: Meter,
-        preemption: Preemption,
-        settings: dict,
+        run,
         vision_lr: float | None = None,
         projector_lr: float | None = None,
-        separators: bool = False,
-        keep_best: bool = False,
         **kwargs,
     ):
         try:
-            super().__init__(callbacks=[preemption], **kwargs)
+            with blaming("report_to", kwargs["args"].report_to):
+                super().__init__(callbacks=[run.preemption], **kwargs)
         except RuntimeError as e:
-            if "requires" not in str(e):  # a tracker that is not installed
+            if "requires" not in str(e):  # otherwise it names a tracker that is not installed
                 raise
             raise InputError(f"--report_to: {e}") from None
         for usual, ours in ((ProgressCallback, LossOnBar), (PrinterCallback, OnePrinter)):
             if self.pop_callback(usual):
                 self.add_callback(ours)
         self.evaluation = evaluation
-        self.sampler = sampler
-        self.meter = meter
-        self.preemption = preemption
-        self.settings = settings
+        self.sampler = run.sampler
+        self.meter = run.meter
+        self.preemption = run.preemption
+        self.settings = run.settings
         self.part_rates = vision_lr, projector_lr
-        self.separators = separators
-        self.keep_best = keep_best
-        self.health = Health()
+        self.keep_best = run.args.keep_best
+        self.health = TrainingHealth()
         self.trackers = Trackers(self)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches of this rank alone, so that nothing has to be dealt out over ranks afterwards."""
+        """This rank's micro-batches alone, so that accelerate need not distribute batches over ranks."""
         return EpochLoader(
             self.train_dataset,
             batch_sampler=self.sampler,
@@ -120,17 +105,17 @@ class RecipeTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         is_read = self.control.should_log or self.control.should_save
-        with self.meter.paused(is_read):  # what logging, evaluation and saving take is no time of training
+        with self.meter.paused(is_read):  # logging, evaluation and saving do not count as time of training
             if is_read:
                 self.health.check(self, grad_norm)
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _get_output_dir(self, trial):
-        return Path(super()._get_output_dir(trial)) / UNFINISHED  # from where `publish` takes a checkpoint
+        return Path(super()._get_output_dir(trial)) / UNFINISHED  # `publish` moves a whole checkpoint out of it
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / UNFINISHED / f"checkpoint-{self.state.global_step}"
-        with naming_full_disk(folder):
+        with disk_full_as_input_error(folder):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
@@ -145,8 +130,8 @@ class RecipeTrainer(Trainer):
         return self.evaluation.report(model, self.args, on_batch=self.preemption.check)
 
     def report(self, name: str, before: dict | None = None) -> dict:
-        """The metric over the evaluation set with every prediction, outside of training: written to the file `name` of
-        the output folder, and told to the trackers. `before`: an earlier report to show beside this one."""
+        """Evaluates before or after training; returns the metric and all predictions. Writes them to the file `name` in
+        the output folder and sends them to the trackers, beside those of `before`, an earlier report."""
         report = self._report()
         if self.is_world_process_zero():
             write_evaluation(Path(self.args.output_dir) / name, report)
@@ -160,7 +145,7 @@ class RecipeTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         try:
             report = self._report()
-        except Interrupted:  # what has been trained is worth more than the rest of an evaluation
+        except Interrupted:  # training can still be saved, so it ends with a checkpoint
             self.preemption.stop_training(self.control)
             return {}
         metrics = {f"{metric_key_prefix}_{report['metric']}": report[report["metric"]]}
@@ -171,17 +156,17 @@ class RecipeTrainer(Trainer):
         return metrics
 
     def save_if_best(self, report: dict):
-        """Keeps the model in the folder BEST if no earlier one has evaluated as well; every rank must call it."""
+        """Keeps the model in the folder BEST if it evaluates better than all before. Every rank must call it."""
         folder, name = Path(self.args.output_dir) / BEST, report["metric"]
         best = -math.inf
         if (folder / BEST_EVALUATION).is_file():
             earlier = json.loads((folder / BEST_EVALUATION).read_text(encoding="utf-8"))
-            if earlier["num_examples"] == report["num_examples"]:  # otherwise they can't be compared
+            if earlier["num_examples"] == report["num_examples"]:  # otherwise the two can't be compared
                 best = earlier.get(name, best)
-        if not gather_object([report[name] > best])[0]:  # as rank 0 has read it
+        if not gather_object([report[name] > best])[0]:  # rank 0 decides, as only it may see the new file
             return
         unfinished = Path(self.args.output_dir) / UNFINISHED / BEST
-        with naming_full_disk(unfinished):
+        with disk_full_as_input_error(unfinished):
             self.save_model(str(unfinished))
             if self.is_world_process_zero():
                 write_json(unfinished / BEST_EVALUATION, {"step": self.state.global_step, **report})
@@ -192,8 +177,8 @@ class RecipeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def create_optimizer(self, model=None):
-        """The Trainer's, with the groups of parameters split by part of the model. (An optimizer that is given to
-        the Trainer ready-made would be ignored under DeepSpeed.)"""
+        """The Trainer's optimizer, with the learning rates in `part_rates`. (DeepSpeed would ignore an optimizer that
+        the Trainer is given ready-made.)"""
         super().create_optimizer(model)
         set_part_rates(self.optimizer, self.model, *self.part_rates)
         return self.optimizer
@@ -201,35 +186,35 @@ class RecipeTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
-        if self.separators and self.args.should_save:
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to load one
+        if isinstance(self.model, PeftModel) and self.args.should_save:
             save_separators(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.separators:
+        if isinstance(self.model, PeftModel):
             load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
 
 
-def finish_dry_run(trainer: RecipeTrainer, after: dict, load: Callable):
-    """Loads what a run has saved, has it answer once more, and deletes the output folder.
+def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
+    """Loads the saved model, lets it answer once more, and deletes the output folder. Every rank calls it.
 
-    after: the report on the model before it was saved; load: returns the saved model. Every rank calls it. Raises
-    InputError on rank 0 where the answers differ.
+    after: the report of the evaluation before the model was saved; load_saved: returns the saved model.
+    Raises InputError on rank 0 if the saved model gives other answers.
     """
     folder, args, evaluation = Path(trainer.args.output_dir), trainer.args, trainer.evaluation
     trainer.accelerator.free_memory()
     for holder in (trainer, trainer.callback_handler):
         holder.model = holder.optimizer = holder.lr_scheduler = None
     trainer.model_wrapped = trainer.deepspeed = None
-    unset_hf_deepspeed_config()  # under ZeRO-3 the next model would be split while it loads
+    unset_hf_deepspeed_config()  # under ZeRO-3 it would split the next model while it loads
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-    report = evaluation.report(load(), args)
+    report = evaluation.report(load_saved(), args)
     if args.process_index == 0:
         shutil.rmtree(folder)
         pairs = zip(after["predictions"], report["predictions"], strict=True)
         if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:
-            raise InputError(f"--dry_run: loaded again, the model answers otherwise to {', '.join(different)}")
+            raise InputError(f"--dry_run: the saved model, loaded again, gives other answers to {', '.join(different)}")
         print("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")

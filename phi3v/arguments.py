@@ -1,0 +1,266 @@
+"""The flags that every script has, and how a command line becomes a script's flags and a TrainingArguments.
+
+`parse_arguments` does it in three steps: command_line.py reads the flags, flag_rules.py checks them, and `resolve`
+decides what they leave open and makes the output folder.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.utils import is_bitsandbytes_available
+
+from .command_line import parse_flags
+from .errors import InputError
+from .files import read_json
+from .flag_rules import check_flags
+from .model.loading import base_and_adapter
+from .ranks import join_after_restart, local_world_size, start_alone, world_size
+from .training.checkpoints import MANIFEST, find_checkpoint
+from .training.hardware import choose_attention, choose_precision
+from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
+
+# What `accelerate launch` has set; the Trainer later sets the same names for itself.
+LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """Flags that every script has: not what is trained, but how the run is carried out. Scripts inherit them."""
+
+    max_length: int | None = HfArg(
+        default=None, help="refuse training examples of more tokens; default: the model's own limit"
+    )
+    truncate: bool = HfArg(
+        default=False, help="cut off the end of longer examples, if all images and some of the answer stay"
+    )
+    on_bad_example: str = HfArg(
+        default="error", help="error, or skip: leave out examples whose images can't be read, and list them at the end"
+    )
+    check_data: bool = HfArg(
+        default=False, help="decode every image, print a summary of the data, and end without training"
+    )
+    attn_implementation: str | None = HfArg(
+        default=None, help="flash_attention_2, sdpa or eager; default: the best that is installed and the GPU can run"
+    )
+    use_flash_attention: bool = HfArg(default=False, help="short for --attn_implementation flash_attention_2")
+    fp32: bool = HfArg(default=False, help="full precision; default: fp16 on a GPU, fp32 on a CPU")
+    max_tokens_per_gpu: str | None = HfArg(
+        default=None,
+        help="in place of --batch_size_per_gpu: fill each micro-batch with examples up to this many tokens; auto: as "
+        "many as are expected to fit into memory",
+    )
+    share_images: bool = HfArg(
+        default=True,
+        help="train on all questions about an image in the same step, so that it is encoded once (default); "
+        "independent questions may train a bit better, and slower",
+    )
+    cache_vision_features: str | None = HfArg(
+        default=None,
+        help="with --freeze_vision_model: folder that keeps what the vision model computes for each image, for later "
+        "epochs and runs; used only if reading is measured to be faster than computing; 0.9 MB a crop",
+    )
+    cache_vision_gib: float = HfArg(default=100.0, help="the most that this folder may hold, in GiB")
+    evaluate_only: bool = HfArg(
+        default=False, help="evaluate --model_name_or_path, which may be a run's output with an adapter, and end"
+    )
+    keep_best: bool = HfArg(
+        default=False, help="with --eval_steps: keep the model that evaluates best, in OUTPUT_DIR/best"
+    )
+    preset: str | None = HfArg(
+        default=None, help="settings of a published result: full, frozen, lora or qlora; other flags given here win"
+    )
+    dry_run: bool = HfArg(
+        default=False, help="try everything in OUTPUT_DIR/dry_run: two steps, four evaluations, saving, loading again"
+    )
+    estimate: bool = HfArg(
+        default=False, help="print the FLOPs, memory and time that the run needs, and end without loading weights"
+    )
+    estimate_gpus: int | None = HfArg(
+        default=None, help="with --estimate: for this many GPUs; default: as many as there are processes"
+    )
+    resume_anyway: bool = HfArg(
+        default=False, help="with --resume_from_checkpoint: resume although settings or data have changed"
+    )
+    no_tqdm: bool = HfArg(default=False, help="no progress bars")
+
+    # The first flag of each title in --help; a script's own dataclass uses the same titles.
+    _groups = {
+        "max_length": "data",
+        "attn_implementation": "model",
+        "max_tokens_per_gpu": "optimisation",
+        "evaluate_only": "evaluation",
+        "preset": "the run",
+    }
+
+
+def workers_per_process() -> int:
+    """Processes that prepare images for each training process: its share of the CPU cores, but at most 8, which keep up
+    with any GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, cores // local_world_size()))
+
+
+def trainer_defaults() -> dict:
+    """Defaults of the Trainer's flags that concern the machinery and differ from TrainingArguments' own."""
+    return {
+        "dataloader_num_workers": workers_per_process(),
+        "dataloader_prefetch_factor": 4,  # micro-batches a worker: tiles are small, but images differ much in size
+        "activation_checkpointing": None,  # as memory requires
+        "ddp_timeout": 7200,  # seconds: other ranks wait while rank 0 downloads the data and looks through them
+        "logging_nan_inf_filter": False,  # it hides NaN losses, and waits for the device at every micro-batch
+        "ddp_find_unused_parameters": False,  # no parameter is unused: see Phi3VModel._needs_vision_graph
+    }
+
+
+def parse_arguments(
+    recipe_class: type, training: dict, presets: dict[str, dict], doc: str, argv: list[str] | None = None
+):
+    """Reads, checks and resolves all flags before anything is loaded.
+
+    recipe_class: a script's dataclass, which inherits RunArguments; training: its defaults for the Trainer's flags;
+    presets: the flags that each --preset sets; doc: the script's docstring.
+    Returns an instance of `recipe_class` and a TrainingArguments. Raises InputError.
+    """
+    args, trainer, given = parse_flags(recipe_class, trainer_defaults() | training, presets, doc.splitlines()[0], argv)
+    start_alone()
+    args.use_lora |= args.use_qlora
+    if "deepspeed" not in given and (args.use_lora or args.evaluate_only):
+        trainer["deepspeed"] = None  # adapters are small, and an evaluation has no optimizer
+    trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
+    check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER)
+    return args, resolve(args, trainer, given)
+
+
+def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
+    """Decides what the flags leave open, changes `args` accordingly, and makes the output folder.
+
+    Raises InputError for a model folder or an output folder that can't be used, and for a precision or an attention
+    implementation that this machine lacks.
+    """
+    if args.use_qlora and not is_bitsandbytes_available():
+        raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
+    if args.max_tokens_per_gpu not in (None, "auto"):
+        args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
+    if args.evaluate_only or args.dry_run:
+        trainer["resume_from_checkpoint"] = None  # so that either flag can be added to the command of any run
+    elif join_after_restart(trainer["ddp_timeout"]) and find_checkpoint("auto", Path(trainer["output_dir"]))[0]:
+        trainer["resume_from_checkpoint"] = "auto"  # not the checkpoint that the first attempt may have resumed from
+    _check_model(args, trainer["output_dir"])
+    resume = trainer["resume_from_checkpoint"]
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise InputError(f"--resume_from_checkpoint {resume} does not exist: give a folder checkpoint-N, or auto")
+    if args.evaluate_only and "num_crops" not in given:
+        args.num_crops = _num_crops_of_run(args.model_name_or_path) or args.num_crops
+    if args.dry_run:
+        folder = Path(trainer["output_dir"]) / "dry_run"
+        trainer.update(max_steps=2, output_dir=str(folder), report_to="none", save_steps=1)
+        args.max_eval_samples = min(args.max_eval_samples or 4, 4)
+    if not (args.estimate or args.check_data):
+        may_hold_checkpoints = resume is not None or args.evaluate_only or args.dry_run
+        _make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints)
+
+    for_another_machine = args.estimate and not torch.accelerator.is_available()  # one with GPUs
+    precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32, for_another_machine)
+    args.attn_implementation = choose_attention(
+        args.attn_implementation, args.use_flash_attention, precision, for_another_machine
+    )
+    trainer.update(
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        per_device_train_batch_size=args.batch_size_per_gpu,
+        gradient_accumulation_steps=args.batch_size // (world_size() * args.batch_size_per_gpu),
+        weight_decay=args.wd,
+        disable_tqdm=args.no_tqdm,
+        remove_unused_columns=False,
+        use_cpu=not torch.accelerator.is_available(),
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        save_strategy="steps" if "save_steps" in given else "no",
+        eval_strategy="steps" if "eval_steps" in given else "no",
+    )
+    if not trainer["dataloader_num_workers"]:
+        trainer["dataloader_prefetch_factor"] = None
+    try:
+        return TrainingArguments(**trainer)
+    except (ValueError, TypeError) as e:
+        raise InputError(" ".join(str(e).split())) from None
+
+
+def read_deepspeed_config(path: str | Path | None) -> dict | None:
+    """The content of a DeepSpeed json; None for None and "none". Raises InputError."""
+    if path is None or str(path) == "none":
+        return None
+    try:
+        config = read_json(path)
+    except OSError:
+        raise InputError(f"--deepspeed {path} can't be read: give a json file, or none") from None
+    except ValueError as e:
+        raise InputError(f"--deepspeed {path} is not valid JSON: {e}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise InputError(f"--deepspeed {path} must hold a JSON object, and so must its zero_optimization")
+    if not torch.accelerator.is_available():
+        # DeepSpeed would compile a shared-memory all-reduce at first use, which takes a minute and a C++ compiler.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    return config
+
+
+def _check_model(args, output_dir: str):
+    base, adapter = base_and_adapter(args.model_name_or_path)
+    if adapter and not args.evaluate_only:
+        raise InputError(
+            f"--model_name_or_path {adapter} holds an adapter: give its base {base}, or merge them with "
+            "tools/merge_adapter.py, or --evaluate_only"
+        )
+    _check_model_folder(base)
+    folder = Path(output_dir).resolve()
+    if not args.evaluate_only and Path(base).resolve() in (folder, folder / BEST):
+        raise InputError(
+            f"--model_name_or_path {base} is what --output_dir {output_dir} holds, and it would be moved away when "
+            "training begins: choose another --output_dir"
+        )
+
+
+def _check_model_folder(name: str):
+    folder = Path(name)
+    is_hub_name = name.count("/") == 1 and folder.parts[0] not in ("/", ".", "..", "~") and not folder.parent.is_dir()
+    if is_hub_name:
+        return
+    try:
+        model_type = read_json(folder / "config.json").get("model_type")
+    except OSError:
+        raise InputError(f"--model_name_or_path {name}: there is no such folder with a config.json in it") from None
+    except (ValueError, AttributeError):
+        raise InputError(f"--model_name_or_path {name}: its config.json is not a JSON object") from None
+    if model_type != "phi3_v":
+        raise InputError(f"--model_name_or_path {name} holds a model of type {model_type}, must be phi3_v")
+
+
+def _num_crops_of_run(name: str) -> int | None:
+    """--num_crops of the run that saved this model or adapter; None if no run of these scripts did."""
+    folder = Path(name)
+    marks = (FINISHED, BEST_EVALUATION, MANIFEST, "adapter_config.json")
+    try:
+        return read_json(folder / "preprocessor_config.json")["num_crops"] if _has_any(folder, marks) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _make_output_dir(folder: Path, may_hold_checkpoints: bool):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output_dir {folder} is not writable")
+    if not may_hold_checkpoints and any(folder.glob("checkpoint-*")):
+        raise InputError(
+            f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
+        )

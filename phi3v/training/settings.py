@@ -1,0 +1,187 @@
+"""What the result of a run depends on, and whether a checkpoint belongs to the same run.
+
+The names and meaning of what `settings_of` returns must stay as they are: checkpoints hold them, and a flag that an old
+checkpoint lacks means the default that it had then.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from accelerate.utils import gather_object
+
+from ..errors import InputError
+
+# Flags that may differ between the processes of one run.
+MAY_DIFFER_BETWEEN_RANKS = {
+    "local_rank",
+    "data_dir",
+    "use_cpu",
+    "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_pin_memory",
+    "log_level",
+    "log_level_replica",
+    "no_tqdm",
+    "disable_tqdm",
+    "run_name",
+    "cache_vision_features",
+}
+
+# Settings that do not change what is trained. A run with another value of any other setting is another run.
+NEUTRAL = {
+    "output_dir",
+    "data_dir",  # the content of the data is compared, not where it lies
+    "estimate",
+    "estimate_gpus",
+    "check_data",
+    "resume_anyway",
+    "resume_from_checkpoint",
+    "no_tqdm",
+    "no_eval_before",
+    "max_eval_samples",
+    "max_new_tokens",
+    "eval_split",
+    "max_tokens_per_gpu",  # the number that "auto" came to is compared
+    "on_bad_example",
+    "cache_vision_features",  # whether features were cached is compared, not where
+    "cache_vision_gib",
+    "keep_best",
+    "preset",  # what it sets is compared
+    "dry_run",
+    "evaluate_only",
+    "per_device_eval_batch_size",
+    "logging_steps",
+    "logging_first_step",
+    "logging_strategy",
+    "eval_steps",
+    "eval_strategy",
+    "do_eval",  # follows from eval_strategy
+    "eval_delay",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "report_to",
+    "run_name",
+    "project",
+    "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_pin_memory",
+    "disable_tqdm",
+    "log_level",
+    "log_level_replica",
+    "ddp_timeout",
+    "activation_checkpointing",  # computes the same numbers a second time
+    "activation_checkpointing_kwargs",
+    "local_rank",
+    "use_cpu",
+}
+
+# Settings that decide the shape or the content of the optimizer's state, so that no other value can resume from it, and
+# what to do if they differ.
+STRUCTURAL = {
+    "world_size": "start as many processes as before",
+    "deepspeed": "give the same --deepspeed as before",
+    "model_name_or_path": "give the same model as before",
+    "bf16": "use the same precision as before",
+    "fp16": "use the same precision as before",
+    "optim": "give the same --optim as before",
+    **dict.fromkeys(
+        (
+            "freeze_vision_model",
+            "train_projector",
+            "train_separators",
+            "use_lora",
+            "use_qlora",
+            "quantize_vision",
+        ),
+        "train the same part of the model",
+    ),
+    **dict.fromkeys(("lora_rank", "use_dora"), "train the same adapters"),
+    # The optimizer's state holds these values, and new ones would be ignored.
+    **dict.fromkeys(
+        (
+            "learning_rate",
+            "vision_lr",
+            "projector_lr",
+            "wd",
+            "weight_decay",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
+        ),
+        "use the same optimizer settings as before",
+    ),
+}
+
+
+def settings_of(args, training_args, **more) -> dict:
+    """All settings that the result of a run depends on, as JSON would hold them.
+
+    args: a script's flags; training_args: a TrainingArguments; more: what else the result depends on.
+    """
+    values = training_args.to_dict() | vars(args) | {"world_size": training_args.world_size} | more
+    values = {name: value for name, value in values.items() if name not in NEUTRAL and "token" not in name.split("_")}
+    return json.loads(json.dumps(values, default=str, sort_keys=True))
+
+
+def model_fingerprint(name: str) -> str | None:
+    """A hash of the weights in a folder, of their sizes and samples of their bytes; None for a model of the Hub."""
+    files = sorted(Path(name).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for part in range(64):
+                file.seek(size * part // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16] if files else None
+
+
+def check_settings(stored: dict, now: dict, source: Path, anyway: bool):
+    """Raises InputError with everything that differs; with `anyway`, only if something in STRUCTURAL differs.
+
+    stored: the settings in `source`, a checkpoint or a finished run; now: those of this run.
+    """
+    names = [name for name in sorted(stored.keys() | now.keys()) if stored.get(name) != now.get(name)]
+    structural = [name for name in names if name in STRUCTURAL]
+    if not names or anyway and not structural:
+        return
+    lines = [f"{source} was written with other settings:"]
+    lines += [f"  {name}: {short_json(stored.get(name))} then, {short_json(now.get(name))} now" for name in names]
+    if structural:
+        ways = "; ".join(dict.fromkeys(STRUCTURAL[name] for name in structural))
+        lines.append(f"to resume from it, {ways}; or train anew from its weights, in another --output_dir")
+    else:
+        lines.append("give the same settings as before, or resume with the new ones by --resume_anyway")
+    raise InputError("\n".join(lines))
+
+
+def check_flags_equal_on_all_ranks(args, training_args):
+    """Raises InputError if processes were started with different flags: they would wait for one another for ever."""
+    flags = json.loads(json.dumps(training_args.to_dict() | vars(args), default=str))
+    first, *others = gather_object([{k: v for k, v in flags.items() if k not in MAY_DIFFER_BETWEEN_RANKS}])
+    for rank, other in enumerate(others, 1):
+        if names := [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]:
+            differences = "; ".join(
+                f"{name}: {short_json(first.get(name))}, {short_json(other.get(name))}" for name in names
+            )
+            raise InputError(f"processes 0 and {rank} were started with different flags: {differences}")
+
+
+def micro_batch_tokens(asked: int | str | None, checkpoint: Path | None, stored: dict) -> int | str | None:
+    """--max_tokens_per_gpu; if it is "auto" and the run resumes, the number that it came to in the resumed run.
+
+    Raises InputError if the resumed run did not fill micro-batches by tokens.
+    """
+    if asked != "auto" or checkpoint is None:
+        return asked
+    if not stored.get("tokens"):
+        raise InputError(f"--max_tokens_per_gpu auto: {checkpoint} was trained without it; leave it out here too")
+    return stored["tokens"]
+
+
+def short_json(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"

@@ -1,0 +1,55 @@
+"""Files appear whole or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from phi3v import files
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with files.replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), files.replacing(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_do_not_share_a_partial_file(tmp_path):
+    path = tmp_path / "a"
+    with files.replacing(path, several_writers=True) as one, files.replacing(path, several_writers=True) as two:
+        assert one != two
+        one.write_text("1")
+        two.write_text("2")
+    assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]  # the outer block ends last
+
+
+def test_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(files.os, "fsync", lambda fd: events.append("fsync"))
+    replace = os.replace
+    monkeypatch.setattr(files.os, "replace", lambda *paths: events.append("replace") or replace(*paths))
+    files.write_json(tmp_path / "a.json", {"b": "ü", "a": 1})
+    assert events == ["fsync", "replace"] and files.read_json(tmp_path / "a.json") == {"b": "ü", "a": 1}
+    with files.replacing(tmp_path / "b", durable=False) as partial:
+        partial.touch()
+    assert events == ["fsync", "replace", "replace"]
+
+
+def test_others_may_read_weights_as_they_read_the_config(tmp_path):
+    for name, mode in (("config.json", 0o644), ("model.safetensors", 0o600)):
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(mode)
+    files.let_others_read(tmp_path)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o644

@@ -1,0 +1,96 @@
+"""Rules on flags are pure functions: they look at nothing but the flags, change nothing, and say one line."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from phi3v.errors import InputError
+from phi3v.flag_rules import check_flags, zero_stage
+
+DEFAULTS = {
+    "num_crops": 16, "lora_dropout": 0.0, "lora_alpha_ratio": 2.0, "lora_rank": 64, "vision_lr": None,
+    "projector_lr": None, "cache_vision_gib": 100.0, "cache_vision_features": None, "on_bad_example": "error",
+    "freeze_vision_model": False, "train_projector": False, "use_lora": False, "use_qlora": False, "use_dora": False,
+    "quantize_vision": False, "train_separators": False, "batch_size": 16, "batch_size_per_gpu": 1,
+    "max_tokens_per_gpu": None, "estimate": False, "estimate_gpus": None, "evaluate_only": False, "dry_run": False,
+    "keep_best": False, "resume_anyway": False, "max_length": None, "max_new_tokens": 64,
+}  # fmt: skip
+TRAINER = {
+    "learning_rate": 4e-5, "num_train_epochs": 1, "save_steps": 500, "eval_steps": None, "save_total_limit": None,
+    "per_device_eval_batch_size": 8, "dataloader_num_workers": 1, "seed": 42, "deepspeed": None,
+    "resume_from_checkpoint": None,
+}  # fmt: skip
+ZERO3 = {"zero_optimization": {"stage": 3}}
+
+
+def check(world_size=1, has_accelerator=True, launcher=None, **flags):
+    args = SimpleNamespace(**DEFAULTS | {name: value for name, value in flags.items() if name in DEFAULTS})
+    trainer = TRAINER | {name: value for name, value in flags.items() if name in TRAINER}
+    before = dict(vars(args)), dict(trainer)
+    try:
+        check_flags(args, trainer, set(flags), world_size, has_accelerator, launcher or {})
+    finally:
+        assert (vars(args), trainer) == before
+
+
+@pytest.mark.parametrize(
+    "message, flags",
+    [
+        ("--lora_rank is 0, must be at least 1", {"use_lora": True, "lora_rank": 0}),
+        ("--num_crops is 17, but the model was trained with at most 16", {"num_crops": 17}),
+        ("--lora_dropout is 1.0, must be at least 0 and below 1", {"use_lora": True, "lora_dropout": 1.0}),
+        ("--learning_rate is nan, must be above 0", {"learning_rate": float("nan")}),
+        ("--learning_rate is inf, must be above 0", {"learning_rate": float("inf")}),
+        ("--save_steps is 0, must be above 0", {"save_steps": 0}),
+        ("--save_total_limit is 0, must be at least 1", {"save_total_limit": 0}),
+        ("--seed is -1, must be at least 0", {"seed": -1}),
+        ("--on_bad_example is drop, must be error or skip", {"on_bad_example": "drop"}),
+        ("--use_dora has no effect without --use_lora", {"use_dora": True}),
+        ("--resume_anyway has no effect without --resume_from_checkpoint", {"resume_anyway": True}),
+        ("--vision_lr contradicts --freeze_vision_model", {"vision_lr": 1e-5, "freeze_vision_model": True}),
+        (
+            "--train_projector contradicts --use_lora",
+            {"train_projector": True, "use_lora": True, "freeze_vision_model": True},
+        ),
+        ("--use_qlora can't run under ZeRO-3", {"use_qlora": True, "use_lora": True, "deepspeed": ZERO3}),
+        (
+            "--cache_vision_features can't run under ZeRO-3",
+            {"cache_vision_features": "x", "freeze_vision_model": True, "deepspeed": ZERO3},
+        ),
+        ("--vision_lr and --projector_lr need the Trainer's", {"vision_lr": 1e-5, "deepspeed": {"optimizer": {}}}),
+        ("leave out --use_fsdp", {"launcher": {"ACCELERATE_USE_FSDP": "true"}}),
+        ("give --mixed_precision no", {"launcher": {"ACCELERATE_MIXED_PRECISION": "bf16"}}),
+        ("--max_tokens_per_gpu must be auto, or a whole number", {"max_tokens_per_gpu": "-5"}),
+        ("--max_tokens_per_gpu must be auto, or a whole number", {"max_tokens_per_gpu": "many"}),
+        (
+            "there is no GPU here: give a number",
+            {"max_tokens_per_gpu": "auto", "estimate": True, "has_accelerator": False},
+        ),
+        ("contradict each other", {"max_tokens_per_gpu": "4096", "batch_size_per_gpu": 2}),
+        ("--batch_size 16 can't be divided: 3 processes", {"world_size": 3}),
+        ("--evaluate_only and --dry_run contradict each other", {"evaluate_only": True, "dry_run": True}),
+    ],
+)
+def test_a_broken_rule_is_one_line(message, flags):
+    with pytest.raises(InputError) as error:
+        check(**flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"use_lora": True, "lora_rank": 1, "use_dora": True},
+        {"freeze_vision_model": True, "train_projector": True, "projector_lr": 1e-3},
+        {"max_tokens_per_gpu": "4096"},
+        {"evaluate_only": True, "world_size": 3},
+        {"freeze_vision_model": True, "cache_vision_features": "x", "cache_vision_gib": 5.0},
+    ],
+)
+def test_flags_that_go_together_pass(flags):
+    check(**flags)
+
+
+def test_the_zero_stage():
+    assert zero_stage({}) == zero_stage({"zero_optimization": {}}) == 0 and zero_stage(ZERO3) == 3
