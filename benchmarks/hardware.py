@@ -21,7 +21,9 @@ sys.path.append(str(ROOT))  # phi3v and the scripts, where they are not installe
 with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints, too
     import finetune_hf_trainer_docvqa as docvqa
     from phi3v import Phi3VProcessor
+    from phi3v.arguments import parse_arguments
     from phi3v.data.conversations import ConversationDataset, Size
+    from phi3v.run import estimate_run
     from phi3v.training.estimate import ASSUMED_MFU, Estimate
     from phi3v.training.hardware import GPUS, USABLE_SHARE, published_peak
 
@@ -52,7 +54,8 @@ def example_size(model: str) -> Size:
 
 def estimate(model: str, flags: list[str], gpus: int, size: Size) -> Estimate:
     argv = ["--model_name_or_path", model, "--estimate", "--estimate_gpus", str(gpus), "--batch_size", str(BATCH_SIZE)]
-    return docvqa.estimate_run(*docvqa.parse_arguments(argv + flags), [size])
+    recipe = docvqa.RecipeArguments, docvqa.TRAINING, docvqa.PRESETS, docvqa.__doc__
+    return estimate_run(*parse_arguments(*recipe, argv + flags), [size], docvqa.choose_trained)
 
 
 def cell(found: Estimate, gpu: str) -> str:

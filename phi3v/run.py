@@ -205,7 +205,7 @@ class Run:
                 compute_dtype(training_args),
                 training_args.dataloader_num_workers,
                 training_args.disable_tqdm,
-                decided=self.stored_settings.get("cached"),
+                earlier_choice=self.stored_settings.get("cached"),
                 is_stopped=self.preemption.has_signal,
             )
             self.settings["cached"] = train_dataset.features is not None

@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v import Phi3VConfig, Phi3VForCausalLM
+from phi3v.arguments import parse_arguments
 from phi3v.data.conversations import Size
 from phi3v.errors import InputError
 from phi3v.model.adapters import add_adapter
 from phi3v.model.packing import pack
+from phi3v.run import estimate_run
 from phi3v.training.costs import Costs
 from phi3v.training.estimate import Estimate
 from phi3v.training.hardware import GPUS, published_peak
@@ -202,6 +204,10 @@ def test_memory_under_deepspeed():
     assert memory("zero3", 1)[0].update == 6e9  # a group of parameters after the other
 
 
+def parse(script, *flags):
+    return parse_arguments(script.RecipeArguments, script.TRAINING, script.PRESETS, script.__doc__, list(flags))
+
+
 COMMANDS = [
     line.removesuffix("\\").strip().split("finetune_hf_trainer_")[1]
     for line in (ROOT / "benchmarks" / "hardware.md").read_text().replace("\\\n", " ").splitlines()
@@ -214,7 +220,7 @@ def test_commands_of_the_hardware_guide(command, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     name, *flags = shlex.split(command)
     script = importlib.import_module(f"finetune_hf_trainer_{name.removesuffix('.py')}")
-    script.parse_arguments([*flags, "--model_name_or_path", "demo/base_checkpoint", "--output_dir", str(tmp_path)])
+    parse(script, *flags, "--model_name_or_path", "demo/base_checkpoint", "--output_dir", str(tmp_path))
 
 
 def test_an_estimate_is_for_a_machine_elsewhere(tmp_path):
@@ -222,8 +228,8 @@ def test_an_estimate_is_for_a_machine_elsewhere(tmp_path):
     common = ["--data_dir", str(tmp_path), "--model_name_or_path", str(ROOT / "demo" / "base_checkpoint"), "--estimate"]
 
     def estimate(*flags):
-        args, training_args = ucf101.parse_arguments([*common, *flags])
-        estimated = ucf101.estimate_run(args, training_args, [Size(200, 26, 4, 5, 0)])
+        args, training_args = parse(ucf101, *common, *flags)
+        estimated = estimate_run(args, training_args, [Size(200, 26, 4, 5, 0)], ucf101.choose_trained)
         return estimated.memory(estimated.largest_workload(1), "none").peak
 
     half = estimate("--bf16")

@@ -1,8 +1,8 @@
-"""Features of images, as a frozen vision model gives them, kept on disk over epochs and runs.
+"""A cache on disk for what a frozen vision model computes from each image, used in later epochs and runs.
 
-A file an image, `FOLDER/<model>/<image>.safetensors`: the rows of `Phi3VImageEmbedding` without the separators. The
-model's part of the name follows from all that the features depend on, the image's from its content, so that nothing
-old is ever taken for something new.
+It has one file for each image, `FOLDER/<model>/<image>.safetensors`, with the rows that `Phi3VImageEmbedding` computes
+from its crops, without the separators. The model's part of the name is a digest of everything that the features depend
+on, and the image's part is a digest of its content, so that features of another model or another image are never used.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,30 +29,32 @@ from ..errors import InputError
 from ..files import replacing
 from ..model.adapters import inner_model
 from ..model.image_processing_phi3v import crops_of_tiles
-from ..model.modeling_phi3v import Phi3VForCausalLM
+from ..model.modeling_phi3v import Phi3VForCausalLM, Phi3VImageEmbedding
 from .hardware import wait_for_device
 from .stopping import Interrupted, ignore_signals
 
-TIMED = 8  # images a rank after which reading is compared with computing
-FORMAT = 1  # one more wherever crops or features are computed otherwise than before
+TIMED_IMAGES = 8  # on each rank, before reading is compared with computing
+FORMAT = 1  # must be raised whenever the way in which crops or features are computed changes
 
 
 class FeatureCache:
-    """Reads features; what it returns stands where crops would.
+    """Reads features from the cache, which a `ConversationDataset` then returns in place of crops.
 
-    folder: of one model's features. rows: of a crop; width: of a row.
+    folder: holds the features of one model.
+    rows: of features for one crop.
+    width: of a row, the hidden size of the decoder.
     """
 
     def __init__(self, folder: Path, rows: int, width: int, dtype: torch.dtype):
         self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
 
     def path(self, image) -> Path:
-        return self.folder / f"{_digest(image)}.safetensors"
+        return self.folder / f"{_image_digest(image)}.safetensors"
 
     def read(self, images: Sequence) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """(n_crops * rows, width) features of all images, and each image's (down, across) sub-crops.
+        """The features (n_crops * rows, width) of all images, and the (down, across) sub-crops of each image.
 
-        Raises InputError for an image that can't be read, or whose features are missing or damaged.
+        Raises InputError if an image can't be read, and if its features are missing or damaged.
         """
         features, grids = [torch.zeros(0, self.width, dtype=self.dtype)], []
         for image in images:
@@ -63,18 +65,21 @@ class FeatureCache:
                 grids.append(tuple(content["grid"].tolist()))
             except (OSError, SafetensorError, KeyError) as e:
                 raise InputError(
-                    f"{path}, the features of {image_name(image)}, can't be read ({e}): all nodes must see "
-                    "the folder; delete the file, if it is there, and start again"
+                    f"{path}, the features of {image_name(image)}, can't be read ({e}): delete the file if "
+                    "it is damaged, and start again; all nodes must see the same folder"
                 ) from None
         return torch.cat(features), grids
 
+    def bytes_of(self, crops: int) -> int:
+        return crops * self.rows * self.width * self.dtype.itemsize
+
     def blank(self, grids: list[tuple[int, int]]) -> torch.Tensor:
-        """For images of these sub-crops that nothing is known of."""
+        """Features of zeros, for images with these sub-crops that can't be read."""
         return torch.zeros(sum(h * w + 1 for h, w in grids) * self.rows, self.width, dtype=self.dtype)
 
 
-def _digest(image) -> str:
-    """Of the image's file, or of the pixels of one in memory. Raises InputError for a file that can't be read."""
+def _image_digest(image) -> str:
+    """A digest of the image's file, or of its pixels if it is in memory. Raises InputError if a file can't be read."""
     if isinstance(image, Image.Image):
         content = repr((image.mode, image.size, image.getpalette())).encode() + image.tobytes()
         return hashlib.sha256(content).hexdigest()[:32]
@@ -87,8 +92,8 @@ def _digest(image) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-class _Missing(Dataset):
-    """For an example each, path, tiles and grid of its images that have no features yet and can be read."""
+class _MissingImages(Dataset):
+    """Item i is a list of (path, tiles, grids), for the images of `examples[i]` that have no features in the cache."""
 
     def __init__(self, dataset: ConversationDataset, examples: list[int], cache: FeatureCache):
         self.dataset, self.examples, self.cache = dataset, examples, cache
@@ -104,9 +109,64 @@ class _Missing(Dataset):
                     if not (path := self.cache.path(image)).is_file():
                         missing.append((path, *encode_images(self.dataset.processor, [image])))
                 except InputError:
-                    if not self.dataset.skip_bad:  # otherwise training meets it again, and says so
+                    if not self.dataset.skip_bad:  # if bad examples are skipped, training reports this image
                         raise
         return missing
+
+
+class _FeatureWriter:
+    """Computes the features of images and writes them to the cache."""
+
+    def __init__(self, vision: Phi3VImageEmbedding, image_processor, cache: FeatureCache, device, autocast: bool):
+        self.vision, self.image_processor, self.cache = vision, image_processor, cache
+        self.device, self.autocast = device, autocast
+        self.written: list[Path] = []
+
+    def write(self, path: Path, tiles: torch.Tensor, grids: list[tuple[int, int]]) -> float:
+        """Computes and writes the features of one image. Returns the seconds that computing took."""
+        statistics = self.image_processor.image_mean, self.image_processor.image_std
+        start = time.perf_counter()
+        with torch.autocast(self.device.type, self.cache.dtype, enabled=self.autocast):
+            pixels = crops_of_tiles(tiles.to(self.device), grids, *statistics, self.vision.glb_GN.dtype)
+            features = self.vision(pixels)[:-2].to(self.cache.dtype)  # without the two separators
+        wait_for_device()
+        seconds = time.perf_counter() - start
+        write_features(path, features, grids[0])
+        self.written.append(path)
+        return seconds
+
+    def write_all(self, images: Iterable[tuple], is_stopped: Callable[[], bool]) -> int:
+        """Writes the features of these images. Returns how many images of all ranks have been written so far."""
+        for image in images:
+            self.write(*image)
+            if is_stopped():
+                break
+        return sum(written for (written,) in _gather_unless_stopped((len(self.written),), is_stopped))
+
+    def reading_and_computing(self, images: Iterator[tuple], is_stopped: Callable[[], bool]) -> tuple[float, float]:
+        """Writes the features of the next TIMED_IMAGES images. Returns the seconds that reading them again takes, and
+        those that computing them has taken, in total over all ranks."""
+        reading = computing = 0.0
+        for image in itertools.islice(images, TIMED_IMAGES):
+            seconds = self.write(*image)
+            if len(self.written) > 1:  # the first image also waits for what the device sets up
+                computing += seconds
+                reading += reading_seconds(image[0])
+            if is_stopped():
+                break
+        return tuple(map(sum, zip(*_gather_unless_stopped((reading, computing), is_stopped), strict=True)))
+
+    def delete_written(self):
+        for path in self.written:
+            path.unlink(missing_ok=True)
+
+
+def _gather_unless_stopped(values: tuple, is_stopped: Callable[[], bool]) -> list[tuple]:
+    """The values of every rank. Raises Interrupted on all ranks if any of them is to stop."""
+    gathered = gather_object([(values, is_stopped())])
+    if any(stopped for _, stopped in gathered):
+        raise Interrupted
+    return [values for values, _ in gathered]
 
 
 @torch.no_grad()
@@ -119,108 +179,100 @@ def cache_features(
     compute_dtype: torch.dtype,
     num_workers: int = 0,
     disable_tqdm: bool = False,
-    decided: bool | None = None,
+    earlier_choice: bool | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Has `dataset` give features in place of crops, after computing those that are not in `folder` yet; all ranks
-    share the work. Where it would not pay or has no room, leaves `dataset` as it is. Returns what to tell about it.
+    """Computes the features that `folder` does not hold yet, on all ranks together, and has `dataset` read features in
+    place of images. Leaves `dataset` as it is if the features need too much room, or if reading them takes longer than
+    computing them. Returns a line for the user that says which of these has happened.
 
-    model: a Phi3VForCausalLM, or one with adapters, whose vision part is frozen.
+    model: a Phi3VForCausalLM with a frozen vision model, or a PeftModel around one.
     dataset: with its `sizes`, as `all_sizes` finds them.
-    limit: bytes that the folder may hold, whatever is in it from before.
-    decided: whether a run that is gone on with has cached, so that it goes on alike; None to find out.
-    is_stopped: looked at after every image; where it says so on any rank, all raise Interrupted.
-    Raises InputError for a folder that can't be written, an image that can't be read, and features that a run can't
-    go on with for lack of room.
+    limit: bytes that `folder` may hold, including what other runs have left there.
+    earlier_choice: whether the run that is resumed has used cached features. The resumed run then does the same,
+        because cached features differ from recomputed ones by rounding. None for a new run, which measures.
+    is_stopped: called after every image; as soon as it returns True on any rank, all ranks raise Interrupted.
+    Raises InputError if the folder can't be written, if an image can't be read, and if there is too little room for the
+    features of a run that has used them before.
     """
-    rank, world_size = ranks.rank(), ranks.world_size()
-    model = inner_model(model)
-    vision, processor = model.model.vision_embed_tokens.to(device), dataset.processor
+    vision, processor = inner_model(model).model.vision_embed_tokens.to(device), dataset.processor
     autocast = compute_dtype != torch.float32
     dtype = compute_dtype if autocast else vision.glb_GN.dtype
-    cache = FeatureCache(
-        Path(folder) / _model_key(vision, processor, dtype), vision.grid**2, model.config.hidden_size, dtype
+    name = _model_digest(vision, processor, dtype)
+    cache = FeatureCache(Path(folder) / name, vision.grid**2, inner_model(model).config.hidden_size, dtype)
+    examples, crops = _distinct_image_sets(dataset)
+    if shortage := _shortage_of_room(cache, Path(folder), limit, crops):
+        if earlier_choice:
+            raise InputError(f"{shortage}; the run that is resumed has used cached features")
+        return shortage
+    if earlier_choice is False:
+        return "vision features are not cached, because the run that is resumed has not used cached ones"
+    writer = _FeatureWriter(vision, processor.image_processor, cache, device, autocast)
+    images = _images_of_this_rank(dataset, examples, cache, num_workers, disable_tqdm)
+    with _evaluation_mode(vision):
+        if earlier_choice is None:
+            reading, computing = writer.reading_and_computing(images, is_stopped)
+            if reading > computing:
+                writer.delete_written()
+                return (
+                    f"vision features are not cached, because reading them takes {reading / computing:.1f} times as "
+                    "long as computing them"
+                )
+        written = writer.write_all(images, is_stopped)
+    dataset.features = cache
+    return (
+        f"vision features of {crops:,} crops ({cache.bytes_of(crops) / 2**30:.2f} GiB) are read from {cache.folder}; "
+        f"newly computed images: {written:,}"
     )
-    examples, crops = _distinct(dataset)
-    needed = crops * cache.rows * cache.width * dtype.itemsize
-    try:
-        cache.folder.mkdir(parents=True, exist_ok=True)
-        own, others = _bytes(cache.folder), _bytes(Path(folder))
-        free = shutil.disk_usage(folder).free
-    except OSError as e:
-        raise InputError(f"--cache_vision_features {folder} can't be made ({e.strerror}): choose another") from None
-    room = min(limit - (others - own), free + own)
-    if not all(gather_object([needed <= room])):
-        message = (
-            f"the features of {crops:,} crops are not cached: they take {needed / 2**30:.1f} GiB, and {folder} has "
-            f"room for {max(room, 0) / 2**30:.1f}; raise --cache_vision_gib, or delete what is in it from other runs"
-        )
-        if decided:
-            raise InputError(f"{message}; the run that is gone on with had them")
-        return message
-    statistics = processor.image_processor.image_mean, processor.image_processor.image_std
+
+
+def _images_of_this_rank(
+    dataset: ConversationDataset, examples: list[int], cache: FeatureCache, num_workers: int, disable_tqdm: bool
+) -> Iterator[tuple]:
+    """The (path, tiles, grids) of this rank's share of the images that have no features yet."""
+    rank = ranks.rank()
     loader = DataLoader(
-        _Missing(dataset, examples[rank::world_size], cache),
+        _MissingImages(dataset, examples[rank :: ranks.world_size()], cache),
         batch_size=None,
-        collate_fn=list,  # as it is
+        collate_fn=list,  # leaves the items as they are
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
     )
-    computing, reading, made = 0.0, 0.0, []
-    was_training = vision.training
-    vision.eval()
-    bar = tqdm(loader, desc="caching vision features", disable=disable_tqdm or rank != 0)
-    images = (image for missing in bar for image in missing)
+    for missing in tqdm(loader, desc="caching vision features", disable=disable_tqdm or rank != 0):
+        yield from missing
 
-    def compute(path, tiles, grids) -> float:
-        """Seconds without writing."""
-        start = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=autocast):
-            pixels = crops_of_tiles(tiles.to(device), grids, *statistics, vision.glb_GN.dtype)
-            features = vision(pixels)[:-2].to(dtype)
-        wait_for_device()
-        seconds = time.perf_counter() - start
-        write_features(path, features, grids[0])
-        made.append(path)
-        return seconds
 
-    def together() -> list[tuple]:
-        ranks = gather_object([(len(made), computing, reading, is_stopped())])
-        if any(stopped for *_, stopped in ranks):
-            raise Interrupted
-        return ranks
+@contextlib.contextmanager
+def _evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
-    for image in itertools.islice(images, TIMED) if decided is None else ():
-        seconds = compute(*image)
-        if len(made) > 1:  # the first one also waits for what a device sets up
-            computing += seconds
-            reading += reading_seconds(image[0])
-        if is_stopped():
-            break
-    _, computed, read, _ = map(sum, zip(*together(), strict=True))
-    if decided is False or read > computed:
-        vision.train(was_training)
-        for path in made:
-            path.unlink(missing_ok=True)
-        if decided is False:
-            return "vision features are not cached, as in the run that is gone on with"
-        return (
-            f"vision features are not cached: reading them takes {read / computed:.1f} times as long as computing them"
-        )
-    for image in images:
-        compute(*image)
-        if is_stopped():
-            break
-    new = sum(count for count, *_ in together())
-    vision.train(was_training)
-    dataset.features = cache
+
+def _shortage_of_room(cache: FeatureCache, folder: Path, limit: float, crops: int) -> str | None:
+    """Makes the cache's folder. Returns a message if it has too little room for the features of so many crops on any
+    rank. Raises InputError if the folder can't be made."""
+    needed = cache.bytes_of(crops)
+    try:
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        own, all_models = _bytes_in(cache.folder), _bytes_in(folder)
+        free = shutil.disk_usage(folder).free
+    except OSError as e:
+        raise InputError(f"--cache_vision_features {folder} can't be made ({e.strerror}): choose another") from None
+    room = min(limit - (all_models - own), free + own)
+    if all(gather_object([needed <= room])):
+        return None
     return (
-        f"the features of {crops:,} crops ({needed / 2**30:.2f} GiB) are read from {cache.folder}; {new:,} images are "
-        "new there"
+        f"vision features are not cached: those of {crops:,} crops take {needed / 2**30:.1f} GiB, and {folder} has "
+        f"room for {max(room, 0) / 2**30:.1f} GiB; raise --cache_vision_gib, or delete the features of other runs in it"
     )
 
 
-def _model_key(vision, processor, dtype: torch.dtype) -> str:
+def _model_digest(vision, processor, dtype: torch.dtype) -> str:
+    """A digest of everything that features depend on beside the image."""
     image_processor = processor.image_processor
     facts = [FORMAT, str(dtype), image_processor.num_crops, image_processor.image_mean, image_processor.image_std]
     digest = hashlib.sha256(repr(facts).encode())
@@ -230,8 +282,8 @@ def _model_key(vision, processor, dtype: torch.dtype) -> str:
     return digest.hexdigest()[:16]
 
 
-def _distinct(dataset: ConversationDataset) -> tuple[list[int], int]:
-    """One example for each set of images that examples have, and how many crops these have."""
+def _distinct_image_sets(dataset: ConversationDataset) -> tuple[list[int], int]:
+    """One example for each distinct set of images in the data, and how many crops these examples have together."""
     examples, crops, seen = [], 0, set()
     for i, size in enumerate(dataset.sizes):
         key = dataset.images_key(i)
@@ -242,26 +294,29 @@ def _distinct(dataset: ConversationDataset) -> tuple[list[int], int]:
     return examples, crops
 
 
-def _bytes(folder: Path) -> int:
+def _bytes_in(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # another run may rename it just now
+        with contextlib.suppress(OSError):  # another run may rename or delete the file at this moment
             total += path.stat().st_size if path.is_file() else 0
     return total
 
 
 def write_features(path: Path, features: torch.Tensor, grid: tuple[int, int]):
-    """Writes an image's features, whole or not at all; two runs may write the same. Raises InputError."""
+    """Writes the features of an image, whole or not at all, even if two runs write the same file at the same time.
+
+    Raises InputError if the file can't be written.
+    """
     content = {"features": features.cpu(), "grid": torch.tensor(grid)}
     try:
         with replacing(path, durable=False, several_writers=True) as partial:
             save_file(content, partial)
     except (OSError, SafetensorError) as e:
-        raise InputError(f"{path} can't be written ({' '.join(str(e).split())}): free some room") from None
+        raise InputError(f"{path} can't be written ({' '.join(str(e).split())}): free disk space") from None
 
 
 def reading_seconds(path: Path) -> float:
-    """What it takes to read a file that is no longer in memory, as far as the system can be told to forget it."""
+    """The time to read a file of features from the disk. Asks the system to drop its copy in memory before."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
