@@ -22,7 +22,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VConfig, Phi3VForCausalLM  # noqa: E402
 from phi3v.model.image_processing_phi3v import crops_of_tiles  # noqa: E402
-from phi3v.training.feature_cache import reading_seconds, write_features  # noqa: E402
+from phi3v.training.feature_files import reading_seconds, write_features  # noqa: E402
 
 
 def seconds(work) -> float:

@@ -1,95 +1,30 @@
-"""A cache on disk for what a frozen vision model computes from each image, used in later epochs and runs.
-
-It has one file for each image, `FOLDER/<model>/<image>.safetensors`, with the rows that `Phi3VImageEmbedding` computes
-from its crops, without the separators. The model's part of the name is a digest of everything that the features depend
-on, and the image's part is a digest of its content, so that features of another model or another image are never used.
-"""
+"""Computes what a frozen vision model makes of each image once, and keeps it on disk for later epochs and runs."""
 
 import contextlib
 import hashlib
 import itertools
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .. import ranks
 from ..data.conversations import ConversationDataset, encode_images
-from ..data.images import image_name
 from ..errors import InputError
-from ..files import replacing
 from ..model.adapters import inner_model
 from ..model.image_processing_phi3v import crops_of_tiles
 from ..model.modeling_phi3v import Phi3VForCausalLM, Phi3VImageEmbedding
+from .feature_files import FeatureCache, bytes_in, reading_seconds, write_features
 from .hardware import wait_for_device
 from .stopping import Interrupted, ignore_signals
 
 TIMED_IMAGES = 8  # on each rank, before reading is compared with computing
 FORMAT = 1  # must be raised whenever the way in which crops or features are computed changes
-
-
-class FeatureCache:
-    """Reads features from the cache, which a `ConversationDataset` then returns in place of crops.
-
-    folder: holds the features of one model.
-    rows: of features for one crop.
-    width: of a row, the hidden size of the decoder.
-    """
-
-    def __init__(self, folder: Path, rows: int, width: int, dtype: torch.dtype):
-        self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
-
-    def path(self, image) -> Path:
-        return self.folder / f"{_image_digest(image)}.safetensors"
-
-    def read(self, images: Sequence) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """The features (n_crops * rows, width) of all images, and the (down, across) sub-crops of each image.
-
-        Raises InputError if an image can't be read, and if its features are missing or damaged.
-        """
-        features, grids = [torch.zeros(0, self.width, dtype=self.dtype)], []
-        for image in images:
-            path = self.path(image)
-            try:
-                content = load_file(path)
-                features.append(content["features"])
-                grids.append(tuple(content["grid"].tolist()))
-            except (OSError, SafetensorError, KeyError) as e:
-                raise InputError(
-                    f"{path}, the features of {image_name(image)}, can't be read ({e}): delete the file if "
-                    "it is damaged, and start again; all nodes must see the same folder"
-                ) from None
-        return torch.cat(features), grids
-
-    def bytes_of(self, crops: int) -> int:
-        return crops * self.rows * self.width * self.dtype.itemsize
-
-    def blank(self, grids: list[tuple[int, int]]) -> torch.Tensor:
-        """Features of zeros, for images with these sub-crops that can't be read."""
-        return torch.zeros(sum(h * w + 1 for h, w in grids) * self.rows, self.width, dtype=self.dtype)
-
-
-def _image_digest(image) -> str:
-    """A digest of the image's file, or of its pixels if it is in memory. Raises InputError if a file can't be read."""
-    if isinstance(image, Image.Image):
-        content = repr((image.mode, image.size, image.getpalette())).encode() + image.tobytes()
-        return hashlib.sha256(content).hexdigest()[:32]
-    content = image.get("bytes") if isinstance(image, dict) else None
-    if content is None:
-        try:
-            content = Path(image["path"] if isinstance(image, dict) else image).read_bytes()
-        except (OSError, TypeError) as e:
-            raise InputError(f"{image_name(image)} can't be read ({e})") from None
-    return hashlib.sha256(content).hexdigest()[:32]
 
 
 class _MissingImages(Dataset):
@@ -258,7 +193,7 @@ def _shortage_of_room(cache: FeatureCache, folder: Path, limit: float, crops: in
     needed = cache.bytes_of(crops)
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
-        own, all_models = _bytes_in(cache.folder), _bytes_in(folder)
+        own, all_models = bytes_in(cache.folder), bytes_in(folder)
         free = shutil.disk_usage(folder).free
     except OSError as e:
         raise InputError(f"--cache_vision_features {folder} can't be made ({e.strerror}): choose another") from None
@@ -292,35 +227,3 @@ def _distinct_image_sets(dataset: ConversationDataset) -> tuple[list[int], int]:
             examples.append(i)
             crops += size.crops
     return examples, crops
-
-
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # another run may rename or delete the file at this moment
-            total += path.stat().st_size if path.is_file() else 0
-    return total
-
-
-def write_features(path: Path, features: torch.Tensor, grid: tuple[int, int]):
-    """Writes the features of an image, whole or not at all, even if two runs write the same file at the same time.
-
-    Raises InputError if the file can't be written.
-    """
-    content = {"features": features.cpu(), "grid": torch.tensor(grid)}
-    try:
-        with replacing(path, durable=False, several_writers=True) as partial:
-            save_file(content, partial)
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"{path} can't be written ({' '.join(str(e).split())}): free disk space") from None
-
-
-def reading_seconds(path: Path) -> float:
-    """The time to read a file of features from the disk. Asks the system to drop its copy in memory before."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    start = time.perf_counter()
-    load_file(path)["features"].clone()
-    return time.perf_counter() - start
