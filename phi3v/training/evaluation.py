@@ -1,4 +1,4 @@
-"""Batched greedy generation over all ranks, and the report of what it gave."""
+"""Evaluation by generated answers: all ranks generate in batches, and every answer gets a score."""
 
 import contextlib
 import importlib.metadata
@@ -38,23 +38,26 @@ def generate_answers(
     disable_tqdm: bool = False,
     on_batch=lambda: None,
 ) -> list[str]:
-    """The model's greedy answer to each example, in the order of `dataset`, on every rank.
+    """The model's greedy answer to each example. Every rank gets all answers, in the order of `dataset`.
 
     model: a Phi3VForCausalLM, or a PeftModel around one.
-    dataset: made with for_generation=True. Each rank answers its share, `batch_size` examples of nearly equal length
-        at a time, padded left; a batch ends when all of its answers have.
-    device: where to, if the model is elsewhere.
-    compute_dtype: half precision here makes autocast compute in it, whatever the weights are kept in.
-    on_batch: called before each batch, on every rank equally often; may raise.
+    dataset: made with for_generation=True. Each rank answers a share of it, in batches of `batch_size` examples of
+        similar length that are padded on the left.
+    device: where the model is moved to; by default it stays where it is.
+    compute_dtype: if this is half precision, autocast computes in it, whatever the dtype of the weights is.
+    on_batch: called before each batch, equally often on every rank; may raise.
     """
     rank, world_size = ranks.rank(), ranks.world_size()
     sizes = all_sizes(dataset, "measuring examples", disable_tqdm)
-    order = sorted(range(len(dataset)), key=lambda i: (-sizes[i].tokens, i))  # what needs most memory comes first
-    # Every rank gets as many, the last ones some twice: under ZeRO-3 no rank can go on without the others.
+    order = sorted(
+        range(len(dataset)), key=lambda i: (-sizes[i].tokens, i)
+    )  # the longest first: a lack of memory shows at once
+    # Every rank gets equally many, so that some examples are answered twice: under ZeRO-3 all ranks must call the model
+    # equally often.
     own = [order[i % len(order)] for i in range(rank, -(-len(order) // world_size) * world_size, world_size)]
     device = device or model.device
-    split = [p for p in model.parameters() if hasattr(p, "ds_id")]  # by ZeRO-3, which has them on their device
-    if not split:
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]  # by ZeRO-3, on the right device already
+    if not partitioned:
         model.to(device)
     loader = DataLoader(
         Subset(dataset, own),
@@ -68,7 +71,8 @@ def generate_answers(
     was_training = model.training
     model.eval()
     answers = []
-    with _whole(model, split), torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+    autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+    with _gathered_parameters(model, partitioned), autocast:
         for batch in tqdm(loader, desc="generating", disable=disable_tqdm or rank != 0):
             on_batch()
             batch.pop("labels")
@@ -89,22 +93,26 @@ def generate_answers(
     return [gathered[i] for i in range(len(dataset))]
 
 
-def _whole(model, split: list):
-    """A context in which split parameters are whole, where no DeepSpeed engine sees to that layer by layer."""
-    if not split or any(module._forward_pre_hooks for module in model.modules()):
+def _gathered_parameters(model, partitioned: list):
+    """A context in which every rank has all of the parameters that ZeRO-3 partitions. A DeepSpeed engine gathers them
+    itself, layer by layer, through hooks of the modules."""
+    if not partitioned or any(module._forward_pre_hooks for module in model.modules()):
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(split)
+    return deepspeed.zero.GatheredParameters(partitioned)
 
 
 @dataclass
 class Evaluation:
-    """What to ask a model, and how its answers are judged.
+    """What a model is asked, and how its answers are scored.
 
-    dataset: made with for_generation=True, of `conversations`, which may have "answers" that count as right; by default
-        it is the last turn's.
-    score: of a prediction, given the right answers; their mean is the metric.
+    dataset: made with for_generation=True. A conversation may list all right answers under "answers"; without that, the
+        answer of its last turn is the right one.
+    metric: the name of the metric, which is the mean score.
+    score: takes a prediction and the right answers, and returns the score.
+    max_new_tokens: the most tokens that an answer can have.
+    compute_dtype: as `generate_answers` takes it.
     """
 
     dataset: ConversationDataset
@@ -114,7 +122,7 @@ class Evaluation:
     compute_dtype: torch.dtype
 
     def report(self, model, args: TrainingArguments, on_batch=lambda: None) -> dict:
-        """The metric over the evaluation set, with every prediction. Every rank calls it, and gets the whole."""
+        """The metric over the evaluation set and all predictions. Every rank must call it, and gets the same report."""
         predictions = generate_answers(
             model,
             self.dataset.processor,
@@ -150,7 +158,7 @@ class Evaluation:
 
 
 def write_evaluation(path: Path, report: dict):
-    """Writes a report to a file, whole or not at all, and says what came out."""
+    """Writes a report as json, whole or not at all, and prints its metric."""
     write_json(path, report)
     value = report[report["metric"]]
     print(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples", flush=True)

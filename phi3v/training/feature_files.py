@@ -1,7 +1,7 @@
 """The files of the cache of vision features: where they are, reading and writing them.
 
-There is one file for each image, `FOLDER/<model>/<image>.safetensors`, with the rows that `Phi3VImageEmbedding` computes
-from its crops, without the separators. The model's part of the name is a digest of everything that the features depend
+Each image has one file, `FOLDER/<model>/<image>.safetensors`, with the rows that `Phi3VImageEmbedding` computes from
+its crops, without the separators. The model's part of the name is a digest of everything that the features depend
 on, and the image's part is a digest of its content, so that features of another model or another image are never used.
 """
 

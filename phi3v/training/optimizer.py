@@ -1,4 +1,4 @@
-"""Learning rates of their own for parts of the model."""
+"""Separate learning rates for the vision tower and the projector."""
 
 import torch
 from torch import nn
@@ -7,8 +7,11 @@ from torch import nn
 def set_part_rates(
     optimizer: torch.optim.Optimizer, model: nn.Module, vision_lr: float | None, projector_lr: float | None
 ):
-    """Moves the tower's parameters into groups with `vision_lr`, and the projector's and separators' into groups with
-    `projector_lr`; None leaves them where they are. All other settings of a group are kept."""
+    """Splits the optimizer's parameter groups, so that parts of the model have learning rates of their own.
+
+    vision_lr: for the vision tower; projector_lr: for the projector and the separators; None leaves a part as it is.
+    The new groups keep the other settings, such as the weight decay, of the group that they come from.
+    """
     if vision_lr is None and projector_lr is None:
         return
     names = {parameter: name for name, parameter in model.named_parameters()}

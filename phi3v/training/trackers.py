@@ -1,7 +1,7 @@
-"""What `--report_to` names: the same names in every tracker, and the evaluations before and after training.
+"""The trackers that `--report_to` names, with the same names in each, and with the evaluations around the training.
 
-The Trainer's own callbacks send what is logged while it trains, and stop listening when training ends. Here they are
-kept listening until the last evaluation, whose examples they get too, as a table and images.
+The Trainer's own callbacks send to the trackers what is logged during training, and close them when training ends. Here
+the trackers stay open until the evaluation after training, from which they also get some examples with their images.
 """
 
 import atexit
@@ -15,12 +15,12 @@ from ..data.images import read_image
 from ..errors import InputError
 
 PERFORMANCE = ("images_per_second", "tokens_per_second", "mfu", "peak_memory_gib")
-SHOWN = 16  # examples
-SIDE = 256  # pixels, of a picture at most
+SHOWN_EXAMPLES = 16
+THUMBNAIL_SIDE = 256  # pixels, at most
 
 
 def rewrite_logs(logs: dict) -> dict:
-    """Names as trackers show them: train/loss, eval/accuracy, perf/mfu."""
+    """Gives what is logged the names that trackers show: train/loss, eval/accuracy, perf/mfu."""
     named = {}
     for key, value in logs.items():
         part = "eval" if key.startswith("eval_") else "perf" if key in PERFORMANCE else "train"
@@ -29,35 +29,40 @@ def rewrite_logs(logs: dict) -> dict:
 
 
 class Trackers:
-    """The trackers of a Trainer, open until `close`."""
+    """The trackers of a Trainer. They stay open until `close` is called or the process ends."""
 
     def __init__(self, trainer):
-        integration_utils.rewrite_logs = rewrite_logs  # which all of them look up there
+        integration_utils.rewrite_logs = rewrite_logs  # all of the Trainer's callbacks look it up in this module
         self.trainer = trainer
-        atexit.register(self.close)  # however the run ends
+        atexit.register(self.close)
         callbacks = trainer.callback_handler.callbacks
         self.callbacks = [c for c in callbacks if type(c).__module__ == integration_utils.__name__]
         for callback in self.callbacks:
-            callback.on_train_end = lambda *args, **kwargs: None  # until `close`
+            callback.on_train_end = lambda *args, **kwargs: None  # `close` calls the original
             if isinstance(callback, integration_utils.TensorBoardCallback) and callback.logging_dir is None:
-                # Its default holds only once training has begun.
+                # The callback itself sets its default only when training begins, after the first evaluation.
                 callback.logging_dir = f"{trainer.args.output_dir}/{integration_utils.default_logdir()}"
 
     def _event(self) -> tuple:
         return self.trainer.args, self.trainer.state, self.trainer.control
 
     def log(self, logs: dict):
-        """What the Trainer does not log itself, in the step that it has come to. Every rank calls it."""
-        self.trainer.state.is_world_process_zero = self.trainer.is_world_process_zero()  # set once training begins
+        """Sends what the Trainer does not log itself, at its current step. Every rank must call it."""
+        # The Trainer sets this only when training begins.
+        self.trainer.state.is_world_process_zero = self.trainer.is_world_process_zero()
         for callback in self.callbacks:
             callback.on_log(*self._event(), model=self.trainer.model, logs=logs)
 
     def log_samples(self, report: dict, before: dict | None, examples: Callable[[int], dict]):
-        """Some predictions with what was asked. report, before: as `Evaluation.report` returns them, the last one and
-        the one before training; examples: as `write_html_report` takes it. Rank 0 calls it."""
+        """Sends some of the predictions, with images, question and right answers. Called on rank 0 alone.
+
+        report, before: what `Evaluation.report` has returned after and before training; `before` may be None.
+        examples: returns the images and the question of example i, as `Evaluation.example` does.
+        """
         rows = []
         count = len(report["predictions"])
-        for i in range(0, count, max(1, count // SHOWN))[:SHOWN] if self.callbacks else ():
+        shown = range(0, count, max(1, count // SHOWN_EXAMPLES))[:SHOWN_EXAMPLES]
+        for i in shown if self.callbacks else ():
             row, example = report["predictions"][i], examples(i)
             earlier = before["predictions"][i]["prediction"] if before else ""
             texts = [row["id"], example["question"], " | ".join(row["answers"]), earlier, row["prediction"]]
@@ -72,6 +77,7 @@ class Trackers:
                 _to_trackio(callback._trackio, columns, rows)
 
     def close(self):
+        """Sends what the trackers still hold, and closes them."""
         atexit.unregister(self.close)
         for callback in self.callbacks:
             end = type(callback).on_train_end
@@ -80,14 +86,14 @@ class Trackers:
 
 
 def side_by_side(images: list) -> Image.Image | None:
-    """One picture of all images that can be read; None where there is none."""
+    """All images that can be read in one picture, reduced in size; None if there are none."""
     small = []
     for image in images:
         try:
             small.append(read_image(image))
         except InputError:
             continue
-        small[-1].thumbnail((SIDE, SIDE))
+        small[-1].thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     if not small:
         return None
     whole = Image.new("RGB", (sum(image.width for image in small), max(image.height for image in small)))
