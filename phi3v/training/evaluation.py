@@ -49,9 +49,8 @@ def generate_answers(
     """
     rank, world_size = ranks.rank(), ranks.world_size()
     sizes = all_sizes(dataset, "measuring examples", disable_tqdm)
-    order = sorted(
-        range(len(dataset)), key=lambda i: (-sizes[i].tokens, i)
-    )  # the longest first: a lack of memory shows at once
+    # The longest examples come first, so that a lack of memory shows at once.
+    order = sorted(range(len(dataset)), key=lambda i: (-sizes[i].tokens, i))
     # Every rank gets equally many, so that some examples are answered twice: under ZeRO-3 all ranks must call the model
     # equally often.
     own = [order[i % len(order)] for i in range(rank, -(-len(order) // world_size) * world_size, world_size)]
