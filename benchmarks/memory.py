@@ -43,7 +43,7 @@ def run(name: str):
 
     from phi3v import Phi3VConfig, Phi3VForCausalLM
     from phi3v.command_line import read_deepspeed_config
-    from phi3v.data.conversations import Size
+    from phi3v.data.sizes import Size
     from phi3v.model.adapters import add_adapter
     from phi3v.ranks import start_alone
     from phi3v.training.measuring import Estimate, load_of_packing

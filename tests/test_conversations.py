@@ -10,7 +10,8 @@ from PIL import Image
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.data.annotations import read_conversations
-from phi3v.data.conversations import Collator, ConversationDataset, encode_conversation
+from phi3v.data.collate import Collator
+from phi3v.data.conversations import ConversationDataset, encode_conversation
 from phi3v.errors import InputError
 from phi3v.training.evaluation import generate_answers
 

@@ -11,7 +11,8 @@ from test_training import COMMON, SIX_STEPS, in_process
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.data.annotations import read_conversations
-from phi3v.data.conversations import ConversationDataset, all_sizes
+from phi3v.data.conversations import ConversationDataset
+from phi3v.data.sizes import all_sizes
 from phi3v.errors import InputError
 from phi3v.model.modeling_phi3v import Phi3VImageEmbedding
 from phi3v.training import feature_cache

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v import Phi3VConfig, Phi3VForCausalLM
-from phi3v.data.conversations import Size
+from phi3v.data.sizes import Size
 from phi3v.errors import InputError
 from phi3v.model.adapters import add_adapter
 from phi3v.model.packing import pack

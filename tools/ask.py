@@ -19,7 +19,8 @@ from transformers import BitsAndBytesConfig, TextStreamer
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VForCausalLM, Phi3VProcessor  # noqa: E402
 from phi3v.data.annotations import END_TOKENS, check_text  # noqa: E402
-from phi3v.data.conversations import Collator, encode_conversation  # noqa: E402
+from phi3v.data.collate import Collator  # noqa: E402
+from phi3v.data.conversations import encode_conversation  # noqa: E402
 from phi3v.errors import InputError, exit_on_input_error  # noqa: E402
 from phi3v.model.adapters import load_adapter  # noqa: E402
 from phi3v.model.processing_phi3v import IMAGE_TAG  # noqa: E402

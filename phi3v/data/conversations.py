@@ -1,30 +1,23 @@
-"""Conversations with images → token ids, labels and crops; collation.
+"""Conversations with images → token ids, labels and crops.
 
 A conversation is a list of turns `{"images": [...], "user": text, "assistant": text}`. The images of a turn stand
 before its text, and their numbers run on over the turns.
 """
 
-import hashlib
-import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from .. import ranks
 from ..errors import InputError
-from ..model.image_processing_phi3v import crops_of_tiles
-from ..model.packing import IGNORE_INDEX, pack
+from ..model.packing import IGNORE_INDEX
 from ..model.processing_phi3v import Phi3VProcessor
 from .annotations import ROLE_TOKENS
 from .images import image_name, image_size, read_image
+from .sizes import Size, _weight
 
 
 def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> dict:
@@ -93,16 +86,6 @@ def _labels(ids: list[int], tokenizer) -> list[int]:
         else:
             labels.append(token if answering else IGNORE_INDEX)
     return labels
-
-
-class Size(NamedTuple):
-    """What an example takes: tokens, of them image tokens and targets, and crops (sub-crops and global ones)."""
-
-    tokens: int
-    image_tokens: int
-    crops: int
-    targets: int
-    digest: int  # of its text and of its images' files, as far as `_weight` looks
 
 
 class ConversationDataset(Dataset):
@@ -220,87 +203,3 @@ class ConversationDataset(Dataset):
         crops = sum(h * w + 1 for h, w in grids)
         digest = zlib.crc32(repr([text, *map(_weight, images)]).encode())
         return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), digest)
-
-
-def _weight(image) -> int | None:
-    """What tells an image from another without reading a file: its size, or a checksum of content that is at hand."""
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        return zlib.crc32(image["bytes"])
-    path = image.get("path") if isinstance(image, dict) else image
-    if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
-        return os.path.getsize(path)
-    return None
-
-
-def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
-    """`size` of every example, looked up by all ranks together, once for a dataset."""
-    if dataset.sizes is not None:
-        return dataset.sizes
-    rank, world_size = ranks.rank(), ranks.world_size()
-    probes = sorted({i * (len(dataset) - 1) // 15 for i in range(16)})
-    looked_at = [(len(dataset), [tuple(dataset.size(i)) for i in probes])]  # on all ranks, as their disks may differ
-    first, *others = gather_object(looked_at)
-    for other, found in enumerate(others, 1):
-        if found != first:
-            raise InputError(
-                f"processes 0 and {other} have different data: {first[0]:,} and {found[0]:,} examples, or others; give "
-                "every node the same files"
-            )
-    own = range(rank, len(dataset), world_size)
-    sizes = [(i, dataset.size(i)) for i in tqdm(own, desc=desc, disable=disable_tqdm or rank != 0)]
-    dataset.sizes = [size for _, size in sorted(gather_object(sizes))]
-    return dataset.sizes
-
-
-def fingerprint(sizes: list[Size]) -> str:
-    """Differs where a text, the size of an image or of its file, or the order of examples does."""
-    return hashlib.sha256(repr([tuple(size) for size in sizes]).encode()).hexdigest()[:16]
-
-
-class PackingCollator:
-    """Encoded conversations → a micro-batch in one row without padding, as `pack` describes it, with `problems`.
-
-    original_length: the model's, above which an example takes the long rotary factors.
-    """
-
-    def __init__(self, processor: Phi3VProcessor, original_length: int, share_images: bool):
-        self.image_processor = processor.image_processor
-        self.original_length = original_length
-        self.share_images = share_images
-
-    def __call__(self, examples: list[dict]) -> dict:
-        batch = pack(examples, self.original_length, self.share_images)
-        grids = torch.tensor(batch["packing"].grids, dtype=torch.long).view(-1, 2)
-        batch["image_sizes"] = grids * self.image_processor.image_size
-        mean, std = (tuple(v) for v in (self.image_processor.image_mean, self.image_processor.image_std))
-        batch["packing"] = replace(batch["packing"], mean=mean, std=std)
-        batch["problems"] = [example["problem"] for example in examples if "problem" in example]
-        return batch
-
-
-class Collator:
-    """Encoded conversations → a padded micro-batch; crops of all examples in one tensor.
-
-    padding_side: "left" to generate.
-    normalise: False leaves the crops as uint8 tiles, with `grids`, for `crops_of_tiles` on the device.
-    """
-
-    def __init__(self, processor: Phi3VProcessor, padding_side: str, normalise: bool = True):
-        self.processor = processor
-        self.padding_side = padding_side
-        self.normalise = normalise
-
-    def __call__(self, examples: list[dict]) -> dict:
-        batch = self.processor.pad([example["input_ids"].tolist() for example in examples], self.padding_side)
-        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
-        labels[batch["attention_mask"].bool()] = torch.cat([example["labels"] for example in examples])
-        tiles = torch.cat([example["pixel_values"] for example in examples])
-        grids = [grid for example in examples for grid in example["grids"]]
-        image_processor = self.processor.image_processor
-        sizes = torch.tensor(grids, dtype=torch.long).view(-1, 2) * image_processor.image_size
-        batch.update(labels=labels, image_sizes=sizes)
-        if self.normalise:
-            batch["pixel_values"] = crops_of_tiles(tiles, grids, image_processor.image_mean, image_processor.image_std)
-        else:
-            batch.update(pixel_values=tiles, grids=grids)
-        return batch

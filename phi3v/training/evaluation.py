@@ -16,7 +16,9 @@ from transformers import TrainerState, TrainingArguments
 
 from .. import ranks
 from ..data.annotations import END_TOKENS
-from ..data.conversations import Collator, ConversationDataset, all_sizes
+from ..data.collate import Collator
+from ..data.conversations import ConversationDataset
+from ..data.sizes import all_sizes
 from ..model.image_processing_phi3v import crops_of_tiles
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from ..model.processing_phi3v import Phi3VProcessor
