@@ -1,10 +1,7 @@
 """Encoded conversations → micro-batches."""
 
-from dataclasses import replace
-
 import torch
 
-from ..model.image_processing_phi3v import crops_of_tiles
 from ..model.packing import IGNORE_INDEX, pack
 from ..model.processing_phi3v import Phi3VProcessor
 
@@ -21,11 +18,10 @@ class PackingCollator:
         self.share_images = share_images
 
     def __call__(self, examples: list[dict]) -> dict:
-        batch = pack(examples, self.original_length, self.share_images)
+        mean, std = (tuple(v) for v in (self.image_processor.image_mean, self.image_processor.image_std))
+        batch = pack(examples, self.original_length, self.share_images, mean, std)
         grids = torch.tensor(batch["packing"].grids, dtype=torch.long).view(-1, 2)
         batch["image_sizes"] = grids * self.image_processor.image_size
-        mean, std = (tuple(v) for v in (self.image_processor.image_mean, self.image_processor.image_std))
-        batch["packing"] = replace(batch["packing"], mean=mean, std=std)
         batch["problems"] = [example["problem"] for example in examples if "problem" in example]
         return batch
 
@@ -46,13 +42,13 @@ class Collator:
         batch = self.processor.pad([example["input_ids"].tolist() for example in examples], self.padding_side)
         labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
         labels[batch["attention_mask"].bool()] = torch.cat([example["labels"] for example in examples])
-        tiles = torch.cat([example["pixel_values"] for example in examples])
+        tiles = torch.cat([example["tiles"] for example in examples])
         grids = [grid for example in examples for grid in example["grids"]]
         image_processor = self.processor.image_processor
         sizes = torch.tensor(grids, dtype=torch.long).view(-1, 2) * image_processor.image_size
         batch.update(labels=labels, image_sizes=sizes)
         if self.normalise:
-            batch["pixel_values"] = crops_of_tiles(tiles, grids, image_processor.image_mean, image_processor.image_std)
+            batch["pixel_values"] = image_processor.crops_of_tiles(tiles, grids)
         else:
-            batch.update(pixel_values=tiles, grids=grids)
+            batch.update(tiles=tiles, grids=grids)
         return batch

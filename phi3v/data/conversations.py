@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from ..model.image_processing_phi3v import num_image_tokens
 from ..model.packing import IGNORE_INDEX
 from ..model.processing_phi3v import Phi3VProcessor
 from .annotations import ROLE_TOKENS
@@ -27,12 +28,12 @@ def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_genera
     `for_generation` leaves out the last answer, so that the ids are exactly those that stand before it in training.
     Images in `turns` are PIL images, paths, or undecoded images of `datasets`.
 
-    Returns `input_ids` and `labels` int64 (length,), `pixel_values` (n_tiles, S, S, 3) uint8 sub-crops and `grids`, the
+    Returns `input_ids` and `labels` int64 (length,), `tiles` (n_tiles, S, S, 3) uint8 sub-crops and `grids`, the
     (down, across) sub-crops of each image. Raises InputError for an image that cannot be read.
     """
     text, images = chat_text(processor, turns, for_generation)
     tiles, grids = encode_images(processor, images)
-    return {**_encode_text(processor, text, grids), "pixel_values": tiles, "grids": grids}
+    return {**_encode_text(processor, text, grids), "tiles": tiles, "grids": grids}
 
 
 def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> tuple[str, list]:
@@ -52,7 +53,7 @@ def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool
 
 def _encode_text(processor: Phi3VProcessor, text: str, grids: list[tuple[int, int]]) -> dict:
     g = processor.image_processor.crop_tokens_per_side
-    ids, _ = processor.tokenize(text, [(h * w + 1) * g * g + 1 + (h + 1) * g for h, w in grids])
+    ids, _ = processor.tokenize(text, [num_image_tokens(h, w, g) for h, w in grids])
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(_labels(ids, processor.tokenizer))}
 
 
@@ -116,7 +117,7 @@ class ConversationDataset(Dataset):
         self.truncate = truncate
         self.skip_bad = skip_bad
         self.sizes: list[Size] | None = None  # as `all_sizes` finds them
-        self.features = None  # a FeatureCache, from which they come in place of crops
+        self.feature_cache = None  # a FeatureCache, from which features come in place of tiles
 
     def __len__(self):
         return len(self.conversations)
@@ -126,6 +127,7 @@ class ConversationDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         examples, last, encoded, problem = [], None, None, None
+        form = "features" if self.feature_cache else "tiles"
         for i in indices:
             index = i if i >= 0 else ~i
             text, images = self._chat(index)
@@ -133,7 +135,7 @@ class ConversationDataset(Dataset):
             if key is None or key != last:
                 problem = None
                 try:
-                    read = self.features.read if self.features else partial(encode_images, self.processor)
+                    read = self.feature_cache.read if self.feature_cache else partial(encode_images, self.processor)
                     encoded, last = read(images), key
                 except InputError as e:
                     if not self.skip_bad:
@@ -141,11 +143,11 @@ class ConversationDataset(Dataset):
                     problem = str(e)
                     blanks = [Image.new("RGB", self._size_or_square(image)) for image in images]
                     tiles, grids = encode_images(self.processor, blanks)
-                    encoded, last = (self.features.blank(grids) if self.features else tiles, grids), key
+                    encoded, last = (self.feature_cache.blank(grids) if self.feature_cache else tiles, grids), key
             example = self._encode_text(index, text, encoded[1])
             if i < 0 or problem:
                 example["labels"] = torch.full_like(example["labels"], IGNORE_INDEX)
-            examples.append({**example, "pixel_values": encoded[0], "grids": encoded[1], "images": key})
+            examples.append({**example, form: encoded[0], "grids": encoded[1], "images_key": key})
             if problem and i >= 0:
                 examples[-1]["problem"] = problem
         return examples

@@ -78,10 +78,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return math.ceil(new_height / self.image_size), math.ceil(new_width / self.image_size)
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
-        """Tokens that an image of this size in pixels takes in the sequence: (h*w + 1)*g^2 + 1 + (h + 1)*g."""
-        h, w = self.crop_grid(width, height)
-        g = self.crop_tokens_per_side
-        return (h * w + 1) * g * g + 1 + (h + 1) * g
+        """How many tokens an image of this size in pixels takes in the sequence."""
+        return num_image_tokens(*self.crop_grid(width, height), self.crop_tokens_per_side)
 
     def calc_num_image_tokens(self, images) -> list[int]:
         """`calc_num_image_tokens_from_image_size` of each image, PIL or numpy."""
@@ -111,6 +109,10 @@ class Phi3VImageProcessor(BaseImageProcessor):
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         pixels.sub_(mean).div_(std)
         return torch.cat([_overview(pixels, *self.crop_grid(*image.size))[None], pixels])
+
+    def crops_of_tiles(self, tiles: torch.Tensor, grids, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The function `crops_of_tiles` of this module, with this processor's mean and standard deviation."""
+        return crops_of_tiles(tiles, grids, self.image_mean, self.image_std, dtype)
 
     def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
         """One image or a list, PIL or numpy (height, width, 3), to the official layout.
@@ -155,6 +157,16 @@ class Phi3VImageProcessor(BaseImageProcessor):
             "patch_size": self.patch_size,
             "processor_class": "Phi3VProcessor",
         }
+
+
+def num_image_tokens(h, w, g):
+    """How many tokens an image takes in the sequence.
+
+    h, w: sub-crops down and across; g: tokens along one side of a crop. All are numbers, or tensors of one shape.
+    Each of the h*w sub-crops and the global crop has g*g tokens. A separator ends each of the h*g rows of the
+    sub-crops and each of the g rows of the global crop, and one more stands between the two.
+    """
+    return (h * w + 1) * g * g + 1 + (h + 1) * g
 
 
 def as_list(images) -> list:
