@@ -4,7 +4,6 @@ A conversation is a list of turns `{"images": [...], "user": text, "assistant": 
 before its text, and their numbers run on over the turns.
 """
 
-import zlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,10 +14,9 @@ from torch.utils.data import Dataset
 from ..errors import InputError
 from ..model.image_processing_phi3v import num_image_tokens
 from ..model.packing import IGNORE_INDEX
-from ..model.processing_phi3v import Phi3VProcessor
-from .annotations import ROLE_TOKENS
+from ..model.processing_phi3v import ASSISTANT, ROLE_TOKENS, Phi3VProcessor, image_tag
 from .images import image_name, image_size, read_image
-from .sizes import Size, _weight
+from .sizes import Size, digest
 
 
 def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> dict:
@@ -42,7 +40,7 @@ def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool
     for turn in turns:
         first = len(images) + 1
         images += turn["images"]
-        tags = "".join(f"<|image_{k}|>" for k in range(first, len(images) + 1))
+        tags = "".join(map(image_tag, range(first, len(images) + 1)))
         messages.append({"role": "user", "content": f"{tags}\n{turn['user']}" if tags else turn["user"]})
         messages.append({"role": "assistant", "content": turn["assistant"]})
     tokenizer = processor.tokenizer
@@ -54,7 +52,7 @@ def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool
 def _encode_text(processor: Phi3VProcessor, text: str, grids: list[tuple[int, int]]) -> dict:
     g = processor.image_processor.crop_tokens_per_side
     ids, _ = processor.tokenize(text, [num_image_tokens(h, w, g) for h, w in grids])
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(_labels(ids, processor.tokenizer))}
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(_answer_labels(ids, processor.tokenizer))}
 
 
 def encode_images(processor: Phi3VProcessor, images: list) -> tuple[torch.Tensor, list[tuple[int, int]]]:
@@ -76,13 +74,13 @@ def _grid(image_processor, image, size: tuple[int, int]) -> tuple[int, int]:
         raise InputError(f"{image_name(image)}: {e}") from None
 
 
-def _labels(ids: list[int], tokenizer) -> list[int]:
+def _answer_labels(ids: list[int], tokenizer) -> list[int]:
     """The ids of every answer up to the next turn, and IGNORE_INDEX elsewhere."""
     roles = dict(zip(tokenizer.convert_tokens_to_ids(list(ROLE_TOKENS)), ROLE_TOKENS, strict=True))
     labels, answering = [], False
     for token in ids:
         if token in roles:
-            answering = roles[token] == "<|assistant|>"
+            answering = roles[token] == ASSISTANT
             labels.append(IGNORE_INDEX)
         else:
             labels.append(token if answering else IGNORE_INDEX)
@@ -203,5 +201,4 @@ class ConversationDataset(Dataset):
         encoded = self._encode_text(index, text, grids)
         ids, targets = encoded["input_ids"], encoded["labels"] != IGNORE_INDEX
         crops = sum(h * w + 1 for h, w in grids)
-        digest = zlib.crc32(repr([text, *map(_weight, images)]).encode())
-        return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), digest)
+        return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), digest(text, images))

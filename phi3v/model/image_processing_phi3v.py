@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .configuration_phi3v import HUB_REPO
+from .configuration_phi3v import auto_map, merged_tokens_per_side
 
 WHITE = (255, 255, 255)
 
@@ -37,8 +37,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         if num_crops < 1:
             raise ValueError(f"num_crops is {num_crops}, must be at least 1")
-        if image_size % (2 * patch_size):
-            raise ValueError(f"image_size {image_size} is not a multiple of 2 x patch_size {patch_size}")
+        merged_tokens_per_side(image_size, patch_size)  # raises ValueError for sizes that do not fit
         self.num_crops = num_crops
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
@@ -48,7 +47,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     @property
     def crop_tokens_per_side(self) -> int:
-        return self.image_size // (2 * self.patch_size)
+        """Image tokens along one side of a crop."""
+        return merged_tokens_per_side(self.image_size, self.patch_size)
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) in pixels that an image is resized to: as large as `num_crops` crops can cover.
@@ -143,10 +143,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     def to_dict(self):
         return {
-            "auto_map": {
-                "AutoImageProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VImageProcessor",
-                "AutoProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VProcessor",
-            },
+            "auto_map": auto_map("AutoImageProcessor", "AutoProcessor"),
             "do_convert_rgb": self.do_convert_rgb,
             "image_mean": self.image_mean,
             "image_processor_type": type(self).__name__,

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from transformers import TrainerState, TrainingArguments
 
 from .. import ranks
-from ..data.annotations import END_TOKENS
 from ..data.collate import Collator
 from ..data.conversations import ConversationDataset
 from ..data.sizes import all_sizes
@@ -63,7 +62,6 @@ def generate_answers(
         collate_fn=Collator(processor, "left", normalise=False),
         worker_init_fn=ignore_signals,
     )
-    stop_ids = processor.tokenizer.convert_tokens_to_ids(list(END_TOKENS))
     was_training = model.training
     model.eval()
     answers = []
@@ -78,7 +76,7 @@ def generate_answers(
                 **batch,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=stop_ids,
+                eos_token_id=processor.stop_ids,
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
             new_ids = ids[:, batch["input_ids"].shape[1] :]
