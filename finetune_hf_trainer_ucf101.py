@@ -510,7 +510,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
             decided=stored.get("cached"),
             is_stopped=preemption.has_signal,
         )
-        settings["cached"] = train_dataset.features is not None
+        settings["cached"] = train_dataset.feature_cache is not None
         if is_first:
             print(message, flush=True)
 

@@ -383,7 +383,7 @@ script.exit_on_input_error(lambda: script.main(flags))
     "odd, said",
     [
         (["--no_eval_before"], "processes 0 and 1 were started with other flags: no_eval_before: false, true"),
-        (["--data_dir", "OTHER"], "processes 0 and 1 have different data: 24 and 20 examples"),
+        (["--data_dir", "OTHER"], "processes 0 and 1 have different data (24 and 20 examples)"),
     ],
 )
 def test_ranks_that_were_started_otherwise_end_at_once(toy_data, tmp_path, odd, said):

@@ -92,7 +92,7 @@ def test_hateful_memes(data_dir, tmp_path, capsys):
         [("Meme 500?", "no", 1)],
         [("Meme 502?", "no", 1)],
     ]
-    assert "1 of 3 training rows left out: their images are evaluated on" in capsys.readouterr().out
+    assert "1 of 3 training rows left out: their images are in the evaluation set" in capsys.readouterr().out
     assert evaluation[3]["id"] == "3-0" and turns(evaluation[3]) == [("Meme 3?", "yes", 1)]
 
 

@@ -1,4 +1,4 @@
-"""Encoded conversations → micro-batches."""
+"""Makes micro-batches of encoded conversations: packed rows for training, padded rows for everything else."""
 
 import torch
 
@@ -7,9 +7,11 @@ from ..model.processing_phi3v import Phi3VProcessor
 
 
 class PackingCollator:
-    """Encoded conversations → a micro-batch in one row without padding, as `pack` describes it, with `problems`.
+    """Encoded conversations → a micro-batch in one row without padding.
 
-    original_length: the model's, above which an example takes the long rotary factors.
+    The batch has what `pack` returns, the images' `image_sizes`, and `problems`: the errors of images that could not be
+    read.
+    original_length, share_images: as in `pack`.
     """
 
     def __init__(self, processor: Phi3VProcessor, original_length: int, share_images: bool):
@@ -18,7 +20,7 @@ class PackingCollator:
         self.share_images = share_images
 
     def __call__(self, examples: list[dict]) -> dict:
-        mean, std = (tuple(v) for v in (self.image_processor.image_mean, self.image_processor.image_std))
+        mean, std = (tuple(values) for values in (self.image_processor.image_mean, self.image_processor.image_std))
         batch = pack(examples, self.original_length, self.share_images, mean, std)
         grids = torch.tensor(batch["packing"].grids, dtype=torch.long).view(-1, 2)
         batch["image_sizes"] = grids * self.image_processor.image_size
@@ -27,10 +29,11 @@ class PackingCollator:
 
 
 class Collator:
-    """Encoded conversations → a padded micro-batch; crops of all examples in one tensor.
+    """Encoded conversations → a padded micro-batch, with the crops of all examples in one tensor `pixel_values`.
 
-    padding_side: "left" to generate.
-    normalise: False leaves the crops as uint8 tiles, with `grids`, for `crops_of_tiles` on the device.
+    padding_side: "left" or "right"; generation needs "left".
+    normalise: False gives uint8 `tiles` and `grids` in place of `pixel_values`. They are smaller to send to a device,
+        where `crops_of_tiles` makes crops of them.
     """
 
     def __init__(self, processor: Phi3VProcessor, padding_side: str, normalise: bool = True):

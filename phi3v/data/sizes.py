@@ -1,4 +1,4 @@
-"""What every example takes, found out by all ranks together before a training."""
+"""Measures all examples before training, and recognises a data set that has changed."""
 
 import hashlib
 import os
@@ -38,18 +38,20 @@ def _file_size_or_checksum(image) -> int | None:
 
 
 def all_sizes(dataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
-    """`size` of every example, looked up by all ranks together, once for a dataset."""
+    """The `Size` of every example of a `ConversationDataset`, on every rank. All ranks call it and share the work.
+
+    The sizes are kept in `dataset.sizes`. desc: what the progress bar says.
+    Raises InputError if ranks have different data, or as `ConversationDataset.size` does.
+    """
     if dataset.sizes is not None:
         return dataset.sizes
     probes = sorted({i * (len(dataset) - 1) // 15 for i in range(16)})
-    looked_at = [(len(dataset), [tuple(dataset.size(i)) for i in probes])]  # on all ranks, as their disks may differ
-    first, *others = gather_object(looked_at)
+    probed = [(len(dataset), [tuple(dataset.size(i)) for i in probes])]  # on every rank, because disks may differ
+    first, *others = gather_object(probed)
     for other, found in enumerate(others, 1):
         if found != first:
-            raise InputError(
-                f"processes 0 and {other} have different data: {first[0]:,} and {found[0]:,} examples, or others; give "
-                "every node the same files"
-            )
+            what = f"{first[0]:,} and {found[0]:,} examples" if first[0] != found[0] else "the same number of examples"
+            raise InputError(f"processes 0 and {other} have different data ({what}): give every node the same files")
     own = range(rank(), len(dataset), world_size())
     sizes = [(i, dataset.size(i)) for i in tqdm(own, desc=desc, disable=disable_tqdm or not is_first())]
     dataset.sizes = [size for _, size in sorted(gather_object(sizes))]
@@ -57,5 +59,5 @@ def all_sizes(dataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
 
 
 def fingerprint(sizes: list[Size]) -> str:
-    """Differs where a text, the size of an image or of its file, or the order of examples does."""
+    """16 hex digits that change when a text, the size of an image or of its file, or the examples' order changes."""
     return hashlib.sha256(repr([tuple(size) for size in sizes]).encode()).hexdigest()[:16]
