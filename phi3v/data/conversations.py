@@ -1,11 +1,10 @@
-"""Conversations with images → token ids, labels and crops.
+"""Turns conversations with images into token ids, labels and the images' sub-crops.
 
 A conversation is a list of turns `{"images": [...], "user": text, "assistant": text}`. The images of a turn stand
-before its text, and their numbers run on over the turns.
+before its text, and images are numbered from 1 over all turns.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from PIL import Image
@@ -20,14 +19,14 @@ from .sizes import Size, digest
 
 
 def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> dict:
-    """Token ids, labels and crops of one conversation, in the official chat template.
+    """Token ids, labels and sub-crops of one conversation, in the official chat template.
 
-    Every turn ends `<|end|>\\n` and the last also `<|endoftext|>`. The loss covers each answer and its end tokens.
-    `for_generation` leaves out the last answer, so that the ids are exactly those that stand before it in training.
-    Images in `turns` are PIL images, paths, or undecoded images of `datasets`.
+    Every turn ends with `<|end|>\\n`, and the last one also with `<|endoftext|>`. The loss covers each answer and its
+    end tokens. `for_generation` leaves out the last answer: the ids are exactly those that precede it in training.
+    Images in `turns` are given in any form that `open_image` takes.
 
-    Returns `input_ids` and `labels` int64 (length,), `tiles` (n_tiles, S, S, 3) uint8 sub-crops and `grids`, the
-    (down, across) sub-crops of each image. Raises InputError for an image that cannot be read.
+    Returns `input_ids` and `labels` int64 (length,), the sub-crops `tiles` uint8 (n_tiles, S, S, 3), and `grids`, for
+    each image the number of its sub-crops (down, across). Raises InputError for an image that can't be read.
     """
     text, images = chat_text(processor, turns, for_generation)
     tiles, grids = encode_images(processor, images)
@@ -35,7 +34,7 @@ def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_genera
 
 
 def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> tuple[str, list]:
-    """The text of a conversation, with tags for its images, and these."""
+    """The text of a conversation in the chat template, with tags for its images, and the list of these images."""
     messages, images = [], []
     for turn in turns:
         first = len(images) + 1
@@ -56,7 +55,10 @@ def _encode_text(processor: Phi3VProcessor, text: str, grids: list[tuple[int, in
 
 
 def encode_images(processor: Phi3VProcessor, images: list) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """(n_tiles, S, S, 3) uint8 sub-crops of all images, and each image's (down, across). Raises InputError."""
+    """The sub-crops of all images, uint8 (n_tiles, S, S, 3), and for each image their number (down, across).
+
+    Raises InputError for an image that can't be read.
+    """
     image_processor = processor.image_processor
     size = image_processor.image_size
     tiles, grids = [torch.zeros(0, size, size, 3, dtype=torch.uint8)], []
@@ -68,6 +70,7 @@ def encode_images(processor: Phi3VProcessor, images: list) -> tuple[torch.Tensor
 
 
 def _grid(image_processor, image, size: tuple[int, int]) -> tuple[int, int]:
+    """`crop_grid` of an image of this size, with errors that name the image."""
     try:
         return image_processor.crop_grid(*size)
     except ValueError as e:
@@ -75,7 +78,7 @@ def _grid(image_processor, image, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _answer_labels(ids: list[int], tokenizer) -> list[int]:
-    """The ids of every answer up to the next turn, and IGNORE_INDEX elsewhere."""
+    """The ids of every answer up to the next turn, and IGNORE_INDEX for all other tokens."""
     roles = dict(zip(tokenizer.convert_tokens_to_ids(list(ROLE_TOKENS)), ROLE_TOKENS, strict=True))
     labels, answering = [], False
     for token in ids:
@@ -88,15 +91,18 @@ def _answer_labels(ids: list[int], tokenizer) -> list[int]:
 
 
 class ConversationDataset(Dataset):
-    """Encodes a conversation when it is asked for, so that images are opened one micro-batch at a time.
+    """Encodes each conversation at access, so that only the images of one micro-batch are in memory.
 
-    conversations: examples as `read_conversations` returns them; for_generation as in `encode_conversation`.
-    max_length: more tokens than that are refused, or with `truncate` cut off at the end, if some of the answer is left
-        and every image whole.
-    skip_bad: an example whose images can't be read stays, with blank ones, but trains nothing; its item has the error
-        under "problem".
-    Index ~i stands for example i without targets, which trains nothing. Asked for several examples at once, as a
-    DataLoader does, it reads images that stand next to one another and are the same only once.
+    An item is what `encode_conversation` returns, with `features` in place of `tiles` if there is a `feature_cache`,
+    and with `images_key`. Index ~i stands for example i without targets, which trains nothing. When a DataLoader asks
+    for several examples at once, images that neighbours share are read once.
+
+    conversations: examples as `read_conversations` returns them.
+    for_generation: as in `encode_conversation`.
+    max_length: an example with more tokens raises InputError. With `truncate` its end is cut off instead; InputError is
+        raised only if that would cut an image or leave nothing of the answer.
+    skip_bad: an example whose images can't be read gets blank images and no targets, and its item has the error as
+        `problem`. Otherwise InputError is raised.
     """
 
     def __init__(
@@ -114,8 +120,8 @@ class ConversationDataset(Dataset):
         self.max_length = max_length
         self.truncate = truncate
         self.skip_bad = skip_bad
-        self.sizes: list[Size] | None = None  # as `all_sizes` finds them
-        self.feature_cache = None  # a FeatureCache, from which features come in place of tiles
+        self.sizes: list[Size] | None = None  # set by `all_sizes`
+        self.feature_cache = None  # set by `cache_features`
 
     def __len__(self):
         return len(self.conversations)
@@ -124,37 +130,40 @@ class ConversationDataset(Dataset):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        examples, last, encoded, problem = [], None, None, None
         form = "features" if self.feature_cache else "tiles"
+        examples, last_key, encoded, grids, problem = [], None, None, None, None
         for i in indices:
             index = i if i >= 0 else ~i
             text, images = self._chat(index)
             key = self.images_key(index)
-            if key is None or key != last:
-                problem = None
-                try:
-                    read = self.feature_cache.read if self.feature_cache else partial(encode_images, self.processor)
-                    encoded, last = read(images), key
-                except InputError as e:
-                    if not self.skip_bad:
-                        raise
-                    problem = str(e)
-                    blanks = [Image.new("RGB", self._size_or_square(image)) for image in images]
-                    tiles, grids = encode_images(self.processor, blanks)
-                    encoded, last = (self.feature_cache.blank(grids) if self.feature_cache else tiles, grids), key
-            example = self._encode_text(index, text, encoded[1])
+            if key is None or key != last_key:
+                encoded, grids, problem = self._read_images(images)
+                last_key = key
+            example = self._encode_text(index, text, grids)
             if i < 0 or problem:
                 example["labels"] = torch.full_like(example["labels"], IGNORE_INDEX)
-            examples.append({**example, form: encoded[0], "grids": encoded[1], "images_key": key})
+            examples.append({**example, form: encoded, "grids": grids, "images_key": key})
             if problem and i >= 0:
                 examples[-1]["problem"] = problem
         return examples
+
+    def _read_images(self, images: list) -> tuple[torch.Tensor, list[tuple[int, int]], str | None]:
+        """(tiles or features, grids, problem). With `skip_bad`, blank images replace images that can't be read."""
+        cache = self.feature_cache
+        try:
+            return *(cache.read(images) if cache else encode_images(self.processor, images)), None
+        except InputError as e:
+            if not self.skip_bad:
+                raise
+            blanks = [Image.new("RGB", self._size_or_square(image)) for image in images]
+            tiles, grids = encode_images(self.processor, blanks)
+            return cache.blank(grids) if cache else tiles, grids, str(e)
 
     def _chat(self, index: int) -> tuple[str, list]:
         return chat_text(self.processor, self.conversations[index]["conversations"], self.for_generation)
 
     def _size_or_square(self, image) -> tuple[int, int]:
-        """(width, height) of an image, of a single crop where not even that can be read."""
+        """(width, height) of an image in pixels; those of a single crop if they can't be read or used."""
         try:
             self.processor.image_processor.crop_grid(*image_size(image))
             return image_size(image)
@@ -176,8 +185,9 @@ class ConversationDataset(Dataset):
         return {key: value[:limit] for key, value in example.items()}
 
     def images_key(self, index: int):
-        """Equal for examples of the same images; None for one without images, or whose later turns have some."""
-        if hasattr(self.conversations, "keys"):  # a table's row, whatever is asked about it
+        """A key that is equal for examples with the same images; None for an example that can't share its images,
+        because it has none or its later turns have some."""
+        if hasattr(self.conversations, "keys"):  # all conversations about one row of a table have the same images
             return self.conversations.keys[index][0]
         turns = self.conversations[index]["conversations"]
         if not turns[0]["images"] or any(turn["images"] for turn in turns[1:]):
@@ -185,7 +195,7 @@ class ConversationDataset(Dataset):
         return tuple(map(str, turns[0]["images"]))
 
     def keep_largest(self, n: int):
-        """Leaves the `n` examples with most tokens; after `all_sizes`."""
+        """Drops all examples but the `n` that have most tokens. `all_sizes` must have been called."""
         order = sorted(range(len(self)), key=lambda i: (-self.sizes[i].tokens, i))[:n]
         self.sizes = [self.sizes[i] for i in order]
         if hasattr(self.conversations, "select"):
@@ -194,7 +204,7 @@ class ConversationDataset(Dataset):
             self.conversations = [self.conversations[i] for i in order]
 
     def size(self, index: int) -> Size:
-        """What the example takes, from its text and the headers of its images. Raises InputError."""
+        """The example's Size, from its text and the headers of its images. Raises InputError as items do."""
         text, images = self._chat(index)
         sizes = [self._size_or_square(image) if self.skip_bad else image_size(image) for image in images]
         grids = [_grid(self.processor.image_processor, image, size) for image, size in zip(images, sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""Configuration of Phi-3.5-vision: a Phi-3 decoder with a CLIP tower, read and written with the Hub's own keys."""
+"""Configuration of Phi-3.5-vision, a Phi-3 decoder with a CLIP tower. Saved with the keys of the Hub's config.json."""
 
 from transformers import CLIPVisionConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -31,7 +31,7 @@ _EMBD_LAYER = {
     "with_learnable_separator": True,
 }
 
-# The decoder's keys in the Hub's config.json, written whether or not they equal a default of transformers.
+# The decoder's keys in the Hub's config.json. transformers would not save those that have its default values.
 _HUB_KEYS = (
     "attention_dropout",
     "bos_token_id",
@@ -75,10 +75,10 @@ class Phi3VConfig(Phi3Config):
     """Decoder settings as in `Phi3Config`, and the CLIP tower's in `vision_config`.
 
     `vision_config` is a `CLIPVisionConfig`, a dict of its settings, or None for ViT-L/14-336, which the Hub's
-    config.json leaves out. Its `image_size` is the side of a crop in pixels. `rope_scaling` is taken as the Hub has
-    it (`type` "su", `short_factor`, `long_factor`).
+    config.json does not mention. Its `image_size` is the side of a crop in pixels. `rope_scaling` has the Hub's form
+    (`type` "su", `short_factor`, `long_factor`).
 
-    Raises ValueError if the crop side is not a multiple of two patches, which the 2x2 merge needs.
+    Raises ValueError if the side of a crop is not a multiple of two patches, which are merged 2x2.
     """
 
     model_type = "phi3_v"
@@ -91,7 +91,8 @@ class Phi3VConfig(Phi3Config):
     img_processor: dict | None = None
 
     def __post_init__(self, **kwargs):
-        # The Hub's file asks for flash attention, which fails at once where it is not installed: whoever loads decides.
+        # The Hub's file asks for flash attention and would fail where that is not installed. The caller of
+        # from_pretrained decides instead.
         kwargs.pop("_attn_implementation", None)
         super().__post_init__(**kwargs)
         vision, tokens_per_side = self.vision_config, self.crop_tokens_per_side
@@ -111,7 +112,8 @@ class Phi3VConfig(Phi3Config):
     def convert_rope_params_to_dict(self, **kwargs):
         rope = kwargs.get("rope_scaling")
         if rope:
-            # transformers moves original_max_position_embeddings only for names it knows, and "su" is not one.
+            # transformers moves original_max_position_embeddings to where it reads it only for types that it knows,
+            # and it does not know "su", an older name of "longrope".
             rope = {key: value for key, value in rope.items() if key != "type"} | {
                 "rope_type": rope.get("rope_type", rope.get("type"))
             }
@@ -121,7 +123,7 @@ class Phi3VConfig(Phi3Config):
         return super().convert_rope_params_to_dict(**kwargs)
 
     def to_diff_dict(self):
-        """The dict that config.json holds: the Hub's keys, in its older names, which new readers know as well."""
+        """The content of config.json: the Hub's keys under their older names, which new readers understand too."""
         saved = super().to_diff_dict()
         saved.update({key: getattr(self, key) for key in _HUB_KEYS})
         rope = saved.pop("rope_parameters", None) or self.rope_parameters
