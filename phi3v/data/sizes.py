@@ -50,8 +50,10 @@ def all_sizes(dataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
     first, *others = gather_object(probed)
     for other, found in enumerate(others, 1):
         if found != first:
-            what = f"{first[0]:,} and {found[0]:,} examples" if first[0] != found[0] else "the same number of examples"
-            raise InputError(f"processes 0 and {other} have different data ({what}): give every node the same files")
+            numbers = f"{first[0]:,} and {found[0]:,} examples"
+            if first[0] == found[0]:
+                numbers = f"both have {first[0]:,} examples, but not the same ones"
+            raise InputError(f"processes 0 and {other} have different data ({numbers}): give every node the same files")
     own = range(rank(), len(dataset), world_size())
     sizes = [(i, dataset.size(i)) for i in tqdm(own, desc=desc, disable=disable_tqdm or not is_first())]
     dataset.sizes = [size for _, size in sorted(gather_object(sizes))]

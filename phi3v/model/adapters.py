@@ -29,13 +29,10 @@ def add_adapter(model: Phi3VForCausalLM, config: LoraConfig, train_separators: b
     adapted = get_peft_model(model, config)
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = (
-                False  # an input cast to fp32 takes more memory, and autocast casts weights anyway
-            )
+            # Inputs in fp32 would take more memory, and autocast casts the adapter's weights anyway.
+            module.cast_input_dtype_enabled = False
     adapted.save_pretrained = partial(_save_pretrained, adapted)
-    adapted.create_or_update_model_card = lambda folder: (
-        None
-    )  # a run writes its own model card; PEFT's is an empty form
+    adapted.create_or_update_model_card = lambda folder: None  # a run writes its own; PEFT's is an empty form
     for name in SEPARATORS if train_separators else ():
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.float()

@@ -114,8 +114,9 @@ def pack(
         for members, common in shared:
             supervised = [(e["labels"] != IGNORE_INDEX).nonzero()[:, 0] for e in members]
             branches = tuple(len(e["input_ids"]) - common for e in members) if len(members) > 1 else ()
-            asked = min((s[0].item() - 1 for s in supervised if len(s)), default=len(members[0]["input_ids"]) - 1)
-            tail = max(common - asked, 0)
+            last = len(members[0]["input_ids"]) - 1
+            first_needed = min((own[0].item() - 1 for own in supervised if len(own)), default=last)
+            tail = max(common - first_needed, 0)
             if not branches and tail > common / 2:  # computing all rows without a mask is cheaper
                 tail = common
             is_long = len(members[0]["input_ids"]) > original_length
@@ -124,14 +125,14 @@ def pack(
             ids.append(members[0]["input_ids"][:common])
             positions.append(torch.arange(common))
             offset = n_kept - (common - tail)  # add it to a token's position in the common part to get its kept row
-            branch = offset + common
+            branch_start = offset + common
             for example, own in zip(members, supervised, strict=True):
                 targets.append(example["labels"][own])
-                label_rows.append(torch.where(own - 1 < common, offset, branch - common) + own - 1)
+                label_rows.append(torch.where(own - 1 < common, offset, branch_start - common) + own - 1)
                 if branches:
                     ids.append(example["input_ids"][common:])
                     positions.append(torch.arange(common, len(example["input_ids"])))
-                    branch += len(ids[-1])
+                    branch_start += len(ids[-1])
             size = groups[-1].size
             kept_rows.append(torch.arange(n_rows + common - tail, n_rows + size))
             n_rows, n_kept = n_rows + size, n_kept + len(kept_rows[-1])
