@@ -137,6 +137,10 @@ def examine_image(image, image_processor) -> tuple[int, list[str], str | None]:
 
 def special_kinds(image: Image.Image) -> list[str]:
     """The kinds of the list above that a decoded image belongs to."""
+
+    def least_opaque() -> int:
+        return image.convert("RGBA").getextrema()[3][0] if image.has_transparency_data else 255
+
     kinds = []
     if image.mode == "CMYK":
         kinds.append(CMYK)
@@ -144,10 +148,7 @@ def special_kinds(image: Image.Image) -> list[str]:
         kinds.append(DEEP)
     if _value_or_default(1, lambda: image.getexif().get(EXIF_ORIENTATION, 1)) not in (0, 1):
         kinds.append(ROTATED)
-    if (
-        _value_or_default(255, lambda: image.convert("RGBA").getextrema()[3][0] if image.has_transparency_data else 255)
-        < 255
-    ):
+    if _value_or_default(255, least_opaque) < 255:
         kinds.append(TRANSPARENT)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         kinds.append(HUGE.format(Image.MAX_IMAGE_PIXELS / 1e6))
