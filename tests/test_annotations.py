@@ -49,7 +49,11 @@ def test_unusual_annotations_are_read(name, folder):
 
 
 def test_a_file_that_is_no_file(folder):
-    for path, message in (("nowhere.jsonl", "does not exist"), ("images", "no regular"), ("images/pipe", "no regular")):
+    for path, message in (
+        ("nowhere.jsonl", "does not exist"),
+        ("images", "not a regular"),
+        ("images/pipe", "not a regular"),
+    ):
         with pytest.raises(InputError, match=message):
             read_conversations(folder / path, folder / "images")
 
