@@ -34,7 +34,7 @@ from transformers.hf_argparser import HfArg
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.annotations import read_conversations
-from phi3v.data.conversations import PackingCollator
+from phi3v.data.collate import PackingCollator
 from phi3v.errors import InputError, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter
 from phi3v.model.loading import check_complete, nf4_config

@@ -22,7 +22,8 @@ with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints, too
     import finetune_hf_trainer_docvqa as docvqa
     from phi3v import Phi3VProcessor
     from phi3v.arguments import parse_arguments
-    from phi3v.data.conversations import ConversationDataset, Size
+    from phi3v.data.conversations import ConversationDataset
+    from phi3v.data.sizes import Size
     from phi3v.run import estimate_run
     from phi3v.training.estimate import ASSUMED_MFU, Estimate
     from phi3v.training.hardware import GPUS, USABLE_SHARE, published_peak

@@ -1,4 +1,4 @@
-"""Phi-3.5-vision as a library. Importing it registers the model with transformers' Auto classes."""
+"""Phi-3.5-vision as a library. Importing it registers its classes with transformers' Auto classes."""
 
 from transformers import (
     AutoConfig,

@@ -1,4 +1,4 @@
-"""Wrong input: one message from one rank, and the exit status that says so."""
+"""Errors in what a user gave: one message, printed by one rank, and exit status 2."""
 
 import contextlib
 import signal
@@ -11,17 +11,18 @@ from .ranks import is_first, leave_group
 
 
 class InputError(ValueError):
-    """Something a user gave is wrong: a line that says where, what, and what to do; a line each for several things."""
+    """Something that a user gave is wrong. The message says where, what is wrong, and what to do, in one line for each
+    problem."""
 
 
 class Problems:
-    """Collects what is wrong with an input, so that a user sees all of it and not just the first.
+    """Collects all problems of an input, so that a user does not have to find them one run at a time.
 
         problems = Problems()
         problems.add("data.jsonl:7", "id is [], must be a text")
         problems.raise_if_any("data.jsonl")
 
-    Only the first `shown` are kept as text; `count` is the number of all.
+    Only the first `shown` problems are kept as text; `count` counts all of them.
     """
 
     def __init__(self, shown: int = 10):
@@ -51,13 +52,13 @@ class Problems:
         if self.count:
             head = f"{source}: {self.count:,} problems"
             if self.count > len(self.lines):
-                head += f", of which these are the first {len(self.lines)}"
+                head += f"; these are the first {len(self.lines)}"
             raise InputError("\n  ".join([head, *self.lines]))
 
 
 @contextlib.contextmanager
 def blaming(flag: str, value):
-    """Turns what libraries raise for a wrong value into an InputError that names the flag and the value."""
+    """Turns an exception that a library raises for a wrong value into an InputError that names flag and value."""
     try:
         yield
     except InputError:
@@ -76,10 +77,10 @@ def exit_on_input_error(main):
         raise
     except InputError as e:
         if not is_first():
-            # Rank 0 meets most errors too. It reports them, and torchrun ends this process before it wakes up.
+            # Most errors occur on rank 0 as well. It reports them, and torchrun ends this process while it sleeps.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(20)
-        # From a loader's worker the message comes behind the worker's traceback, and with the class's name.
+        # An error from a DataLoader's worker has the worker's traceback and the class's name before its message.
         message = str(e).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2].strip()
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -18,14 +18,16 @@ from transformers.utils import logging
 
 from . import Phi3VConfig, Phi3VForCausalLM
 from .data.check import check_data
-from .data.conversations import ConversationDataset, Size, all_sizes, fingerprint
+from .data.conversations import ConversationDataset
+from .data.preview import render_example
 from .data.sampler import sampler_for
+from .data.sizes import Size, all_sizes, fingerprint
 from .errors import blaming
 from .files import write_json
 from .model.loading import base_and_adapter, load_saved, nf4_config, not_quantized
 from .ranks import is_first
 from .report.card import write_model_card
-from .report.summary import describe_run, doubts, render_example
+from .report.summary import describe_run, doubts
 from .training import checkpointing
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.estimate import Estimate
@@ -208,7 +210,7 @@ class Run:
                 earlier_choice=self.stored_settings.get("cached"),
                 is_stopped=self.preemption.has_signal,
             )
-            self.settings["cached"] = train_dataset.features is not None
+            self.settings["cached"] = train_dataset.feature_cache is not None
             say(message)
 
     @contextlib.contextmanager

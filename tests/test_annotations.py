@@ -49,7 +49,11 @@ def test_unusual_annotations_are_read(name, folder):
 
 
 def test_a_file_that_is_no_file(folder):
-    for path, message in (("nowhere.jsonl", "does not exist"), ("images", "no regular"), ("images/pipe", "no regular")):
+    for path, message in (
+        ("nowhere.jsonl", "does not exist"),
+        ("images", "not a regular"),
+        ("images/pipe", "not a regular"),
+    ):
         with pytest.raises(InputError, match=message):
             read_conversations(folder / path, folder / "images")
 
@@ -90,7 +94,7 @@ def test_problems_are_counted_and_the_first_shown():
     assert len(problems) == 3
     with pytest.raises(InputError) as error:
         problems.raise_if_any("x")
-    assert str(error.value) == ("x: 3 problems, of which these are the first 2\n  x:1: bad\\x1b[31m\\n\n  x:2: worse")
+    assert str(error.value) == ("x: 3 problems; these are the first 2\n  x:1: bad\\x1b[31m\\n\n  x:2: worse")
 
 
 @pytest.mark.parametrize("prefix", ["", "Caught InputError in worker\nTraceback:\n  line\nphi3v.errors.InputError: "])

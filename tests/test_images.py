@@ -49,13 +49,13 @@ def test_bad_images_are_named(name, as_bytes, processor, tmp_path):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (None, "an image can't be read as an image (there is none)"),
-        ({"bytes": None, "path": None}, "an image of the table can't be read as an image (there is none)"),
+        (None, "an image can't be read as an image (the image is missing)"),
+        ({"bytes": None, "path": None}, "an image of the table can't be read as an image (the image is missing)"),
         ({"bytes": b"", "path": "a.png"}, "a.png can't be read as an image (the file is empty)"),
         ({"path": "nowhere.png"}, "nowhere.png can't be read as an image (the file does not exist)"),
         ("nowhere.png", "nowhere.png can't be read as an image (the file does not exist)"),
-        ("/", "/ can't be read as an image (no regular file)"),
-        (os.devnull, f"{os.devnull} can't be read as an image (no regular file)"),
+        ("/", "/ can't be read as an image (not a regular file)"),
+        (os.devnull, f"{os.devnull} can't be read as an image (not a regular file)"),
         ("a\0.png", "can't be read as an image (the file does not exist)"),
         (7, "an image can't be read as an image ("),
         (Image.new("La", (9, 9)), "an image, of mode La, can't be converted to RGB (conversion from La"),
@@ -71,7 +71,7 @@ def test_what_is_no_image(image, message, processor):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
         open_image(tmp_path / "pipe")
 
 
@@ -178,7 +178,7 @@ def test_check_data(workers, toy_data, processor, tmp_path, capsys):
     with pytest.raises(InputError) as error:
         check_data(examples + bad, bad[:1], processor, None, workers, disable_tqdm=True)
     lines = str(error.value).split("\n")
-    assert lines[0] == f"data: {len(bad) + 1} problems, of which these are the first 10" and len(lines) == 11
+    assert lines[0] == f"data: {len(bad) + 1} problems; these are the first 10" and len(lines) == 11
     assert lines[1].startswith("  training data, example bad-0: ") and "empty.png" in lines[1]
     out = capsys.readouterr().out
     assert f"{len(bad)} problems in {len(bad)} examples: bad-0, bad-1" in out and "Traceback" not in out

@@ -20,7 +20,7 @@ import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, command_line
-from phi3v.data.conversations import Size
+from phi3v.data.sizes import Size
 from phi3v.errors import InputError
 from phi3v.report import summary
 from phi3v.training import trackers
@@ -383,7 +383,7 @@ script.exit_on_input_error(lambda: script.main(flags))
     "odd, said",
     [
         (["--no_eval_before"], "processes 0 and 1 were started with other flags: no_eval_before: false, true"),
-        (["--data_dir", "OTHER"], "processes 0 and 1 have different data: 24 and 20 examples"),
+        (["--data_dir", "OTHER"], "processes 0 and 1 have different data (24 and 20 examples)"),
     ],
 )
 def test_ranks_that_were_started_otherwise_end_at_once(toy_data, tmp_path, odd, said):

@@ -18,8 +18,9 @@ from transformers import BitsAndBytesConfig, TextStreamer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VForCausalLM, Phi3VProcessor  # noqa: E402
-from phi3v.data.annotations import END_TOKENS, check_text  # noqa: E402
-from phi3v.data.conversations import Collator, encode_conversation  # noqa: E402
+from phi3v.data.annotations import check_text  # noqa: E402
+from phi3v.data.collate import Collator  # noqa: E402
+from phi3v.data.conversations import encode_conversation  # noqa: E402
 from phi3v.errors import InputError, exit_on_input_error  # noqa: E402
 from phi3v.model.adapters import load_adapter  # noqa: E402
 from phi3v.model.processing_phi3v import IMAGE_TAG  # noqa: E402
@@ -108,7 +109,7 @@ def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: 
     if length + max_new_tokens > limit:
         raise InputError(f"{length} tokens and --max_new_tokens {max_new_tokens} are more than the model's {limit}")
     tokenizer = processor.tokenizer
-    ends = {"eos_token_id": tokenizer.convert_tokens_to_ids(list(END_TOKENS)), "pad_token_id": tokenizer.pad_token_id}
+    ends = {"eos_token_id": processor.stop_ids, "pad_token_id": tokenizer.pad_token_id}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**batch, **ends, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
     if not tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip():

@@ -1,1 +1,1 @@
-"""From files and tables to micro-batches."""
+"""From the user's files and tables to micro-batches."""

@@ -1,4 +1,4 @@
-"""A look through all examples before a training: every image decoded, every length counted."""
+"""Checks a data set before training: decodes every image and counts every example's tokens."""
 
 import hashlib
 import os
@@ -18,26 +18,26 @@ from .conversations import chat_text
 from .images import image_name, open_image, to_rgb
 
 EXIF_ORIENTATION = 0x0112
-# Special kinds of images, and what becomes of them.
+# Kinds of images that are accepted but treated in a way that may surprise, each with how.
 ANIMATED = "animated or of several pages: the first frame is used"
 CMYK = "CMYK: converted without a colour profile"
 DEEP = "16-bit grey: the upper 8 bits are used"
 ROTATED = "turned by EXIF: used as stored, not turned"
 TRANSPARENT = "transparent: used as if opaque, with the colours stored under it"
 HUGE = "of more than {:.0f} megapixels: slow to decode"
-_REMEMBERED = 10_000
+_REMEMBERED = 10_000  # images whose result a worker keeps
 
 
 @dataclass
 class Summary:
-    """What `check_images` found. Printed, it is a table of some lines; `problems` are errors, `kinds` are not."""
+    """What `check_images` found; `str` gives a short table. `problems` are errors, `kinds` are not."""
 
     name: str = "data"
     examples: int = 0
     images_per_example: list[int] = field(default_factory=list)
-    tokens_per_example: list[int] = field(default_factory=list)  # without examples of which an image is bad
+    tokens_per_example: list[int] = field(default_factory=list)  # only of examples whose images are all good
     max_length: int | None = None
-    kinds: Counter = field(default_factory=Counter)  # images of each special kind
+    kinds: Counter = field(default_factory=Counter)  # how many images are of each special kind
     problems: Problems = field(default_factory=Problems)
     bad_examples: list = field(default_factory=list)  # their ids
 
@@ -51,8 +51,8 @@ class Summary:
     def __str__(self):
         lines = [
             f"{self.name}: {self.examples:,} examples, {sum(self.images_per_example):,} images",
-            f"images an example: {_spread(self.images_per_example)}",
-            f"tokens an example: {_spread(self.tokens_per_example)}",
+            f"images per example: {_spread(self.images_per_example)}",
+            f"tokens per example: {_spread(self.tokens_per_example)}",
         ]
         if self.max_length is not None:
             lines[-1] += f"; {self.too_long:.1%} of the examples have more than {self.max_length:,}"
@@ -75,18 +75,18 @@ def _spread(values: list[int]) -> str:
 
 
 class _Examined(Dataset):
-    """What is found out about each example, by the worker that is asked for it."""
+    """Item i is the result of checking example i. A DataLoader's workers thus share the work."""
 
     def __init__(self, conversations: Sequence, processor: Phi3VProcessor):
         self.conversations = conversations
         self.processor = processor
-        self.images = {}  # several questions about an image, and it is decoded once
+        self.images = {}  # results by image, so that an image with several questions is decoded once
 
     def __len__(self):
         return len(self.conversations)
 
     def __getitem__(self, i) -> tuple[str, int, int | None, list[str], list[str]]:
-        """(id, images, tokens, special kinds, problems); tokens are None where an image is bad."""
+        """(id, number of images, tokens, special kinds, problems); tokens are None if an image is bad."""
         try:
             example = self.conversations[i]
         except InputError as e:
@@ -102,7 +102,7 @@ class _Examined(Dataset):
         if not problems:
             try:
                 length = count_tokens(self.processor, example["conversations"], num_img_tokens)
-            except ValueError as e:  # a text with an image's tag, where no reader has looked
+            except ValueError as e:  # the text holds an image tag, and comes from a source that does not check texts
                 problems.append(str(e))
         return str(example["id"]), len(num_img_tokens), length, kinds, problems
 
@@ -122,46 +122,52 @@ class _Examined(Dataset):
 
 
 def examine_image(image, image_processor) -> tuple[int, list[str], str | None]:
-    """(tokens, special kinds, problem or None) of one image as `open_image` takes it."""
+    """(tokens, special kinds, problem or None) of one image, given in any form that `open_image` takes."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about large images and odd metadata: of no use without the image's name
+            warnings.simplefilter("ignore")  # PIL warns about large images and odd metadata without naming the image
             with open_image(image) as opened:
                 tokens = image_processor.calc_num_image_tokens_from_image_size(*to_rgb(opened, image_name(image)).size)
                 return tokens, special_kinds(opened), None
     except InputError as e:
         return 0, [], str(e)
-    except ValueError as e:  # from the image processor, which knows no names: empty, or too thin
+    except ValueError as e:  # the image processor refuses empty and too thin images, and knows no names
         return 0, [], f"{image_name(image)}: {e}"
 
 
 def special_kinds(image: Image.Image) -> list[str]:
+    """The kinds of the list above that a decoded image belongs to."""
+
+    def least_opaque() -> int:
+        return image.convert("RGBA").getextrema()[3][0] if image.has_transparency_data else 255
+
     kinds = []
     if image.mode == "CMYK":
         kinds.append(CMYK)
     if image.mode == "I" or image.mode.startswith("I;16"):
         kinds.append(DEEP)
-    if _or_else(1, lambda: image.getexif().get(EXIF_ORIENTATION, 1)) not in (0, 1):
+    if _value_or_default(1, lambda: image.getexif().get(EXIF_ORIENTATION, 1)) not in (0, 1):
         kinds.append(ROTATED)
-    if _or_else(255, lambda: image.convert("RGBA").getextrema()[3][0] if image.has_transparency_data else 255) < 255:
+    if _value_or_default(255, least_opaque) < 255:
         kinds.append(TRANSPARENT)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         kinds.append(HUGE.format(Image.MAX_IMAGE_PIXELS / 1e6))
-    if _or_else(1, lambda: getattr(image, "n_frames", 1)) > 1:  # at last: counting can move on to another frame
+    if _value_or_default(1, lambda: getattr(image, "n_frames", 1)) > 1:  # last, because counting moves to another frame
         kinds.append(ANIMATED)
     return kinds
 
 
-def _or_else(default, value):
-    """Damage in metadata or in a later frame is no problem where only the first one's pixels are used."""
+def _value_or_default(default, get_value):
+    """`get_value()`, or `default` if it raises: damaged metadata or later frames do no harm, because only the pixels of
+    the first frame are used."""
     try:
-        return value()
+        return get_value()
     except Exception:
         return default
 
 
 def count_tokens(processor: Phi3VProcessor, turns: list[dict], num_img_tokens: list[int]) -> int:
-    """The length in tokens of what `encode_conversation` makes of a conversation, without its pixels."""
+    """How many tokens `encode_conversation` would make of a conversation, without reading pixels."""
     text, _ = chat_text(processor, turns)
     return len(processor.tokenize(text, num_img_tokens)[0])
 
@@ -177,9 +183,10 @@ def check_images(
     """Decodes every image of all conversations, as training would, and counts tokens.
 
     conversations: `{"id", "conversations": [{"images", "user", "assistant"}]}`, images as `open_image` takes them.
-    num_workers: processes that share the work; 0 for this one.
-    max_length: a number of tokens, to count the examples that have more.
-    Raises InputError only where a worker dies; what is wrong with the data is in the summary's `problems`.
+    num_workers: how many processes share the work; with 0 this process does it.
+    max_length: the summary tells how many examples have more tokens than this.
+    name: the data set's name in the summary and its problems.
+    Raises InputError only if a worker dies. Problems of the data are in the summary's `problems`.
     """
     summary = Summary(name=name, max_length=max_length)
     loader = DataLoader(
@@ -187,7 +194,7 @@ def check_images(
         batch_size=8,
         num_workers=num_workers,
         collate_fn=list,
-        # Conversations of a table hold functions of the script, which can't be sent to a process that starts anew.
+        # Conversations of a table refer to functions of the script, which only a forked process has.
         multiprocessing_context="fork" if num_workers else None,
     )
     bar = tqdm(total=len(conversations), desc=f"checking {name}", unit="example", disable=disable_tqdm)
@@ -209,8 +216,8 @@ def check_images(
         if not str(e).startswith("DataLoader worker"):  # exited unexpectedly, or was killed
             raise
         raise InputError(
-            f"{name}: a process that decodes images died near example {summary.examples + 1}, perhaps for want of "
-            "memory: check with fewer workers"
+            f"{name}: a process that decodes images died near example {summary.examples + 1}, perhaps because memory "
+            "ran out: check with fewer workers"
         ) from None
     return summary
 
@@ -223,7 +230,10 @@ def check_data(
     num_workers: int,
     disable_tqdm: bool = False,
 ):
-    """Prints a `Summary` of either set. Raises InputError with the first problems of both, and the number of all."""
+    """Prints a `Summary` of each data set. Raises InputError with the first problems of both and how many there are.
+
+    max_length, num_workers: as in `check_images`.
+    """
     problems = Problems()
     for name, conversations in (("training data", train), ("evaluation data", evaluation)):
         summary = check_images(conversations, processor, num_workers, max_length, name, disable_tqdm)

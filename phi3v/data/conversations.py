@@ -1,54 +1,45 @@
-"""Conversations with images → token ids, labels and crops; collation.
+"""Turns conversations with images into token ids, labels and the images' sub-crops.
 
 A conversation is a list of turns `{"images": [...], "user": text, "assistant": text}`. The images of a turn stand
-before its text, and their numbers run on over the turns.
+before its text, and images are numbered from 1 over all turns.
 """
 
-import hashlib
-import os
-import zlib
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from .. import ranks
 from ..errors import InputError
-from ..model.image_processing_phi3v import crops_of_tiles
-from ..model.packing import IGNORE_INDEX, pack
-from ..model.processing_phi3v import Phi3VProcessor
-from .annotations import ROLE_TOKENS
+from ..model.image_processing_phi3v import num_image_tokens
+from ..model.packing import IGNORE_INDEX
+from ..model.processing_phi3v import ASSISTANT, ROLE_TOKENS, Phi3VProcessor, image_tag
 from .images import image_name, image_size, read_image
+from .sizes import Size, digest
 
 
 def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> dict:
-    """Token ids, labels and crops of one conversation, in the official chat template.
+    """Token ids, labels and sub-crops of one conversation, in the official chat template.
 
-    Every turn ends `<|end|>\\n` and the last also `<|endoftext|>`. The loss covers each answer and its end tokens.
-    `for_generation` leaves out the last answer, so that the ids are exactly those that stand before it in training.
-    Images in `turns` are PIL images, paths, or undecoded images of `datasets`.
+    Every turn ends with `<|end|>\\n`, and the last one also with `<|endoftext|>`. The loss covers each answer and its
+    end tokens. `for_generation` leaves out the last answer: the ids are exactly those that precede it in training.
+    Images in `turns` are given in any form that `open_image` takes.
 
-    Returns `input_ids` and `labels` int64 (length,), `pixel_values` (n_tiles, S, S, 3) uint8 sub-crops and `grids`, the
-    (down, across) sub-crops of each image. Raises InputError for an image that cannot be read.
+    Returns `input_ids` and `labels` int64 (length,), the sub-crops `tiles` uint8 (n_tiles, S, S, 3), and `grids`, for
+    each image the number of its sub-crops (down, across). Raises InputError for an image that can't be read.
     """
     text, images = chat_text(processor, turns, for_generation)
     tiles, grids = encode_images(processor, images)
-    return {**_encode_text(processor, text, grids), "pixel_values": tiles, "grids": grids}
+    return {**_encode_text(processor, text, grids), "tiles": tiles, "grids": grids}
 
 
 def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> tuple[str, list]:
-    """The text of a conversation, with tags for its images, and these."""
+    """The text of a conversation in the chat template, with tags for its images, and the list of these images."""
     messages, images = [], []
     for turn in turns:
         first = len(images) + 1
         images += turn["images"]
-        tags = "".join(f"<|image_{k}|>" for k in range(first, len(images) + 1))
+        tags = "".join(map(image_tag, range(first, len(images) + 1)))
         messages.append({"role": "user", "content": f"{tags}\n{turn['user']}" if tags else turn["user"]})
         messages.append({"role": "assistant", "content": turn["assistant"]})
     tokenizer = processor.tokenizer
@@ -59,12 +50,15 @@ def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool
 
 def _encode_text(processor: Phi3VProcessor, text: str, grids: list[tuple[int, int]]) -> dict:
     g = processor.image_processor.crop_tokens_per_side
-    ids, _ = processor.tokenize(text, [(h * w + 1) * g * g + 1 + (h + 1) * g for h, w in grids])
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(_labels(ids, processor.tokenizer))}
+    ids, _ = processor.tokenize(text, [num_image_tokens(h, w, g) for h, w in grids])
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(_answer_labels(ids, processor.tokenizer))}
 
 
 def encode_images(processor: Phi3VProcessor, images: list) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """(n_tiles, S, S, 3) uint8 sub-crops of all images, and each image's (down, across). Raises InputError."""
+    """The sub-crops of all images, uint8 (n_tiles, S, S, 3), and for each image their number (down, across).
+
+    Raises InputError for an image that can't be read.
+    """
     image_processor = processor.image_processor
     size = image_processor.image_size
     tiles, grids = [torch.zeros(0, size, size, 3, dtype=torch.uint8)], []
@@ -76,45 +70,39 @@ def encode_images(processor: Phi3VProcessor, images: list) -> tuple[torch.Tensor
 
 
 def _grid(image_processor, image, size: tuple[int, int]) -> tuple[int, int]:
+    """`crop_grid` of an image of this size, with errors that name the image."""
     try:
         return image_processor.crop_grid(*size)
     except ValueError as e:
         raise InputError(f"{image_name(image)}: {e}") from None
 
 
-def _labels(ids: list[int], tokenizer) -> list[int]:
-    """The ids of every answer up to the next turn, and IGNORE_INDEX elsewhere."""
+def _answer_labels(ids: list[int], tokenizer) -> list[int]:
+    """The ids of every answer up to the next turn, and IGNORE_INDEX for all other tokens."""
     roles = dict(zip(tokenizer.convert_tokens_to_ids(list(ROLE_TOKENS)), ROLE_TOKENS, strict=True))
     labels, answering = [], False
     for token in ids:
         if token in roles:
-            answering = roles[token] == "<|assistant|>"
+            answering = roles[token] == ASSISTANT
             labels.append(IGNORE_INDEX)
         else:
             labels.append(token if answering else IGNORE_INDEX)
     return labels
 
 
-class Size(NamedTuple):
-    """What an example takes: tokens, of them image tokens and targets, and crops (sub-crops and global ones)."""
-
-    tokens: int
-    image_tokens: int
-    crops: int
-    targets: int
-    digest: int  # of its text and of its images' files, as far as `_weight` looks
-
-
 class ConversationDataset(Dataset):
-    """Encodes a conversation when it is asked for, so that images are opened one micro-batch at a time.
+    """Encodes each conversation at access, so that only the images of one micro-batch are in memory.
 
-    conversations: examples as `read_conversations` returns them; for_generation as in `encode_conversation`.
-    max_length: more tokens than that are refused, or with `truncate` cut off at the end, if some of the answer is left
-        and every image whole.
-    skip_bad: an example whose images can't be read stays, with blank ones, but trains nothing; its item has the error
-        under "problem".
-    Index ~i stands for example i without targets, which trains nothing. Asked for several examples at once, as a
-    DataLoader does, it reads images that stand next to one another and are the same only once.
+    An item is what `encode_conversation` returns, with `features` in place of `tiles` if there is a `feature_cache`,
+    and with `images_key`. Index ~i stands for example i without targets, which trains nothing. When a DataLoader asks
+    for several examples at once, images that neighbours share are read once.
+
+    conversations: examples as `read_conversations` returns them.
+    for_generation: as in `encode_conversation`.
+    max_length: an example with more tokens raises InputError. With `truncate` its end is cut off instead; InputError is
+        raised only if that would cut an image or leave nothing of the answer.
+    skip_bad: an example whose images can't be read gets blank images and no targets, and its item has the error as
+        `problem`. Otherwise InputError is raised.
     """
 
     def __init__(
@@ -132,8 +120,8 @@ class ConversationDataset(Dataset):
         self.max_length = max_length
         self.truncate = truncate
         self.skip_bad = skip_bad
-        self.sizes: list[Size] | None = None  # as `all_sizes` finds them
-        self.features = None  # a FeatureCache, from which they come in place of crops
+        self.sizes: list[Size] | None = None  # set by `all_sizes`
+        self.feature_cache = None  # set by `cache_features`
 
     def __len__(self):
         return len(self.conversations)
@@ -142,36 +130,40 @@ class ConversationDataset(Dataset):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        examples, last, encoded, problem = [], None, None, None
+        form = "features" if self.feature_cache else "tiles"
+        examples, last_key, encoded, grids, problem = [], None, None, None, None
         for i in indices:
             index = i if i >= 0 else ~i
             text, images = self._chat(index)
             key = self.images_key(index)
-            if key is None or key != last:
-                problem = None
-                try:
-                    read = self.features.read if self.features else partial(encode_images, self.processor)
-                    encoded, last = read(images), key
-                except InputError as e:
-                    if not self.skip_bad:
-                        raise
-                    problem = str(e)
-                    blanks = [Image.new("RGB", self._size_or_square(image)) for image in images]
-                    tiles, grids = encode_images(self.processor, blanks)
-                    encoded, last = (self.features.blank(grids) if self.features else tiles, grids), key
-            example = self._encode_text(index, text, encoded[1])
+            if key is None or key != last_key:
+                encoded, grids, problem = self._read_images(images)
+                last_key = key
+            example = self._encode_text(index, text, grids)
             if i < 0 or problem:
                 example["labels"] = torch.full_like(example["labels"], IGNORE_INDEX)
-            examples.append({**example, "pixel_values": encoded[0], "grids": encoded[1], "images": key})
+            examples.append({**example, form: encoded, "grids": grids, "images_key": key})
             if problem and i >= 0:
                 examples[-1]["problem"] = problem
         return examples
+
+    def _read_images(self, images: list) -> tuple[torch.Tensor, list[tuple[int, int]], str | None]:
+        """(tiles or features, grids, problem). With `skip_bad`, blank images replace images that can't be read."""
+        cache = self.feature_cache
+        try:
+            return *(cache.read(images) if cache else encode_images(self.processor, images)), None
+        except InputError as e:
+            if not self.skip_bad:
+                raise
+            blanks = [Image.new("RGB", self._size_or_square(image)) for image in images]
+            tiles, grids = encode_images(self.processor, blanks)
+            return cache.blank(grids) if cache else tiles, grids, str(e)
 
     def _chat(self, index: int) -> tuple[str, list]:
         return chat_text(self.processor, self.conversations[index]["conversations"], self.for_generation)
 
     def _size_or_square(self, image) -> tuple[int, int]:
-        """(width, height) of an image, of a single crop where not even that can be read."""
+        """(width, height) of an image in pixels; those of a single crop if they can't be read or used."""
         try:
             self.processor.image_processor.crop_grid(*image_size(image))
             return image_size(image)
@@ -193,8 +185,9 @@ class ConversationDataset(Dataset):
         return {key: value[:limit] for key, value in example.items()}
 
     def images_key(self, index: int):
-        """Equal for examples of the same images; None for one without images, or whose later turns have some."""
-        if hasattr(self.conversations, "keys"):  # a table's row, whatever is asked about it
+        """A key that is equal for examples with the same images; None for an example that can't share its images,
+        because it has none or its later turns have some."""
+        if hasattr(self.conversations, "keys"):  # all conversations about one row of a table have the same images
             return self.conversations.keys[index][0]
         turns = self.conversations[index]["conversations"]
         if not turns[0]["images"] or any(turn["images"] for turn in turns[1:]):
@@ -202,7 +195,7 @@ class ConversationDataset(Dataset):
         return tuple(map(str, turns[0]["images"]))
 
     def keep_largest(self, n: int):
-        """Leaves the `n` examples with most tokens; after `all_sizes`."""
+        """Drops all examples but the `n` that have most tokens. `all_sizes` must have been called."""
         order = sorted(range(len(self)), key=lambda i: (-self.sizes[i].tokens, i))[:n]
         self.sizes = [self.sizes[i] for i in order]
         if hasattr(self.conversations, "select"):
@@ -211,96 +204,11 @@ class ConversationDataset(Dataset):
             self.conversations = [self.conversations[i] for i in order]
 
     def size(self, index: int) -> Size:
-        """What the example takes, from its text and the headers of its images. Raises InputError."""
+        """The example's Size, from its text and the headers of its images. Raises InputError as items do."""
         text, images = self._chat(index)
         sizes = [self._size_or_square(image) if self.skip_bad else image_size(image) for image in images]
         grids = [_grid(self.processor.image_processor, image, size) for image, size in zip(images, sizes, strict=True)]
         encoded = self._encode_text(index, text, grids)
         ids, targets = encoded["input_ids"], encoded["labels"] != IGNORE_INDEX
         crops = sum(h * w + 1 for h, w in grids)
-        digest = zlib.crc32(repr([text, *map(_weight, images)]).encode())
-        return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), digest)
-
-
-def _weight(image) -> int | None:
-    """What tells an image from another without reading a file: its size, or a checksum of content that is at hand."""
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        return zlib.crc32(image["bytes"])
-    path = image.get("path") if isinstance(image, dict) else image
-    if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
-        return os.path.getsize(path)
-    return None
-
-
-def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
-    """`size` of every example, looked up by all ranks together, once for a dataset."""
-    if dataset.sizes is not None:
-        return dataset.sizes
-    rank, world_size = ranks.rank(), ranks.world_size()
-    probes = sorted({i * (len(dataset) - 1) // 15 for i in range(16)})
-    looked_at = [(len(dataset), [tuple(dataset.size(i)) for i in probes])]  # on all ranks, as their disks may differ
-    first, *others = gather_object(looked_at)
-    for other, found in enumerate(others, 1):
-        if found != first:
-            raise InputError(
-                f"processes 0 and {other} have different data: {first[0]:,} and {found[0]:,} examples, or others; give "
-                "every node the same files"
-            )
-    own = range(rank, len(dataset), world_size)
-    sizes = [(i, dataset.size(i)) for i in tqdm(own, desc=desc, disable=disable_tqdm or rank != 0)]
-    dataset.sizes = [size for _, size in sorted(gather_object(sizes))]
-    return dataset.sizes
-
-
-def fingerprint(sizes: list[Size]) -> str:
-    """Differs where a text, the size of an image or of its file, or the order of examples does."""
-    return hashlib.sha256(repr([tuple(size) for size in sizes]).encode()).hexdigest()[:16]
-
-
-class PackingCollator:
-    """Encoded conversations → a micro-batch in one row without padding, as `pack` describes it, with `problems`.
-
-    original_length: the model's, above which an example takes the long rotary factors.
-    """
-
-    def __init__(self, processor: Phi3VProcessor, original_length: int, share_images: bool):
-        self.image_processor = processor.image_processor
-        self.original_length = original_length
-        self.share_images = share_images
-
-    def __call__(self, examples: list[dict]) -> dict:
-        batch = pack(examples, self.original_length, self.share_images)
-        grids = torch.tensor(batch["packing"].grids, dtype=torch.long).view(-1, 2)
-        batch["image_sizes"] = grids * self.image_processor.image_size
-        mean, std = (tuple(v) for v in (self.image_processor.image_mean, self.image_processor.image_std))
-        batch["packing"] = replace(batch["packing"], mean=mean, std=std)
-        batch["problems"] = [example["problem"] for example in examples if "problem" in example]
-        return batch
-
-
-class Collator:
-    """Encoded conversations → a padded micro-batch; crops of all examples in one tensor.
-
-    padding_side: "left" to generate.
-    normalise: False leaves the crops as uint8 tiles, with `grids`, for `crops_of_tiles` on the device.
-    """
-
-    def __init__(self, processor: Phi3VProcessor, padding_side: str, normalise: bool = True):
-        self.processor = processor
-        self.padding_side = padding_side
-        self.normalise = normalise
-
-    def __call__(self, examples: list[dict]) -> dict:
-        batch = self.processor.pad([example["input_ids"].tolist() for example in examples], self.padding_side)
-        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
-        labels[batch["attention_mask"].bool()] = torch.cat([example["labels"] for example in examples])
-        tiles = torch.cat([example["pixel_values"] for example in examples])
-        grids = [grid for example in examples for grid in example["grids"]]
-        image_processor = self.processor.image_processor
-        sizes = torch.tensor(grids, dtype=torch.long).view(-1, 2) * image_processor.image_size
-        batch.update(labels=labels, image_sizes=sizes)
-        if self.normalise:
-            batch["pixel_values"] = crops_of_tiles(tiles, grids, image_processor.image_mean, image_processor.image_std)
-        else:
-            batch.update(pixel_values=tiles, grids=grids)
-        return batch
+        return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), digest(text, images))

@@ -1,4 +1,4 @@
-"""Opening images so that whatever is wrong with one becomes an InputError with its name; their conversion to RGB."""
+"""Opens images and converts them to RGB. Whatever is wrong with an image becomes an InputError that names it."""
 
 import io
 import os
@@ -10,18 +10,19 @@ from ..errors import InputError
 
 
 def image_name(image) -> str:
-    """How messages call an image."""
+    """The name of an image in messages."""
     if isinstance(image, dict):
         return image.get("path") or "an image of the table"
     return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
 
 
 def open_image(image, name: str | None = None, header_only: bool = False) -> Image.Image:
-    """The image, decoded unless `header_only`, in the mode that it has; of an animation the first frame.
+    """The image in its own mode, decoded unless `header_only`; the first frame of an animation.
 
-    image: a path, `{"bytes", "path"}` with either of them as `datasets` has it, or a PIL image (which is copied).
-    name: what messages call it, by default its path.
-    Raises InputError for what is missing, no regular file, no image, damaged, or so large that PIL refuses it.
+    image: a path; `{"bytes", "path"}`, one of which may be None, as `datasets` has undecoded images; or a PIL image,
+        which is copied.
+    name: its name in messages, by default its path.
+    Raises InputError if it is missing, damaged, not a regular file, not an image, or so large that PIL refuses it.
     """
     name = name or image_name(image)
     try:
@@ -32,20 +33,20 @@ def open_image(image, name: str | None = None, header_only: bool = False) -> Ima
             if content is not None:
                 image = io.BytesIO(content)
         if image is None:
-            raise ValueError("there is none")
+            raise ValueError("the image is missing")
         if not isinstance(image, io.BytesIO):
             if not os.path.exists(image):
                 raise ValueError("the file does not exist")
-            if not os.path.isfile(image):  # reading a pipe or a device would not end
-                raise ValueError("no regular file")
+            if not os.path.isfile(image):  # reading a pipe or a device might never end
+                raise ValueError("not a regular file")
         opened = Image.open(image)
         if not header_only:
             opened.load()
-    except Exception as e:  # PIL's readers raise nearly everything, also struct.error, zlib.error and AttributeError
+    except Exception as e:  # PIL raises nearly everything, also struct.error, zlib.error and AttributeError
         reason = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, Image.UnidentifiedImageError):
-            reason = "the file is empty" if _is_empty(image) else "in no format that PIL knows"
-        raise InputError(f"{name} can't be read as an image ({reason}): replace it or take its example out") from None
+            reason = "the file is empty" if _is_empty(image) else "not in a format that PIL knows"
+        raise InputError(f"{name} can't be read as an image ({reason}): replace it or remove its example") from None
     return opened
 
 
@@ -62,13 +63,13 @@ def _is_empty(image) -> bool:
 
 
 def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
-    """Three channels of 8 bits, pixels equal to the official processor's except for 16-bit grey.
+    """Three channels of 8 bits. Pixels equal those of the official processor, except for 16-bit grey.
 
-    As there, transparency is dropped, so that the colours stored under it show, CMYK is converted without a colour
-    profile, and nothing is rotated by EXIF. Of 16-bit grey PIL, and with it the official processor, would clip all
-    above 255 to white; here the upper 8 bits are taken, as PIL itself takes them of 16-bit colour.
-    Raises InputError for modes that PIL can't convert, and for grey values that are floating point or go beyond 16
-    bits: what is white there is unknown.
+    Like the official processor, this drops transparency, so that the colours stored under it show; it converts CMYK
+    without a colour profile; and it does not rotate by EXIF. PIL, and thus the official processor, would clip 16-bit
+    grey above 255 to white. This function takes the upper 8 bits, as PIL does for 16-bit colour.
+    Raises InputError for modes that PIL can't convert, and for grey values that are floating point or need more than 16
+    bits, because their value for white is unknown.
     """
     try:
         if image.mode == "F":
@@ -84,6 +85,6 @@ def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
 
 
 def read_image(image, name: str | None = None) -> Image.Image:
-    """`open_image` and `to_rgb` of an image as they take it; InputError where either fails."""
+    """Opens an image as `open_image` does and converts it as `to_rgb` does. Raises InputError as they do."""
     with open_image(image, name) as opened:
         return to_rgb(opened, name or image_name(image))

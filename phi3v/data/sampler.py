@@ -1,4 +1,4 @@
-"""Which examples make an optimizer step, and how a step is cut into micro-batches over ranks."""
+"""Chooses the examples of every optimizer step, and divides a step into micro-batches over ranks."""
 
 import heapq
 import math
@@ -8,27 +8,30 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from ..errors import InputError
-from .conversations import ConversationDataset, Size
+from .conversations import ConversationDataset
+from .sizes import Size
 
 
 class StepSampler(Sampler[list[int]]):
-    """One rank's micro-batches of every optimizer step of an epoch.
+    """Yields one rank's micro-batches, as lists of example numbers, for all optimizer steps of an epoch.
 
-    Every rank draws the same steps of `batch_size` examples, at random by `seed` and epoch. Examples with the same
-    images stay together. A step is cut into `accumulation` micro-batches a rank, either of `examples_per_gpu` examples
-    each, or such that none holds more than `max_tokens`; then as many as the fullest step of all epochs needs. Ranks
-    get micro-batches of nearly equal token counts at the same time. The last step of an epoch may be smaller; where it
-    leaves a rank without an example, the shortest one stands in as ~i, which has no targets.
+    Every rank draws the same steps of `batch_size` examples, in a random order that follows from `seed` and the epoch.
+    Examples with the same images stay together. Each rank gets `accumulation` micro-batches per step. They either have
+    `examples_per_gpu` examples each, or at most `max_tokens` tokens each; with `max_tokens`, `accumulation` is what the
+    fullest step of all epochs needs. At the same time, ranks get micro-batches with nearly equal numbers of tokens. The
+    last step of an epoch may be smaller. If it leaves a rank without an example, the rank gets the shortest example i
+    as ~i, which stands for the example without targets.
 
-    sizes: of each example; images: what is equal for examples with the same images, None for none;
-    share_images: whether these count once in a micro-batch.
-    Raises InputError where one example holds more than `max_tokens`.
+    sizes: of each example.
+    images_keys: for each example a key that is equal for examples with the same images; None if it shares none.
+    share_images: whether the images that examples of a micro-batch share count once.
+    Raises InputError if one example has more than `max_tokens` tokens.
     """
 
     def __init__(
         self,
         sizes: list[Size],
-        images: list,
+        images_keys: list,
         batch_size: int,
         *,
         examples_per_gpu: int | None = None,
@@ -43,8 +46,8 @@ class StepSampler(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
         self.examples_per_gpu, self.max_tokens, self.share_images = examples_per_gpu, max_tokens, share_images
         numbers = {}
-        self.images = [
-            ("alone", i) if key is None else numbers.setdefault(key, len(numbers)) for i, key in enumerate(images)
+        self.images_keys = [
+            ("alone", i) if key is None else numbers.setdefault(key, len(numbers)) for i, key in enumerate(images_keys)
         ]
         self.shortest = min(range(len(sizes)), key=lambda i: sizes[i].tokens)
         rest = len(sizes) % batch_size
@@ -75,9 +78,9 @@ class StepSampler(Sampler[list[int]]):
             yield from self._micro_batches(step)
 
     def _steps(self, epoch: int) -> list[list[int]]:
-        """The examples of every step of an epoch, those with the same images next to one another."""
+        """The examples of every step of an epoch. Those with the same images are neighbours."""
         together = {}
-        for i, key in enumerate(self.images):
+        for i, key in enumerate(self.images_keys):
             together.setdefault(key, []).append(i)
         together = list(together.values())
         order = np.random.default_rng([self.seed, epoch]).permutation(len(together))
@@ -85,17 +88,17 @@ class StepSampler(Sampler[list[int]]):
         return [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]
 
     def tokens(self, examples: list[int]) -> int:
-        """Tokens of a micro-batch, where shared images count once."""
+        """How many tokens a micro-batch has. Shared images count once if `share_images`."""
         total, last = 0, None
         for i in examples:
             total += self.sizes[i].tokens
-            if self.share_images and self.images[i] == last:
+            if self.share_images and self.images_keys[i] == last:
                 total -= self.sizes[i].image_tokens
-            last = self.images[i]
+            last = self.images_keys[i]
         return total
 
     def _micro_batches(self, step: list[int]) -> list[list[int]]:
-        """This rank's share of a step."""
+        """This rank's micro-batches of a step."""
         n = self.accumulation if len(step) == self.batch_size else self.rest_accumulation
         if self.max_tokens is None:
             cuts = np.linspace(0, len(step), n * self.world_size + 1).round().astype(int)
@@ -103,32 +106,34 @@ class StepSampler(Sampler[list[int]]):
         else:
             bins = self._bins(step, n)
         bins = [own or [~self.shortest] for own in bins]
-        # Ranks wait for one another at each micro-batch, so those of one moment should be equally long.
+        # Ranks wait for one another after each micro-batch, so those that run at the same time should be equally long.
         bins.sort(key=lambda own: -self.tokens([i if i >= 0 else ~i for i in own]))
         return bins[self.rank :: self.world_size]
 
     def _needed(self, step: list[int]) -> int:
-        """The fewest micro-batches a rank that hold the examples."""
+        """The smallest number of micro-batches per rank into which the examples of a step fit."""
         n = max(1, math.ceil(self.tokens(step) / (self.max_tokens * self.world_size)))
         while self._bins(step, n) is None:
             n += 1
         return n
 
     def _needed_by_all(self, steps: list[list[int]], least: int) -> int:
-        """One number of micro-batches a rank for all steps: to the Trainer every epoch is as long as the first, and
-        the last step of an epoch no longer than the others."""
+        """The number of micro-batches per rank, at least `least`, into which each of these steps fits. It is the same
+        for all steps, because the Trainer assumes that every epoch is as long as the first one, and that the last step
+        of an epoch is not longer than the others."""
         n = max([least, *map(self._needed, steps)])
         while any(self._bins(step, n) is None for step in steps):
             n += 1
         return n
 
     def _bins(self, step: list[int], n: int) -> list[list[int]] | None:
-        """The examples in n micro-batches a rank, longest first into the emptiest; None where they don't fit."""
+        """The examples in n micro-batches per rank; None if they don't fit. The longest examples come first. Each
+        goes into the micro-batch that has the fewest tokens."""
         fair = self.tokens(step) / (n * self.world_size)
         units = []
         for i in step:
-            grown = units and self.images[units[-1][0]] == self.images[i] and units[-1] + [i]
-            # A unit larger than a fair share would leave the other ranks waiting.
+            grown = units and self.images_keys[units[-1][0]] == self.images_keys[i] and units[-1] + [i]
+            # Examples with the same images stay together, unless that would leave the other ranks waiting.
             if grown and self.tokens(grown) <= min(fair, self.max_tokens):
                 units[-1] = grown
             else:
@@ -144,11 +149,12 @@ class StepSampler(Sampler[list[int]]):
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader whose batch sampler hears of the epoch, as the Trainer announces it."""
+    """A DataLoader that passes the epoch, which the Trainer tells it, to its batch sampler."""
 
     def set_epoch(self, epoch: int):
         self.batch_sampler.set_epoch(epoch)
 
 
 def sampler_for(dataset: ConversationDataset, sizes: list[Size], batch_size: int, **options) -> StepSampler:
+    """A StepSampler for a data set; `options` are StepSampler's."""
     return StepSampler(sizes, [dataset.images_key(i) for i in range(len(dataset))], batch_size, **options)

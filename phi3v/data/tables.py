@@ -1,4 +1,4 @@
-"""Data sets of the Hub, or local folders of the same layout, as tables whose images stay on disk until needed."""
+"""Data sets from the Hub, or from local folders of the same layout, as tables whose images are read when needed."""
 
 import hashlib
 import os
@@ -9,21 +9,21 @@ import datasets
 
 from ..errors import InputError, Problems
 from ..ranks import is_first
-from .annotations import text_problem
+from .annotations import ROLES, text_problem
 from .images import read_image
 
-ROW = "row_in_split"
+ROW = "row_in_split"  # a column with the number that a row has in its split
 TEXTS_ABOUT_IMAGES = {"images": [datasets.Image], "texts": [{"user": str, "assistant": str}]}
 
 
 def load_table(repo: str, config: str | None, split: str, data_dir: str | None, columns: dict) -> datasets.Dataset:
-    """A split (or a slice of one, "train[500:]") of a data set, with a column `ROW` for the number that each row has
-    in the split.
+    """A split of a data set, or a slice of a split ("train[500:]"), with the additional column `ROW`.
 
-    data_dir: a folder that holds a folder by the repository's own name, laid out as a snapshot of the repository;
-        None for the Hub.
-    columns: what the table must have, as in `{"images": [Image], "texts": [{"user": str, "assistant": str}]}`.
-    Raises InputError where it can't be loaded, lacks a column or has it with another type, or is empty.
+    repo, config: the data set's repository on the Hub, and the name of its configuration.
+    data_dir: a local folder to read instead of the Hub. It holds a folder with the repository's own name, laid out like
+        a snapshot of the repository.
+    columns: the columns that the table must have, with their types, such as `TEXTS_ABOUT_IMAGES`.
+    Raises InputError if the split can't be loaded, lacks a column, has it with another type, or is empty.
     """
     source = repo if data_dir is None else Path(data_dir) / repo.split("/")[1]
     where = f"{source}{f' ({config})' if config else ''}"
@@ -35,20 +35,20 @@ def load_table(repo: str, config: str | None, split: str, data_dir: str | None, 
         table = datasets.load_dataset(str(source), config, split=name, cache_dir=cache_dir)
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(table)})
         rows = range(len(table))[part.from_ : part.to]
-    except Exception as e:  # what can go wrong on the way has no class in common
+    except Exception as e:  # the many things that can go wrong here share no other class
         raise InputError(f"{where}, split {split}, can't be loaded: {' '.join(str(e).split())[:300]}") from None
     for name, wanted in columns.items():
         if name not in table.column_names:
             raise InputError(f"{where} has no column {name!r}, only {', '.join(table.column_names)}")
         if not _fits(table.features[name], wanted):
-            raise InputError(f"{where}: column {name!r} is {table.features[name]}, must be like {wanted}")
+            raise InputError(f"{where}: column {name!r} is {table.features[name]}, must be {wanted}")
     if len(rows) == 0:
         raise InputError(f"{where}, split {split}, is empty: it has {len(table)} rows")
     return table.select(rows).add_column(ROW, list(rows))
 
 
 def _fits(feature, wanted) -> bool:
-    """Whether a column's type is the one described: Image, str, a list of one description, or a dict of several."""
+    """Whether a column's type fits a description: Image, str, a list with one description, or a dict of several."""
     if isinstance(wanted, list):
         return isinstance(feature, datasets.List) and _fits(feature.feature, wanted[0])
     if isinstance(wanted, dict):
@@ -59,35 +59,39 @@ def _fits(feature, wanted) -> bool:
 
 
 def undecoded(table: datasets.Dataset, index: int) -> dict:
-    """A row whose images are still `{"bytes", "path"}`, so that they are opened where errors can name them."""
+    """A row whose images are still `{"bytes", "path"}`. `open_image` opens them, whose errors name the image."""
     return table.with_format("arrow")[index : index + 1].to_pylist()[0]
 
 
 def _cache_dir(folder: Path) -> str:
-    """A cache for just these files: under its usual one, `datasets` would go on giving the old content of a folder
-    whose files have changed since."""
+    """A cache folder for these files alone. In its usual cache, `datasets` would not notice that a file has changed,
+    and would keep returning the old content."""
     files = [(str(path.relative_to(folder)), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
     content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"local-{hashlib.sha1(content.encode()).hexdigest()}")
 
 
 def without_seen_images(train: datasets.Dataset, evaluation: datasets.Dataset) -> datasets.Dataset:
-    """`train` without the rows of which an image is also in `evaluation`, pixel for pixel; says how many there were.
+    """`train` without the rows that have an image which is also in `evaluation`, pixel for pixel.
 
-    Both have a column `image`, or `images` with several. The hashes are kept in the cache of `datasets`.
+    Both tables have a column `image`, or a column `images` with lists. The images' hashes are cached by `datasets`.
+    Rank 0 prints how many rows were left out. Raises InputError if no row is left.
     """
     seen = {digest for row in _hashes(evaluation) for digest in row}
     keep = [i for i, row in enumerate(_hashes(train)) if seen.isdisjoint(row)]
     if len(keep) == len(train):
         return train
     if is_first():
-        print(f"{len(train) - len(keep)} of {len(train)} training rows left out: their images are evaluated on")
+        print(
+            f"{len(train) - len(keep)} of {len(train)} training rows left out: their images are in the evaluation set"
+        )
     if not keep:
         raise InputError("every training image is in the evaluation set too: choose another split")
     return train.select(keep)
 
 
 def _hashes(table: datasets.Dataset):
+    """For each row the hashes of its images' sizes and pixels."""
     column = "images" if "images" in table.column_names else "image"
 
     def digest(batch) -> dict:
@@ -112,10 +116,10 @@ def _hashes(table: datasets.Dataset):
 
 
 def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
-    """(index, item) of every question in the column `texts`, which holds lists of `{"user", "assistant", …}`.
+    """(index of the row, position in its list) of every question in the column `texts`.
 
-    name: the table's, for messages. Raises one InputError for all questions and answers that are missing or hold a
-    token of the chat format.
+    The column holds lists of `{"user", "assistant", …}`. name: the table's name in messages.
+    Raises one InputError for all questions and answers that are missing or hold a token of the chat format.
     """
     keys, problems = [], Problems()
     for i, (row, texts) in enumerate(zip(table[ROW], table["texts"], strict=True)):
@@ -127,7 +131,7 @@ def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
             if text is None:
                 problems.add(where, f"texts[{item}] is missing")
                 continue
-            for role in ("user", "assistant"):
+            for role in ROLES:
                 if problem := text_problem(text[role]):
                     problems.add(where, f"texts[{item}].{role} {problem}")
             keys.append((i, item))
@@ -136,9 +140,10 @@ def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
 
 
 class Conversations(Sequence):
-    """Conversations that are built from a table's rows when they are asked for.
+    """Conversations that are built from a table's rows at each access, so that images are not kept in memory.
 
-    keys: (index, item) for each conversation; build: makes it of the table's content there, and of `item`.
+    keys: for each conversation (index of its row, item), where `item` says which part of the row it is about.
+    build: called with the row and `item`; returns the conversation.
     """
 
     def __init__(self, table: datasets.Dataset, keys: list[tuple[int, int]], build: Callable):

@@ -1,1 +1,1 @@
-"""The model, its processor, and what is computed with them."""
+"""The model, its processor, its adapters, and how they are loaded."""

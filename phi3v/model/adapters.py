@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format, and merging them into a checkpoint of the Hub's form."""
+"""LoRA adapters in PEFT's format: adding, saving, loading and merging them into their base model."""
 
 from functools import partial
 from pathlib import Path
@@ -16,22 +16,23 @@ SEPARATORS_FILE = "separators.safetensors"
 
 
 def add_adapter(model: Phi3VForCausalLM, config: LoraConfig, train_separators: bool = False) -> PeftModel:
-    """Freezes the model and puts fresh adapters on it, kept in fp32 whatever the model's dtype.
+    """Freezes the model and adds new adapters to it. The adapters are in fp32, whatever the model's dtype is.
 
-    train_separators: trains the row and image separators as well. They are bare parameters, which PEFT does not
-        save: `save_separators` and `load_adapter` do.
+    train_separators: also trains the row and image separators. They are parameters without a module of their own, which
+        PEFT does not save; `save_separators` and `load_adapter` do.
     """
     for module in model.modules():
-        # On some CPUs bitsandbytes repacks weights when it first infers, rounding them once more, and the layers pass
-        # on no gradient afterwards: an evaluation before training would ruin the training.
+        # On some CPUs, bitsandbytes repacks the weights at the first inference. This rounds them once more, and no
+        # gradient passes through the layers afterwards: an evaluation before training would ruin the training.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     adapted = get_peft_model(model, config)
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False  # autocast casts the adapter's weights; an fp32 input is larger
+            # Inputs in fp32 would take more memory, and autocast casts the adapter's weights anyway.
+            module.cast_input_dtype_enabled = False
     adapted.save_pretrained = partial(_save_pretrained, adapted)
-    adapted.create_or_update_model_card = lambda folder: None  # PEFT's is a form of blanks; a run writes its own
+    adapted.create_or_update_model_card = lambda folder: None  # a run writes its own; PEFT's is an empty form
     for name in SEPARATORS if train_separators else ():
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.float()
@@ -40,14 +41,14 @@ def add_adapter(model: Phi3VForCausalLM, config: LoraConfig, train_separators: b
 
 
 def _save_pretrained(model: PeftModel, save_directory: str | Path, **kwargs):
-    # An adapter on lm_head makes PEFT save the whole base layer beside it, which did not change.
+    # If lm_head has an adapter, PEFT would also save the base layer, which has not changed.
     PeftModel.save_pretrained(model, save_directory, **{"save_embedding_layers": False} | kwargs)
     if kwargs.get("is_main_process", True):
         let_others_read(save_directory)
 
 
 def save_separators(model: PeftModel, folder: Path):
-    """Writes trained separators beside the adapter; does nothing where they are not trained."""
+    """Saves the separators beside the adapter if they are trained."""
     base = model.get_base_model()
     parameters = {name: base.get_parameter(name) for name in SEPARATORS}
     if all(p.requires_grad for p in parameters.values()):
@@ -57,22 +58,22 @@ def save_separators(model: PeftModel, folder: Path):
 
 @torch.no_grad()
 def load_separators(model: Phi3VForCausalLM, folder: Path):
-    """Copies separators that were saved with an adapter into its base model, if there are any."""
+    """Loads the separators that were saved with an adapter, if there are any, into its base model."""
     if (folder / SEPARATORS_FILE).is_file():
         for name, tensor in load_file(folder / SEPARATORS_FILE).items():
             model.get_parameter(name).copy_(tensor)
 
 
 def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> PeftModel:
-    """Puts a saved adapter, and its separators if it has any, on its base model."""
+    """Adds a saved adapter to its base model, and loads its separators if it has any."""
     load_separators(model, Path(folder))
     return PeftModel.from_pretrained(model, folder)
 
 
 def merge_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Phi3VForCausalLM:
-    """The base model with a saved adapter merged into its weights, without any trace of PEFT.
+    """The base model with a saved adapter merged into its weights. The result does not depend on PEFT.
 
-    A model that was loaded in 4 bits is dequantised first, so that the result computes what was trained.
+    A model in 4 bits is dequantised first, because the adapter was trained with these rounded weights.
     """
     if getattr(model, "is_quantized", False):
         model = model.dequantize().float()

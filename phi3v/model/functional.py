@@ -1,14 +1,18 @@
-"""Functions whose gradients are written out, because autograd's would keep more or do more than it takes."""
+"""Functions with hand-written gradients, which keep less memory and compute less than autograd would.
+
+The model and its loss call them in place of transformers' own code. Each computes the same values, to rounding.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-LOSS_CHUNK = 512  # rows of logits that exist at once: at a vocabulary of 32,064 these are 66 MB in fp32
+LOSS_CHUNK = 512  # rows of logits that exist at the same time: 66 MB in fp32 for a vocabulary of 32,064
 
 
 class _QuickGELU(torch.autograd.Function):
-    """x * sigmoid(1.702 x), as silu(1.702 x) / 1.702, whose derivative is silu'(1.702 x). Keeps x alone."""
+    """x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, with the derivative silu'(1.702 x). Keeps only x for the backward
+    pass."""
 
     @staticmethod
     def forward(ctx, x):
@@ -22,12 +26,14 @@ class _QuickGELU(torch.autograd.Function):
 
 
 class QuickGELU(nn.Module):
+    """CLIP's activation, x * sigmoid(1.702 x)."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _QuickGELU.apply(x)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up for the halves of one tensor. Keeps that tensor alone."""
+    """silu(gate) * up for the halves of one tensor. Keeps only that tensor."""
 
     @staticmethod
     def forward(ctx, gate_up):
@@ -47,12 +53,13 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """(…, 2 n), the gate's half first → (…, n)."""
+    """silu(gate) * up: (…, 2 n), where the gate is the first half, → (…, n)."""
     return _SwiGLU.apply(gate_up)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight, in fp32 or better. Keeps x and one number a row; autograd would keep x up to four times."""
+    """x / rms(x) * weight, computed in fp32 or better. Keeps x and one number per row; autograd would keep up to four
+    tensors of the size of x."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -76,14 +83,17 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """(…, width) → the same, each row divided by its root mean square. For accelerators torch has a kernel."""
+    """(…, width) → the same shape: each row divided by its root mean square, and multiplied by `weight` (width,).
+
+    eps is added to the mean square.
+    """
     if x.device.type == "cpu":
-        return _RMSNorm.apply(x, weight, eps)
+        return _RMSNorm.apply(x, weight, eps)  # accelerators have a fused kernel
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotates the first heads of a tensor in place: nothing is copied, and only the angles are kept."""
+    """Rotates the first heads of a tensor in place. Copies no heads, and keeps only the angles."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, n_heads, head_dim):
@@ -110,15 +120,16 @@ def _rotate_(qkv, cos, sin, n_heads, head_dim):
 
 
 def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_heads: int, head_dim: int) -> torch.Tensor:
-    """Rotary position embedding of the first `n_heads` of `qkv` (…, n, heads * head_dim), which is overwritten.
+    """Applies rotary position embedding to the first `n_heads` heads of `qkv` (…, n, heads * head_dim), in place.
 
-    cos, sin: (…, n, rotary_dim), whose halves are equal; of each head the first `rotary_dim` are rotated.
+    cos, sin: (…, n, rotary_dim) with two equal halves. The first `rotary_dim` numbers of each head are rotated.
     """
     return _Rotate.apply(qkv, cos, sin, n_heads, head_dim)
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Projects to the vocabulary chunk by chunk, and takes each chunk's gradients at once, before its logits go."""
+    """Projects to the vocabulary chunk by chunk, and computes a chunk's gradients in the forward pass, so that its
+    logits can be freed before the next chunk."""
 
     @staticmethod
     def forward(ctx, hidden, targets, divisor, head, *parameters):
@@ -137,21 +148,22 @@ class _CrossEntropySum(torch.autograd.Function):
             own = targets[rows, None]
             total -= log_p.gather(1, own).sum()
             if needs_grad:
-                # d loss / d scores is softmax minus one at the target.
+                # The derivative of the loss by the scores is the softmax, minus 1 at the target.
                 slope = log_p.exp_().scatter_add_(1, own, log_p.new_full((1, 1), -1.0).expand_as(own))
                 grad_x, *new = torch.autograd.grad(scores, (x, *trained), slope.to(scores.dtype))
                 grad_hidden[rows] = grad_x
-                new = [g.float() if g.dtype == torch.float16 else g for g in new]  # sums of many could overflow
+                new = [g.float() if g.dtype == torch.float16 else g for g in new]  # the sum over chunks could overflow
                 grads = new if grads is None else [a.add_(b) for a, b in zip(grads, new, strict=True)]
             del scores, log_p
-        # Divided in the backward pass, together with fp16's loss scale: by itself the quotient could underflow.
+        # The gradients are divided in the backward pass, where fp16's loss scale multiplies them. Divided here, without
+        # the loss scale, they could underflow.
         ctx.divisor, ctx.parameters_dtypes = divisor, [p.dtype for p in parameters]
         ctx.grads = grad_hidden, grads or [torch.zeros_like(p) for p in trained]
         return total / divisor
 
     @staticmethod
     def backward(ctx, grad):
-        (grad_hidden, grads), ctx.grads = ctx.grads, None  # scaled in place, so that they serve once
+        (grad_hidden, grads), ctx.grads = ctx.grads, None  # scaled in place below, so they can be used only once
         grad = grad.float() / ctx.divisor
         found = iter(grads)
         needed = zip(ctx.parameters_dtypes, ctx.needs_input_grad[4:], strict=True)
@@ -160,11 +172,11 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, divisor, head: nn.Module) -> torch.Tensor:
-    """Sum of cross-entropies of `head(hidden)` at `targets`, divided by `divisor`, in fp32.
+    """The sum of the cross-entropies between `head(hidden)` and `targets`, divided by `divisor`, in fp32.
 
     hidden: (n, width); targets: (n,) int64; divisor: a number or a scalar tensor; head: any module from width to
-    vocabulary. At most `LOSS_CHUNK` rows of logits exist at a time, and no row is projected twice; under ZeRO-3, which
-    needs all ranks to call the head equally often, all rows at once.
+    vocabulary. At most `LOSS_CHUNK` rows of logits exist at the same time, and no row is projected twice. Under ZeRO-3
+    all rows are projected at once, because all ranks must call the head equally often.
     """
     if any(hasattr(p, "ds_id") for p in head.parameters()):
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum") / divisor

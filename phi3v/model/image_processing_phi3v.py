@@ -1,4 +1,9 @@
-"""Images → crops: the HD transform's resizing and cutting, with pixels equal to the official processor's."""
+"""Cuts images into crops by the HD transform, with pixels equal to those of the official processor.
+
+An image is resized and cut into a grid of h x w square sub-crops. A global crop shows the whole image at the size of
+one crop. "Crops" are both. "Tiles" are the sub-crops as uint8: they take little memory, so a DataLoader's worker sends
+these to training, and the device makes all crops of them (`crops_of_tiles`).
+"""
 
 import math
 
@@ -9,15 +14,18 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .configuration_phi3v import HUB_REPO
+from .configuration_phi3v import auto_map, merged_tokens_per_side
 
 WHITE = (255, 255, 255)
 
 
 class Phi3VImageProcessor(BaseImageProcessor):
-    """Cuts an image into at most `num_crops` square crops of `image_size` pixels and one global crop.
+    """Cuts an image into at most `num_crops` square sub-crops and one global crop.
 
-    image_size, patch_size: the tower's, in pixels; the Hub's preprocessor_config.json leaves them out (336 and 14).
+    image_mean, image_std: for each channel, of pixel values between 0 and 1.
+    image_size: the side of a crop in pixels; patch_size: the side of the tower's patches in pixels. The Hub's
+        preprocessor_config.json does not mention them.
+    Raises ValueError if num_crops is less than 1 or image_size is not a multiple of two patches.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]
@@ -37,8 +45,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         if num_crops < 1:
             raise ValueError(f"num_crops is {num_crops}, must be at least 1")
-        if image_size % (2 * patch_size):
-            raise ValueError(f"image_size {image_size} is not a multiple of 2 x patch_size {patch_size}")
+        merged_tokens_per_side(image_size, patch_size)  # raises ValueError for sizes that do not fit
         self.num_crops = num_crops
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
@@ -48,12 +55,13 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     @property
     def crop_tokens_per_side(self) -> int:
-        return self.image_size // (2 * self.patch_size)
+        """Image tokens along one side of a crop."""
+        return merged_tokens_per_side(self.image_size, self.patch_size)
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) in pixels that an image is resized to: as large as `num_crops` crops can cover.
+        """(width, height) in pixels to which an image is resized: the largest that `num_crops` sub-crops cover.
 
-        Raises ValueError for an empty image, or one so long and thin that its short side would vanish.
+        Raises ValueError for an empty image, and for one so thin that its short side would have no pixels.
         """
         if width < 1 or height < 1:
             raise ValueError(f"image of {width} x {height} pixels is empty")
@@ -73,22 +81,20 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return new_width, new_height
 
     def crop_grid(self, width: int, height: int) -> tuple[int, int]:
-        """(crops down, crops across) that an image of this size in pixels is cut into."""
+        """The number of sub-crops (down, across) into which an image of this size in pixels is cut."""
         new_width, new_height = self.resized_size(width, height)
         return math.ceil(new_height / self.image_size), math.ceil(new_width / self.image_size)
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
-        """Tokens that an image of this size in pixels takes in the sequence: (h*w + 1)*g^2 + 1 + (h + 1)*g."""
-        h, w = self.crop_grid(width, height)
-        g = self.crop_tokens_per_side
-        return (h * w + 1) * g * g + 1 + (h + 1) * g
+        """How many tokens an image of this size in pixels takes in the sequence."""
+        return num_image_tokens(*self.crop_grid(width, height), self.crop_tokens_per_side)
 
     def calc_num_image_tokens(self, images) -> list[int]:
         """`calc_num_image_tokens_from_image_size` of each image, PIL or numpy."""
         return [self.calc_num_image_tokens_from_image_size(*to_pil(image).size) for image in as_list(images)]
 
     def tiles(self, image) -> torch.Tensor:
-        """(h*w, S, S, 3) uint8 sub-crops of one image, PIL or numpy, row by row: what a worker sends to training."""
+        """The sub-crops of one image, PIL or numpy, row by row: uint8 (h*w, S, S, 3)."""
         image = to_pil(image)
         if self.do_convert_rgb:
             image = image.convert("RGB")
@@ -96,7 +102,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
         h, w = self.crop_grid(*image.size)
         size = self.image_size
         if image.width < image.height:
-            # The official processor turns an upright image before it resizes it, and PIL rounds after each axis.
+            # The official processor turns an upright image before it resizes it, and PIL rounds after each axis. To
+            # get the same pixels, the vertical axis is resized first.
             image = image.resize((image.width, height), Image.Resampling.BILINEAR)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         canvas = np.full((h * size, w * size, 3), WHITE, dtype=np.uint8)
@@ -105,18 +112,24 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return torch.from_numpy(canvas).view(h, size, w, size, 3).transpose(1, 2).reshape(h * w, size, size, 3)
 
     def crops(self, image) -> torch.Tensor:
-        """(1 + h*w, 3, S, S) float32 normalised crops of one image, PIL or numpy: the global one, then row by row."""
+        """The crops of one image, PIL or numpy: float32 (1 + h*w, 3, S, S), normalised. The global crop is the first,
+        the sub-crops follow row by row."""
         image = to_pil(image)
         pixels = self.tiles(image).permute(0, 3, 1, 2).contiguous().float().div_(255)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         pixels.sub_(mean).div_(std)
         return torch.cat([_overview(pixels, *self.crop_grid(*image.size))[None], pixels])
 
-    def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
-        """One image or a list, PIL or numpy (height, width, 3), to the official layout.
+    def crops_of_tiles(self, tiles: torch.Tensor, grids, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The function `crops_of_tiles` of this module, with this processor's mean and standard deviation."""
+        return crops_of_tiles(tiles, grids, self.image_mean, self.image_std, dtype)
 
-        Returns `pixel_values` float32 (n_images, 1 + num_crops, 3, S, S) with zero crops at the end, `image_sizes`
-        int64 (n_images, 2) padded heights and widths, and `num_img_tokens`.
+    def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
+        """One image or a list, PIL or numpy (height, width, 3), in the official layout.
+
+        Returns `pixel_values` float32 (n_images, 1 + num_crops, 3, S, S), where images with fewer crops have zeros at
+        the end; `image_sizes` int64 (n_images, 2), the height and width of the resized and padded image; and
+        `num_img_tokens`, a list. Raises what `resized_size` and `to_pil` raise.
         """
         if kwargs:
             raise TypeError(f"unknown arguments {sorted(kwargs)}: set num_crops when the image processor is created")
@@ -141,10 +154,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     def to_dict(self):
         return {
-            "auto_map": {
-                "AutoImageProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VImageProcessor",
-                "AutoProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VProcessor",
-            },
+            "auto_map": auto_map("AutoImageProcessor", "AutoProcessor"),
             "do_convert_rgb": self.do_convert_rgb,
             "image_mean": self.image_mean,
             "image_processor_type": type(self).__name__,
@@ -157,13 +167,25 @@ class Phi3VImageProcessor(BaseImageProcessor):
         }
 
 
+def num_image_tokens(h, w, g):
+    """How many tokens an image takes in the sequence (Phi-3 technical report, arXiv 2404.14219, and the official code).
+
+    h, w: sub-crops down and across, numbers or tensors of one shape; g: tokens along one side of a crop.
+    Each of the h*w sub-crops and the global crop has g*g tokens. A separator ends each of the h*g rows of the
+    sub-crops and each of the g rows of the global crop, and one more separator stands between the two.
+    """
+    return (h * w + 1) * g * g + 1 + (h + 1) * g
+
+
 def as_list(images) -> list:
+    """One image as a list with one element; a list or tuple of images as a list."""
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def to_pil(image) -> Image.Image:
-    """A PIL image as it is; a uint8 array (height, width), (height, width, 3) or (height, width, 4) as one.
+    """Returns a PIL image unchanged, and converts a uint8 array.
 
+    The array's shape is (height, width), (height, width, 3) or (height, width, 4).
     Raises TypeError or ValueError for anything else.
     """
     if isinstance(image, Image.Image):
@@ -180,11 +202,11 @@ def to_pil(image) -> Image.Image:
 
 
 def crops_of_tiles(tiles: torch.Tensor, grids, mean, std, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Sub-crops of images as `Phi3VImageProcessor.tiles` gives them → all crops as the tower takes them.
+    """Sub-crops of images, as `Phi3VImageProcessor.tiles` makes them → all crops, normalised for the tower.
 
-    tiles: (n_tiles, S, S, 3) uint8, on any device; grids: (down, across) sub-crops of each image; mean, std: by
-        channel. Returns (n_images + n_tiles, 3, S, S): of each image the global crop, which is the whole of it made
-        smaller, then its sub-crops.
+    tiles: uint8 (n_tiles, S, S, 3), on any device; grids: for each image the number of its sub-crops (down, across);
+    mean, std: for each channel. Returns (n_images + n_tiles, 3, S, S): each image's global crop, which is the image
+    reduced to the size of a crop, and then its sub-crops.
     """
     size = tiles.shape[1]
     crops = torch.empty(len(grids) + len(tiles), 3, size, size, dtype=torch.float32, device=tiles.device)
@@ -194,13 +216,13 @@ def crops_of_tiles(tiles: torch.Tensor, grids, mean, std, dtype: torch.dtype = t
         crops[crop + 1 : crop + 1 + h * w].unflatten(0, (h, w)).copy_(own.permute(0, 1, 4, 2, 3))
         crops[crop] = _overview(crops[crop + 1 : crop + 1 + h * w], h, w)
         tile, crop = tile + h * w, crop + 1 + h * w
-    # (x / 255 - mean) / std for all of them at once: making an image smaller is linear, so it may come first.
+    # (x / 255 - mean) / std for all crops together. Reducing an image is linear, so it may come before this.
     scale, shift = ([1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)])
     scale, shift = (torch.tensor(values, device=tiles.device)[:, None, None] for values in (scale, shift))
     return torch.addcmul(shift, crops, scale, out=crops).to(dtype)
 
 
 def _overview(subcrops: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """(h*w, 3, S, S) sub-crops → (3, S, S), the whole image made smaller by bicubic interpolation."""
+    """(h*w, 3, S, S) sub-crops → the global crop (3, S, S), the image reduced by bicubic interpolation."""
     canvas = subcrops.unflatten(0, (h, w)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[None]
     return F.interpolate(canvas, size=subcrops.shape[-2:], mode="bicubic", align_corners=False)[0]

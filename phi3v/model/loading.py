@@ -1,4 +1,4 @@
-"""Loading a model that may be an adapter on a base, in 4 bits or not, and refusing one that lacks weights."""
+"""Loads a saved model or adapter, in 4 bits or not, and refuses a model that lacks weights."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,16 @@ from .modeling_phi3v import Phi3VForCausalLM
 
 
 def not_quantized(quantize_vision: bool) -> list[str]:
-    """Patterns of the names of the modules that QLoRA leaves in half precision: the output layer, and unless
-    `quantize_vision` the tower and the projector, which lose accuracy in 4 bits."""
+    """Name patterns of the modules that QLoRA leaves in half precision: the output layer and, without
+    `quantize_vision`, the tower and the projector, which lose accuracy in 4 bits."""
     return ["lm_head"] + ([] if quantize_vision else [".*vision_embed_tokens"])
 
 
 def nf4_config(compute_dtype: torch.dtype, quantize_vision: bool = False) -> BitsAndBytesConfig:
-    """QLoRA's base: weights in NF4, whose scales are quantised too (Dettmers et al., 2023, arXiv 2305.14314)."""
+    """The quantisation of QLoRA's base: weights in NF4 with quantised scales (Dettmers et al., 2023, arXiv 2305.14314).
+
+    compute_dtype: in which matrix products are computed; quantize_vision: as in `not_quantized`.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -29,9 +32,10 @@ def nf4_config(compute_dtype: torch.dtype, quantize_vision: bool = False) -> Bit
 
 
 def check_complete(loading_info: dict, name: str):
-    """Raises InputError if weights were missing, which `from_pretrained` would leave at random values.
+    """Raises InputError if weights were missing, because `from_pretrained` gives these random values.
 
     loading_info: what `from_pretrained(…, output_loading_info=True)` returns beside the model.
+    name: the model's name in the message.
     """
     if missing := sorted(loading_info["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -39,7 +43,7 @@ def check_complete(loading_info: dict, name: str):
 
 
 def base_and_adapter(name: str) -> tuple[str, Path | None]:
-    """(the base model, the adapter's folder) for a folder that holds an adapter; (name, None) for anything else.
+    """(base model, folder of the adapter) if `name` is a folder with an adapter; (name, None) for anything else.
 
     Raises InputError if the adapter does not name its base.
     """
@@ -64,11 +68,12 @@ def load_saved(
     device: torch.device | str | None = None,
     base: str | None = None,
 ):
-    """A model as a run has saved it: a Phi3VForCausalLM, or a PeftModel with the saved adapter around its base.
+    """Loads what a run has saved: a Phi3VForCausalLM, or a PeftModel that wraps the base of a saved adapter.
 
-    name: a folder or a repository on the Hub; base: an adapter's base, if not the one that the adapter names;
-    device: where the weights are loaded to, which `quantization` needs.
-    Raises InputError if weights are missing, and what `from_pretrained` raises.
+    name: a folder, or a repository on the Hub.
+    base: the adapter's base, if it is not the one that the adapter names.
+    device: where the weights are loaded to. `quantization` needs it.
+    Raises InputError if weights are missing, and whatever `from_pretrained` raises.
     """
     named_base, adapter = base_and_adapter(name)
     source = base or named_base

@@ -1,9 +1,11 @@
 """Phi-3.5-vision, composed of transformers' Phi-3 decoder and CLIP tower.
 
-Parameter names are the Hub checkpoint's, so weights load and save without renaming. What is ours is the image path
-between the two (HD transform, separators, projector), rotary frequencies chosen by example, attention within the
-examples of a packed row, and a loss that computes logits only where there is a label. Training on packed rows never
-makes the host wait for the device.
+Parameters have the names of the Hub's checkpoint, so weights load and save without renaming. Four things are ours:
+- the path of images between tower and decoder (merging, separators, projector), which transformers does not have;
+- rotary factors that are chosen for each example, so that its result does not depend on the batch that it is in;
+- attention within the examples of a packed row, so that training computes no padding;
+- a loss that computes logits only for supervised tokens, because logits of all tokens would take gigabytes.
+Training on packed rows never makes the host wait for the device.
 """
 
 import torch
@@ -30,21 +32,21 @@ from transformers.models.phi3.modeling_phi3 import (
 from ..files import let_others_read
 from .configuration_phi3v import Phi3VConfig
 from .functional import QuickGELU, cross_entropy, rms_norm, rotate, swiglu
-from .image_processing_phi3v import crops_of_tiles
+from .image_processing_phi3v import crops_of_tiles, num_image_tokens
 from .packing import IGNORE_INDEX, Packing, packed_attention
 
-# The shipped generation config stops at </s>, which the model never writes: it ends a turn with <|end|> (32007) and
-# a conversation with <|endoftext|> (32000).
+# The Hub's generation config stops at </s>, which the model never writes. The model ends a turn with <|end|> (32007)
+# and a conversation with <|endoftext|> (32000).
 _SHIPPED_EOS_ID = 2
 _STOP_IDS = [32007, 32000]
 
 
 class Phi3VRotaryEmbedding(nn.Module):
-    """LongRoPE ("su") cos/sin, with the long factors for just those rows that reach beyond the original length.
+    """cos and sin of LongRoPE ("su"). Only examples longer than the original length take the long factors.
 
-    Frequencies are `1 / (factor * theta^(2i/d))`, scaled on cos/sin by sqrt(1 + ln(s) / ln(L)) with L the original
-    length and s = max length / L (LongRoPE, arXiv 2402.13753). They are kept as plain fp32 tensors and not as
-    buffers, because a buffer would be rounded by `model.to(torch.bfloat16)`.
+    Frequencies are `1 / (factor * theta^(2i/d))`. cos and sin are multiplied by sqrt(1 + ln(s) / ln(L)), where L is the
+    original length and s = max length / L (LongRoPE, arXiv 2402.13753). Frequencies are plain fp32 tensors and not
+    buffers, because `model.to(torch.bfloat16)` would round a buffer.
     """
 
     def __init__(self, config: Phi3VConfig):
@@ -65,7 +67,7 @@ class Phi3VRotaryEmbedding(nn.Module):
         self._inv_freqs = {}
 
     def inv_freq(self, device: torch.device) -> torch.Tensor:
-        """(1 or 2, rotary_dim / 2) inverse frequencies: the short and, with longrope, the long ones."""
+        """(1 or 2, rotary_dim / 2) frequencies: with the short factors and, for LongRoPE, with the long ones."""
         if device not in self._inv_freqs:
             exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device) / self.rotary_dim
             factors = torch.tensor(self.factors or [[1.0]], dtype=torch.float32, device=device)
@@ -78,7 +80,7 @@ class Phi3VRotaryEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` (batch, length) → cos, sin (batch, length, rotary_dim) in the dtype of `x`.
 
-        Which factors a token takes follows from `packing`, or without it from the highest position of its row.
+        `packing` says which tokens take the long factors. Without it, the highest position of a row decides for it.
         """
         inv_freq = self.inv_freq(x.device)
         freqs = position_ids[..., None].float() * inv_freq[0]
@@ -98,7 +100,7 @@ class Phi3VRotaryEmbedding(nn.Module):
 
 
 class _ImageProcessorModule(nn.Module):
-    """Holds the tower under the name `vision_model`, as the Hub's parameter names have it."""
+    """Holds the tower as `vision_model`, because the Hub's parameter names have this level."""
 
     def __init__(self, config):
         super().__init__()
@@ -108,8 +110,9 @@ class _ImageProcessorModule(nn.Module):
 class Phi3VImageEmbedding(nn.Module):
     """Crops → image tokens: CLIP tower, 2x2 merge, separators, projector, and their order in the sequence.
 
-    An image of h x w sub-crops, each of g x g tokens, becomes h*g rows of w*g tokens with a separator after each row,
-    one separator of its own, and the global crop's g rows likewise: (h*w + 1)*g^2 + 1 + (h + 1)*g tokens.
+    An image of h x w sub-crops, each of g x g tokens, becomes h*g rows of w*g tokens, with the separator `sub_GN` after
+    each row; then the separator `glb_GN`; then the global crop's g rows of g tokens, with `sub_GN` after each row.
+    `num_image_tokens` counts them.
     """
 
     def __init__(self, config: Phi3VConfig):
@@ -129,16 +132,18 @@ class Phi3VImageEmbedding(nn.Module):
         self.freeze_unused()
 
     def freeze_unused(self):
-        """Features come from the last layer but one. What lies above is in the checkpoint, but is never run: it gets
-        no gradient, and must not be given to an optimizer either, whose weight decay would still shrink it."""
+        """Freezes the tower's last layer and its norm. Features come from the layer before, so these two are in the
+        checkpoint but never run. They get no gradient, and an optimizer must not have them, because weight decay would
+        shrink them."""
         tower = self.img_processor.vision_model
         tower.encoder.layers[-1].requires_grad_(False)
         tower.post_layernorm.requires_grad_(False)
 
     def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
-        """(n_crops, 3, S, S) normalised pixels → (n_crops * g * g, 4 * width) merged patch features."""
+        """Normalised crops (n_crops, 3, S, S) → features of 2x2 merged patches (n_crops * g * g, 4 * width)."""
         tower = self.img_processor.vision_model
-        # Without autograd a frozen tower keeps nothing for the backward pass, and checkpointing recomputes nothing.
+        # Without autograd, a frozen tower keeps nothing for the backward pass and activation checkpointing recomputes
+        # nothing.
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
             hidden = tower.pre_layrnorm(tower.embeddings(crops))
             for layer in tower.encoder.layers[:-1]:
@@ -147,26 +152,27 @@ class Phi3VImageEmbedding(nn.Module):
         return patches.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(0, 2)
 
     def forward(self, crops: torch.Tensor) -> torch.Tensor:
-        """(n_crops, 3, S, S) → (n_crops * g * g + 2, hidden): every crop's tokens, then the row separator `sub_GN`
-        and the image separator `glb_GN`. Each separator is projected once, however many rows it ends."""
+        """Crops (n_crops, 3, S, S) → (n_crops * g * g + 2, hidden): the tokens of every crop, and then the separators
+        `sub_GN` and `glb_GN`. Each separator is projected once, however often it appears in the sequence."""
         return self.img_projection(torch.cat([self.encode_crops(crops), *self._separators()]))
 
     def _separators(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.sub_GN[0, 0], self.glb_GN[0]
 
     def with_separators(self, features: torch.Tensor) -> torch.Tensor:
-        """`forward`'s output, given its rows of the crops (n_crops * g * g, hidden)."""
+        """The output of `forward`, made of its rows for the crops, (n_crops * g * g, hidden), and the separators."""
         return torch.cat([features, self.img_projection(torch.cat(self._separators())).to(features.dtype)])
 
     def token_sources(
         self, is_image: torch.Tensor, image_sizes: torch.Tensor, n_crops: int, image_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """For every image token of the batch, the row of `forward`'s output that belongs there.
+        """For every image token of the batch, the row of `forward`'s output that it takes.
 
-        `is_image` (batch, length) marks image tokens; `image_sizes` (n_images, 2) are padded heights and widths in
-        pixels; `image_index` (n_appearances,) says which image appears where, by default each once and in order.
-        Returns (batch, length) indices, 0 where there is no image. Integer arithmetic of fixed shape, so nothing waits
-        for the device.
+        is_image: bool (batch, length), which tokens are image tokens.
+        image_sizes: (n_images, 2), padded heights and widths in pixels.
+        image_index: (n_appearances,), which image appears where; without it each appears once, in order.
+        Returns int64 (batch, length), 0 for other tokens. All shapes follow from the arguments' shapes, so the
+        host does not wait for the device.
         """
         g = self.grid
         first_crop = (image_sizes // self.crop_size).prod(-1) + 1
@@ -183,7 +189,7 @@ class Phi3VImageEmbedding(nn.Module):
         h, w, row, sub = h[image], w[image], row[image], sub[image]
 
         in_sub = t < sub
-        u = torch.where(in_sub, t, t - sub - 1)  # global crop: counted from its own first token
+        u = torch.where(in_sub, t, t - sub - 1)  # tokens of the global crop are counted from its first token
         width = torch.where(in_sub, row, g + 1)
         y, x = u // width, u % width
         crop = torch.where(in_sub, 1 + (y // g) * w + x // g, 0)
@@ -194,13 +200,15 @@ class Phi3VImageEmbedding(nn.Module):
 
 
 class Phi3VPreTrainedModel(Phi3PreTrainedModel):
+    """What the classes of the model have in common: initialisation and activation checkpointing."""
+
     config: Phi3VConfig
     _no_split_modules = ["Phi3VDecoderLayer", "CLIPEncoderLayer"]
     _supports_flex_attn = False
-    # Some checkpoints hold a second copy of the text embedding under the image embedding.
+    # Some checkpoints have a second copy of the text embedding in the image embedding.
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\."]
 
-    checkpoint_tower = True  # False: activation checkpointing leaves the tower alone
+    checkpoint_tower = True  # if False, activation checkpointing is used in the decoder alone
 
     def activation_checkpointing_enable(self, *args, **kwargs):
         super().activation_checkpointing_enable(*args, **kwargs)
@@ -210,9 +218,9 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
                     module.gradient_checkpointing = False
 
     def enable_input_require_grads(self):
-        """Does nothing. transformers calls it with activation checkpointing, for the reentrant kind, which loses the
-        gradients of layers whose inputs need none. The non-reentrant kind does not, and with inputs that need
-        gradients every backward pass would go through a frozen tower for nothing."""
+        """Does nothing. transformers calls it because reentrant activation checkpointing loses the gradients of layers
+        whose inputs need none. Non-reentrant checkpointing does not lose them. With inputs that need gradients, every
+        backward pass would go through a frozen tower for nothing."""
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -223,7 +231,8 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
 
 
 class Phi3VAttention(Phi3Attention):
-    """With `packing`, attention within the groups of a packed row, which is the only row of the batch."""
+    """With `packing`, attention within the groups of a packed row, which is the only row of the batch. `kept_rows` says
+    for which rows attention is computed; without it, for all."""
 
     def forward(self, hidden_states, position_embeddings, *args, packing=None, kept_rows=None, **kwargs):
         if packing is None:
@@ -239,11 +248,15 @@ class Phi3VAttention(Phi3Attention):
 
 
 class Phi3VRMSNorm(Phi3RMSNorm):
+    """As `Phi3RMSNorm`, with less memory for the backward pass."""
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class Phi3VMLP(Phi3MLP):
+    """As `Phi3MLP`, with less memory for the backward pass."""
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.config.hidden_act != "silu":
             return super().forward(hidden_states)
@@ -251,7 +264,7 @@ class Phi3VMLP(Phi3MLP):
 
 
 class Phi3VDecoderLayer(Phi3DecoderLayer):
-    """As `Phi3DecoderLayer`; with `kept_rows` (n_kept,) only these rows go on after attention, and are returned."""
+    """As `Phi3DecoderLayer`. With `kept_rows` (n_kept,), only these rows are computed after attention, and returned."""
 
     def __init__(self, config: Phi3VConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -269,10 +282,10 @@ class Phi3VDecoderLayer(Phi3DecoderLayer):
 
 
 class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
-    """The decoder without its head, whose input embeddings hold image tokens where `input_ids` are negative."""
+    """The model without its head. Where `input_ids` are negative, image tokens take the place of text embeddings."""
 
     def __init__(self, config: Phi3VConfig):
-        Phi3PreTrainedModel.__init__(self, config)  # not Phi3Model's, which would build its own layers
+        Phi3PreTrainedModel.__init__(self, config)  # Phi3Model.__init__ would build its own layers
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -283,45 +296,60 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
 
-    def embed(self, input_ids, pixel_values=None, image_sizes=None, image_index=None, packing=None) -> torch.Tensor:
-        """Token embeddings (batch, length, hidden), image tokens filled from the crops in order of appearance.
+    def embed(
+        self,
+        input_ids,
+        pixel_values=None,
+        image_sizes=None,
+        tiles=None,
+        features=None,
+        image_index=None,
+        packing=None,
+    ) -> torch.Tensor:
+        """Token embeddings (batch, length, hidden), image tokens filled from the images in order of appearance.
 
-        Raises ValueError if images and image tokens do not match (checked without waiting for an accelerator).
+        The images are given in one of three forms, as `Phi3VForCausalLM.forward` describes them: `pixel_values`, or
+        with `packing` `tiles` or `features`. Raises ValueError if several forms are given, or if images and image
+        tokens do not match. The latter is checked on a CPU alone, because it would make the host wait for a GPU.
         """
+        given = [images for images in (pixel_values, tiles, features) if images is not None]
+        if len(given) > 1:
+            raise ValueError("give pixel_values, tiles or features: only one of them")
+        if tiles is not None and packing is None:
+            raise ValueError("tiles need packing, which knows how they make up the images")
         embeds = self.embed_tokens(input_ids.clamp(min=0))
         vision = self.vision_embed_tokens
         is_image = input_ids < 0
-        if pixel_values is None or pixel_values.shape[0] == 0:
+        if not given or len(given[0]) == 0:
             if input_ids.device.type == "cpu" and is_image.any():
-                raise ValueError("input_ids hold image tokens, but no pixel_values were given")
+                raise ValueError("input_ids hold image tokens, but no images were given")
             if not self._needs_vision_graph():
                 return embeds
             blank = embeds.new_zeros(1, 3, vision.crop_size, vision.crop_size)
             sizes = is_image.new_tensor([blank.shape[2:]], dtype=torch.long)
             return self._fill_in(embeds, is_image, vision(blank), sizes)
         if image_sizes is None:
-            raise ValueError("pixel_values need image_sizes, the padded (height, width) of each image")
+            raise ValueError("images need image_sizes, the padded (height, width) of each of them")
         image_sizes = image_sizes.to(input_ids.device)
-        is_encoded = packing is not None and packing.encoded
-        if packing is not None and pixel_values.dtype == torch.uint8:
-            tiles = pixel_values.to(input_ids.device)
-            pixel_values = crops_of_tiles(tiles, packing.grids, packing.mean, packing.std, embeds.dtype)
         crops_per_image = (image_sizes // vision.crop_size).prod(-1) + 1
-        if pixel_values.dim() == 5:  # the official layout, where every image has room for the same number of crops
-            if len(pixel_values) != len(image_sizes):
-                raise ValueError(f"{len(pixel_values)} images in pixel_values, but {len(image_sizes)} in image_sizes")
-            is_real = torch.arange(pixel_values.shape[1], device=input_ids.device) < crops_per_image[:, None]
-            pixel_values = pixel_values[is_real.to(pixel_values.device)]
-        pixel_values = pixel_values.to(device=embeds.device, dtype=embeds.dtype)
-        n_crops = len(pixel_values) // vision.grid**2 if is_encoded else len(pixel_values)
+        if features is not None:
+            features = features.to(device=embeds.device, dtype=embeds.dtype)
+            n_crops = len(features) // vision.grid**2
+        else:
+            if tiles is not None:
+                tiles = tiles.to(embeds.device)
+                crops = crops_of_tiles(tiles, packing.grids, packing.mean, packing.std, embeds.dtype)
+            else:
+                crops = _real_crops(pixel_values, crops_per_image).to(device=embeds.device, dtype=embeds.dtype)
+            n_crops = len(crops)
         if input_ids.device.type == "cpu":
             appearing = image_sizes if image_index is None else image_sizes[image_index]
             self._check_images(is_image, appearing, crops_per_image, n_crops)
-        table = vision.with_separators(pixel_values) if is_encoded else vision(pixel_values)
+        table = vision(crops) if features is None else vision.with_separators(features)
         return self._fill_in(embeds, is_image, table, image_sizes, image_index)
 
     def _fill_in(self, embeds, is_image, table, image_sizes, image_index=None) -> torch.Tensor:
-        """`embeds` with image tokens in the places that `is_image` marks, from what the vision part gives."""
+        """`embeds` with image tokens where `is_image` is True. table: the output of `Phi3VImageEmbedding.forward`."""
         n_crops = (len(table) - 2) // self.vision_embed_tokens.grid**2
         source = self.vision_embed_tokens.token_sources(is_image, image_sizes, n_crops, image_index)
         return torch.where(is_image[..., None], table.to(embeds.dtype)[source], embeds)
@@ -329,25 +357,28 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     def _needs_vision_graph(self) -> bool:
         """Whether a micro-batch without images must still go through the vision part, with a blank crop.
 
-        Other ranks' micro-batches may have images. DDP waits for a gradient of every trainable parameter. ZeRO-2 is
-        worse: it joins gradients in the order in which the backward pass yields them, so where that order differs
-        between ranks it adds up gradients of different parameters, silently. The same graph gives the same order.
+        The micro-batches of other ranks may have images. DDP waits for a gradient of every trainable parameter. ZeRO-2
+        collects gradients in the order in which the backward pass computes them: if this order differs between ranks,
+        it silently adds up gradients of different parameters. The same graph on every rank gives the same order.
         """
-        if is_deepspeed_zero3_enabled():  # which gathers parameters module by module, in evaluation too
+        if is_deepspeed_zero3_enabled():  # all ranks gather parameters module by module, in evaluation too
             return dist.is_initialized()
         trained = self.training and torch.is_grad_enabled() and dist.is_initialized()
         return trained and any(p.requires_grad for p in self.vision_embed_tokens.parameters())
 
     def _check_images(self, is_image, image_sizes, crops_per_image, n_crops):
-        g = self.vision_embed_tokens.grid
+        """Raises ValueError if the numbers of image tokens and of crops are not those that the sizes need.
+
+        image_sizes: of every appearance of an image; crops_per_image: of every image.
+        """
         h, w = (image_sizes // self.vision_embed_tokens.crop_size).unbind(-1)
-        expected = ((h * w + 1) * g * g + 1 + (h + 1) * g).sum().item()
+        expected = num_image_tokens(h, w, self.vision_embed_tokens.grid).sum().item()
         if (found := is_image.sum().item()) != expected:
             raise ValueError(
                 f"input_ids hold {found} image tokens, but image_sizes {image_sizes.tolist()} make {expected}"
             )
         if n_crops != (needed := crops_per_image.sum().item()):
-            raise ValueError(f"pixel_values hold {n_crops} crops, but image_sizes {image_sizes.tolist()} need {needed}")
+            raise ValueError(f"the images have {n_crops} crops, but image_sizes {image_sizes.tolist()} need {needed}")
 
     def forward(
         self,
@@ -357,20 +388,22 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         inputs_embeds=None,
         pixel_values=None,
         image_sizes=None,
+        tiles=None,
+        features=None,
         image_index=None,
         packing=None,
         **kwargs,
     ):
-        """As `Phi3Model.forward`; the images and `packing` as in `Phi3VForCausalLM.forward`. With `packing`, the last
-        hidden states are those of the tokens that it keeps."""
+        """As `Phi3Model.forward`, with images and `packing` as in `Phi3VForCausalLM.forward`. With `packing`, the last
+        hidden states are only those of its `kept_rows`."""
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, image_index, packing)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, tiles, features, image_index, packing)
         if packing is not None:
             return self._forward_packed(inputs_embeds, position_ids, packing)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            # Positions count real tokens only, so that padding on either side never decides about the long factors.
+            # Positions count real tokens only, so that padding has no influence on the choice of rotary factors.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         return super().forward(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
@@ -385,11 +418,21 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer of the cache of keys and values with room for tokens to come. `DynamicLayer` copies all that it holds for
-    every token, which takes a third of the time of generating eight answers at once."""
+def _real_crops(pixel_values: torch.Tensor, crops_per_image: torch.Tensor) -> torch.Tensor:
+    """(n_crops, 3, S, S) without the padding of the official layout, where every image has room for the same number."""
+    if pixel_values.dim() == 4:
+        return pixel_values
+    if len(pixel_values) != len(crops_per_image):
+        raise ValueError(f"{len(pixel_values)} images in pixel_values, but {len(crops_per_image)} in image_sizes")
+    is_real = torch.arange(pixel_values.shape[1], device=crops_per_image.device) < crops_per_image[:, None]
+    return pixel_values[is_real.to(pixel_values.device)]
 
-    room = 64  # tokens: more would be much memory, for large batches of long prompts
+
+class GrowingLayer(DynamicLayer):
+    """A layer of the cache of keys and values that has room for further tokens. `DynamicLayer` copies its whole content
+    for every new token, which takes a third of the time when eight answers are generated together."""
+
+    room = 64  # tokens; more would take much memory for large batches of long prompts
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -400,7 +443,7 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
-        # Whatever else changes the cache, as beam search does, puts other tensors there.
+        # If something else has changed the cache, such as beam search, self.keys is another tensor.
         if self.keys is not self.last or new > self.buffers[0].shape[-2]:
             shape = (*key_states.shape[:2], new + self.room)
             self.buffers = tuple(x.new_empty(*shape, x.shape[-1]) for x in (key_states, value_states))
@@ -432,13 +475,14 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         return loaded
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As transformers' own, under the names that the parameters have here, which are the Hub's. Translated back by
-        transformers' rules for a bare CLIP model, which it applies under ZeRO-3, they would be neither's."""
+        """As transformers' own, with the parameter names of this class, which are the Hub's. By default, transformers
+        would rename parameters under ZeRO-3 by its rules for a bare CLIP model, and the names would be wrong."""
         super().save_pretrained(save_directory, **{"save_original_format": False} | kwargs)
         if kwargs.get("is_main_process", True):
             let_others_read(save_directory)
 
     def _correct_stop_ids(self):
+        """Replaces the Hub's stop token, but not one that a user has set."""
         if self.generation_config.eos_token_id in (_SHIPPED_EOS_ID, [_SHIPPED_EOS_ID]):
             if self.config.vocab_size > max(_STOP_IDS):
                 self.generation_config.eos_token_id = list(_STOP_IDS)
@@ -459,33 +503,41 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        tiles: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
         packing: Packing | None = None,
         shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Next-token loss, or logits.
+        """The loss of next-token prediction, or logits.
 
-        input_ids: (batch, length); image tokens are negative, and images follow one another as in `pixel_values`.
-        attention_mask: (batch, length), 0 for padding on either side.
-        labels: (batch, length), -100 where there is no target. With labels only the loss is computed (`logits` is
-            None), and the vocabulary is projected for the supervised positions alone.
-        pixel_values: (n_images, 1 + max_crops, 3, S, S) in the official layout, whose padding crops are skipped by
-            `image_sizes`; or (n_crops, 3, S, S), the real crops alone, each image's global crop first.
-        image_sizes: (n_images, 2) padded height and width of each image in pixels.
-        num_items_in_batch: supervised tokens of the whole optimizer step. The loss is the sum over tokens divided by
-            it, which makes it independent of how a batch is cut into micro-batches and ranks; without it, the mean.
-        logits_to_keep: as in transformers, the number of last positions (0: all) or their indices.
-        packing: the examples of a micro-batch stand in one row, `input_ids` and `position_ids` (1, length), as
-            `PackingCollator` makes it; `pixel_values` may then be (n_tiles, S, S, 3) uint8 sub-crops, or
-            features (n_crops * g * g, hidden) from earlier, and `image_index` (n_appearances,) says which image appears
-            where.
-        shift_labels: with `packing`, the targets (n_targets,) of its `label_rows`; `labels` are not looked at.
+        input_ids: (batch, length). Image tokens are negative, and images come in the order of `pixel_values`.
+        attention_mask: (batch, length), 0 for padding, which may be on either side.
+        labels: (batch, length), -100 for tokens that are not supervised. With labels, only the loss is computed, from
+            the logits of supervised tokens; `logits` is None.
+        pixel_values: (n_images, 1 + max_crops, 3, S, S) in the official layout, where `image_sizes` tell which crops
+            are real; or (n_crops, 3, S, S), the real crops alone. Each image's global crop comes first.
+        image_sizes: (n_images, 2), the height and width of each image in pixels, resized and padded.
+        num_items_in_batch: the number of supervised tokens of the whole optimizer step. The loss is the sum over tokens
+            divided by it, so that the division into micro-batches and ranks makes no difference. Without it, the loss
+            is the mean over tokens.
+        logits_to_keep: as in transformers, for how many of the last positions logits are computed (0: all), or for
+            which.
+        packing: the structure of a packed row, `input_ids` and `position_ids` (1, length), made by `PackingCollator`.
+            The arguments below are for such rows.
+        tiles: uint8 (n_tiles, S, S, 3), the sub-crops of all images, in place of `pixel_values`.
+        features: (n_crops * g * g, hidden), what the vision part computed earlier for all crops, in place of
+            `pixel_values`.
+        image_index: (n_appearances,), which image appears where; without it each appears once, in order.
+        shift_labels: (n_targets,), the target of each of `packing.label_rows`; `labels` is ignored.
+        Raises ValueError if images and image tokens do not match.
         """
         supervised = None
         if packing is not None:
             targets, supervised = shift_labels, packing.label_rows.to(shift_labels.device, non_blocking=True)
         elif labels is not None:
-            # Found before the decoder runs: the host needs their number, and waits less the earlier it asks.
+            # The host waits here for the number of supervised tokens. Before the decoder runs, the wait is short.
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
             supervised = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
             targets = targets[supervised]
@@ -497,6 +549,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             use_cache=False if use_cache is None and labels is not None else use_cache,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
+            tiles=tiles,
+            features=features,
+            image_index=image_index,
             packing=packing,
             **kwargs,
         )
@@ -513,17 +568,17 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))  # its name before transformers 5.24
+        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))  # named so before transformers 5.24
         if type(cache) is DynamicCache and not cache.get_seq_length():
-            window = self.config.sliding_window  # as published, wider than the longest example
+            window = self.config.sliding_window  # the published one is wider than the longest example
             if window is None or window >= self.config.max_position_embeddings:
                 cache.layers = [GrowingLayer() for _ in cache.layers]
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        """Drops the cache at the step where an example outgrows the original length: its cached keys were rotated
-        with the short factors, and the whole example is read again with the long ones."""
+        """Drops the cache when an example outgrows the original length. Its cached keys were rotated with the short
+        factors; without the cache, the whole example is computed again with the long factors."""
         limit = self.model.rotary_emb.original_length if self.model.rotary_emb.factors else None
-        cache = "cache" if "cache" in kwargs else "past_key_values"  # its name before transformers 5.24
+        cache = "cache" if "cache" in kwargs else "past_key_values"  # named so before transformers 5.24
         if limit and input_ids.shape[1] > limit and kwargs.get(cache) is not None and kwargs[cache].get_seq_length():
             lengths = input_ids.shape[1] if attention_mask is None else attention_mask.sum(-1)
             if torch.as_tensor(lengths == limit + 1).any():

@@ -1,4 +1,10 @@
-"""Padding-free micro-batches: how examples stand in one row, and attention that stays within each of them."""
+"""Micro-batches without padding: examples stand one after another in one row, and attention stays within each of them.
+
+This is ours, not the official model's, which pads examples to one length. The structure of a row is a `Packing`, made
+in a DataLoader's worker. With it attention computes nothing between different examples, on any device; examples with
+the same images share them; and the last layer and the loss compute only what supervised tokens need. Because the
+structure is known to the host, none of this makes the host wait for the device.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -6,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-IGNORE_INDEX = -100  # a label that is no target
+IGNORE_INDEX = -100  # the label of tokens that are not supervised
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tokens that see one another: an example, or several examples that begin alike.
+    """Neighbouring tokens that attend to one another: one example, or several examples that begin alike.
 
-    length: tokens of the example, or of what the examples have in common.
-    branches: tokens of each example after that; a branch sees the common part and itself. Empty for one example.
-    tail: how many of the last `length` tokens are still needed after the last layer's attention, where the loss is
-        taken. Branches are needed whole.
-    is_long: whether the example's own length (that of the longest branch) takes the long rotary factors.
+    length: the number of tokens of the example, or of the common beginning of the examples.
+    branches: for several examples, the number of tokens that each has after the common beginning. A branch attends to
+        the common beginning and to itself. Empty for one example.
+    tail: how many of the last of these `length` tokens are needed after the last layer's attention, because the loss
+        depends on them. All tokens of branches are needed.
+    is_long: whether the examples are longer than the original length, and take the long rotary factors.
     """
 
     length: int
@@ -32,14 +39,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Packing:
-    """What the host knows of a micro-batch, so that no step has to ask the device.
+    """The structure of a packed row. It stays on the host, so that a training step never waits for the device.
 
     groups: in the order in which they stand in the row.
-    kept_rows: (n_kept,) int64, the tokens that are still needed after the last layer's attention.
-    label_rows: (n_targets,) int64, the token that predicts each target, counted among the kept ones.
-    grids: (down, across) sub-crops of each image. Images are encoded once, however often they are referred to.
-    mean, std: of the image processor, by channel, for crops that travel as uint8.
-    encoded: whether features of the images travel in place of their crops.
+    kept_rows: int64 (n_kept,), the positions of the tokens that are needed after the last layer's attention.
+    label_rows: int64 (n_targets,), for each target the position, among the kept tokens, of the token that predicts it.
+    grids: for each image the number of its sub-crops (down, across). An image is there once, however often it appears.
+    mean, std: the image processor's, for each channel, with which tiles are normalised.
+    encoded: whether the batch has the images' features in place of their tiles, so that the tower computes nothing.
     """
 
     groups: tuple[Group, ...]
@@ -52,43 +59,53 @@ class Packing:
     _on_device: dict = field(default_factory=dict, repr=False, compare=False)
 
     def pin_memory(self) -> "Packing":
-        """As a DataLoader calls it, so that the copies to a GPU need not be waited for."""
+        """Called by a DataLoader. The host need not wait for copies of pinned memory to a GPU."""
         rows = {"kept_rows": self.kept_rows.pin_memory(), "label_rows": self.label_rows.pin_memory()}
         return replace(self, **rows, _on_device={})
 
     def cached(self, key, make):
-        """`make()`, once for all layers."""
+        """The result of `make()`, which is called once for all layers."""
         if key not in self._on_device:
             self._on_device[key] = make()
         return self._on_device[key]
 
     def is_long(self) -> torch.Tensor | None:
-        """(length,) bool, which tokens take the long rotary factors; None where none does."""
+        """bool (length,): which tokens take the long rotary factors; None if none does."""
         if not any(group.is_long for group in self.groups):
             return None
         sizes = torch.tensor([group.size for group in self.groups])
         return torch.tensor([group.is_long for group in self.groups]).repeat_interleave(sizes)
 
 
-def pack(examples: list[dict], original_length: int, share_images: bool) -> dict:
+def pack(
+    examples: list[dict],
+    original_length: int,
+    share_images: bool,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+) -> dict:
     """Encoded conversations → one row without padding.
 
-    examples: with `input_ids` and `labels` (length,), `pixel_values` (n_tiles, S, S, 3) uint8, or in place of these
-        features (n_rows, hidden) of whole images, `grids`, and `images`, which is equal for examples of the same
-        images (None: unknown). Those that stand next to one another and whose images all come before anything that
-        differs are put behind one copy of what they have in common, if `share_images`; otherwise their images are
-        encoded once all the same.
-    original_length: above it an example takes the long rotary factors.
+    examples: each with
+        `input_ids` and `labels`, int64 (length,);
+        `tiles`, uint8 (n_tiles, S, S, 3), or in place of these `features` (n_crops * g * g, hidden);
+        `grids`, for each image the number of its sub-crops (down, across);
+        `images_key`, which is equal for examples with the same images, or None if that is unknown.
+    original_length: examples with more tokens take the long rotary factors.
+    share_images: neighbours with the same images become one group, with one copy of their common beginning, if all
+        images are in it. Without this each is a group of its own; their images still go through the tower only once.
+    mean, std: as in `Packing`.
 
-    Returns `input_ids` and `position_ids` (1, length), `labels` and `shift_labels`, both the targets (n_targets,),
-    `pixel_values` as the examples have them, `image_index` (n_appearances,) and `packing`, still without mean and std.
+    Returns `input_ids` and `position_ids` (1, length); `labels` and `shift_labels`, which are both the targets
+    (n_targets,); `tiles` or `features`; `image_index` (n_appearances,), which image appears where; and `packing`.
     """
     ids, positions, targets, kept_rows, label_rows, groups = [], [], [], [], [], []
-    tiles, grids, image_index = [], [], []
+    form = "features" if "features" in examples[0] else "tiles"  # the form in which images are given
+    images, grids, image_index = [], [], []
     n_rows, n_kept = 0, 0
-    for same in _runs(examples, key=lambda e: e["images"]):
+    for same in _runs(examples, key=lambda e: e["images_key"]):
         first = len(grids)
-        tiles.append(same[0]["pixel_values"])
+        images.append(same[0][form])
         grids += same[0]["grids"]
         shared = []
         for members in _runs(same, key=lambda e: len(e["input_ids"]) > original_length):
@@ -97,42 +114,43 @@ def pack(examples: list[dict], original_length: int, share_images: bool) -> dict
         for members, common in shared:
             supervised = [(e["labels"] != IGNORE_INDEX).nonzero()[:, 0] for e in members]
             branches = tuple(len(e["input_ids"]) - common for e in members) if len(members) > 1 else ()
-            asked = min((s[0].item() - 1 for s in supervised if len(s)), default=len(members[0]["input_ids"]) - 1)
-            tail = max(common - asked, 0)
-            if not branches and tail > common / 2:  # causal attention for all rows costs less than a mask for most
+            last = len(members[0]["input_ids"]) - 1
+            first_needed = min((own[0].item() - 1 for own in supervised if len(own)), default=last)
+            tail = max(common - first_needed, 0)
+            if not branches and tail > common / 2:  # computing all rows without a mask is cheaper
                 tail = common
             is_long = len(members[0]["input_ids"]) > original_length
             groups.append(Group(common, branches, tail, is_long))
             image_index += range(first, len(grids))
             ids.append(members[0]["input_ids"][:common])
             positions.append(torch.arange(common))
-            offset = n_kept - (common - tail)  # from a token of the common part to its kept row
-            branch = offset + common
+            offset = n_kept - (common - tail)  # add it to a token's position in the common part to get its kept row
+            branch_start = offset + common
             for example, own in zip(members, supervised, strict=True):
                 targets.append(example["labels"][own])
-                label_rows.append(torch.where(own - 1 < common, offset, branch - common) + own - 1)
+                label_rows.append(torch.where(own - 1 < common, offset, branch_start - common) + own - 1)
                 if branches:
                     ids.append(example["input_ids"][common:])
                     positions.append(torch.arange(common, len(example["input_ids"])))
-                    branch += len(ids[-1])
+                    branch_start += len(ids[-1])
             size = groups[-1].size
             kept_rows.append(torch.arange(n_rows + common - tail, n_rows + size))
             n_rows, n_kept = n_rows + size, n_kept + len(kept_rows[-1])
-    labels, pixels = torch.cat(targets), torch.cat(tiles)
+    labels = torch.cat(targets)
     rows = torch.cat(kept_rows), torch.cat(label_rows)
     return {
         "input_ids": torch.cat(ids)[None],
         "position_ids": torch.cat(positions)[None],
         "labels": labels,
-        "shift_labels": labels,  # by which the Trainer counts targets
-        "pixel_values": pixels,
+        "shift_labels": labels,  # the Trainer counts supervised tokens in these
+        form: torch.cat(images),
         "image_index": torch.tensor(image_index, dtype=torch.long),
-        "packing": Packing(tuple(groups), *rows, tuple(grids), encoded=pixels.dim() == 2),
+        "packing": Packing(tuple(groups), *rows, tuple(grids), mean, std, encoded=form == "features"),
     }
 
 
 def _runs(examples: list, key) -> list[list]:
-    """Neighbours with the same key together; None is a key that nothing shares."""
+    """Divides a list into runs of neighbours with the same key. An example with the key None is a run of its own."""
     runs = []
     for example in examples:
         own = key(example)
@@ -144,7 +162,8 @@ def _runs(examples: list, key) -> list[list]:
 
 
 def _common_length(members: list[dict]) -> int:
-    """Tokens that all examples begin with and that train nothing, or 0 where an image comes after them."""
+    """How many tokens the examples have in common at their beginning, without supervised tokens; 0 if an image comes
+    after them."""
     shortest = min(len(e["input_ids"]) - 1 for e in members)
     first = members[0]["input_ids"]
     n = shortest
@@ -157,12 +176,13 @@ def _common_length(members: list[dict]) -> int:
 
 
 def _tail_mask(queries: int, keys: int, device) -> torch.Tensor:
-    """(queries, keys) bool: the last `queries` of `keys` tokens, each seeing itself and those before it."""
+    """bool (queries, keys) for the last `queries` of `keys` tokens: each attends to itself and those before it."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
 
 
 def _branch_mask(common: int, branches: tuple[int, ...], device) -> torch.Tensor:
-    """(n, common + n) bool for the n tokens of all branches."""
+    """bool (n, common + n) for the n tokens of all branches: each attends to the common part, to itself and to those
+    before it in its branch."""
     own = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool, device=device).tril_() for n in branches))
     return torch.cat([own.new_ones(len(own), common), own], dim=1)
 
@@ -187,11 +207,12 @@ def _sdpa(query, key, value, mask, is_causal, dropout, scaling, enable_gqa):
 def packed_attention(module, query, key, value, packing: Packing, trimmed: bool, dropout: float) -> torch.Tensor:
     """Attention within the groups of a packed row.
 
-    query: (1, heads, n, head_dim) for all tokens, or with `trimmed` for those of `Packing.kept_rows` alone; key and
-    value: (1, key heads, length, head_dim). Returns (1, n, heads, head_dim).
+    query: (1, heads, n, head_dim) for all tokens, or with `trimmed` only for those of `Packing.kept_rows`.
+    key, value: (1, key heads, length, head_dim). Returns (1, n, heads, head_dim).
 
-    Flash attention takes groups without branches in one call over the whole row. The others go group by group and
-    build no mask that spans two of them: causal attention needs none, branches one of their own tokens by the group's.
+    Flash attention computes all groups in one call. It raises ValueError for branches, which it can't compute.
+    Eager and SDPA attention go group by group, so no mask spans two groups: causal attention needs no mask, and
+    branches need one of their own tokens by the group's tokens.
     """
     kind = module.config._attn_implementation
     if kind == "flash_attention_2":
@@ -203,7 +224,6 @@ def packed_attention(module, query, key, value, packing: Packing, trimmed: bool,
         keys, values = (x[:, :, k : k + group.size] for x in (key, value))
         rows = group.tail if trimmed else group.length
         if rows:
-            # Where most rows are asked for, all of them without a mask cost less.
             mask = None
             if rows < group.length:
                 shape = (rows, group.length)
@@ -233,7 +253,7 @@ def _flash(module, query, key, value, packing: Packing, trimmed: bool, dropout: 
 
     keys = tuple(group.length for group in packing.groups)
     queries = tuple(group.tail for group in packing.groups) if trimmed else keys
-    # Queries that are the last of their keys: the kernel aligns its causal mask at the end.
+    # With fewer queries than keys, the kernel's causal mask treats the queries as the last of the keys, which they are.
     return ALL_ATTENTION_FUNCTIONS["flash_attention_2"](
         module,
         query,

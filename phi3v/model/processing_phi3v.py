@@ -1,4 +1,4 @@
-"""Prompts with images → token ids and crops, as the official processor makes them, for one prompt or many."""
+"""Turns one prompt or many, with images, into the token ids and crops that the official processor makes."""
 
 import json
 import re
@@ -10,17 +10,27 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from ..files import write_json
-from .configuration_phi3v import HUB_REPO
+from .configuration_phi3v import auto_map
 from .image_processing_phi3v import Phi3VImageProcessor, as_list
 
+# The chat format's special tokens.
+ASSISTANT = "<|assistant|>"
+ROLE_TOKENS = ("<|user|>", ASSISTANT, "<|system|>")
+END_TOKENS = ("<|end|>", "<|endoftext|>")  # of a turn, and of a conversation
+OTHER_TOKENS = ("<s>", "</s>", "<unk>", "<|image|>")
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
 
-class Phi3VProcessor(ProcessorMixin):
-    """Image processor and tokenizer. `<|image_k|>` in a prompt stands for its image k, counted from 1.
+def image_tag(number: int) -> str:
+    """The tag that stands for an image in a text; images are counted from 1."""
+    return f"<|image_{number}|>"
 
-    Tags may repeat and stand in any order. The model fills image tokens in the order of `pixel_values`, so images
-    are emitted in the order in which their tags appear, an image that appears twice a second time.
+
+class Phi3VProcessor(ProcessorMixin):
+    """The image processor and the tokenizer. The tag `<|image_k|>` in a prompt stands for its image k, counted from 1.
+
+    Tags may repeat and come in any order. The model fills image tokens in the order of `pixel_values`, so
+    `pixel_values` has the images in the order of their tags, and an image that appears twice is there twice.
     """
 
     def __init__(self, image_processor, tokenizer, chat_template=None):
@@ -28,26 +38,30 @@ class Phi3VProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, num_crops: int | None = None, **kwargs):
-        """Loads from a folder or the Hub; `num_crops` replaces the saved maximum of crops per image."""
+        """Loads from a folder or the Hub. `num_crops` replaces the saved maximum of sub-crops per image."""
         image_processor = Phi3VImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         if num_crops is not None:
             image_processor = Phi3VImageProcessor(**{**image_processor.to_dict(), "num_crops": num_crops})
-        # The tokenizer class named in the Hub's files gives other ids in transformers 5: it drops the space token
-        # after special tokens. The plain fast tokenizer follows tokenizer.json, with which the model was trained.
+        # In transformers 5, the tokenizer class that the Hub's files name drops the space token after special tokens.
+        # The plain fast tokenizer follows tokenizer.json, and gives the ids with which the model was trained.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(image_processor, tokenizer)
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens at which an answer ends."""
+        return self.tokenizer.convert_tokens_to_ids(list(END_TOKENS))
+
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves the files that the Hub's repository has, so that other readers of the format find theirs."""
+        """Saves the same files as the Hub's repository, so that other readers of the format find what they need."""
         folder = Path(save_directory)
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
-        auto_map = {"AutoProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VProcessor"}
-        common = {"auto_map": auto_map, "processor_class": type(self).__name__}
+        common = {"auto_map": auto_map("AutoProcessor"), "processor_class": type(self).__name__}
         write_json(folder / "processor_config.json", common, sort_keys=True)
         tokenizer_config = folder / "tokenizer_config.json"
         saved = json.loads(tokenizer_config.read_text(encoding="utf-8"))
-        # Under names that transformers 4 knows, and without what is true of this load alone.
+        # The names are those that transformers 4 knows. The removed keys describe this load, not the tokenizer.
         saved["additional_special_tokens"] = saved.pop("extra_special_tokens", [])
         saved["tokenizer_class"] = "PreTrainedTokenizerFast"
         saved["chat_template"] = self.chat_template
@@ -57,17 +71,17 @@ class Phi3VProcessor(ProcessorMixin):
         return [str(path) for path in folder.iterdir()]
 
     def tokenize(self, text: str, num_img_tokens: list[int]) -> tuple[list[int], list[int]]:
-        """Ids of one prompt, and the images (from 0) in the order of their tags.
+        """The ids of one prompt, and the numbers of the images, from 0, in the order of their tags.
 
-        The text between tags is tokenized piece by piece, each with its own `<s>`: so the official processor does
-        it, and so the model is served. Image k stands as `-k`, once for each of its `num_img_tokens[k - 1]` tokens.
+        Each piece of text between tags is tokenized by itself and begins with its own `<s>`, as in the official
+        processor and in model servers. The `num_img_tokens[k - 1]` tokens of image k have the id `-k`.
         Raises ValueError if tags and images do not match.
         """
         pieces = IMAGE_TAG.split(text)
         tags = [int(tag) for tag in pieces[1::2]]
         if set(tags) != set(range(1, len(num_img_tokens) + 1)):
-            found = ", ".join(f"<|image_{tag}|>" for tag in sorted(set(tags))) or "none"
-            wanted = f"<|image_1|> to <|image_{len(num_img_tokens)}|>" if num_img_tokens else "no tags"
+            found = ", ".join(map(image_tag, sorted(set(tags)))) or "none"
+            wanted = f"{image_tag(1)} to {image_tag(len(num_img_tokens))}" if num_img_tokens else "no tags"
             raise ValueError(
                 f"image tags do not match the {len(num_img_tokens)} images given: found {found}, expected {wanted}"
             )
@@ -89,13 +103,14 @@ class Phi3VProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """One prompt or a list, with its images.
 
-        images: for one prompt an image or a list; for a list of prompts a list with one list of images (or None) a
-            prompt, or a flat list that is dealt out in the prompts' order. PIL or numpy.
-        padding_side: "left" or "right"; by default the tokenizer's.
-        truncation: cuts prompts of more than `max_length` ids at their end, but never inside the images.
+        images: PIL or numpy. For one prompt, an image or a list. For a list of prompts, a list that has for each prompt
+            a list of images or None, or a flat list that is divided in the order of the prompts.
+        padding_side: "left" or "right"; the default is the tokenizer's.
+        truncation: cuts off the end of prompts that have more than `max_length` ids.
 
-        Returns `input_ids` and `attention_mask` (n_prompts, length), and if there are images `pixel_values` and
-        `image_sizes` of all prompts one after another. Raises ValueError if tags and images do not match.
+        Returns `input_ids` and `attention_mask` (n_prompts, length) and, if there are images, `pixel_values` and
+        `image_sizes` of all prompts one after another. Raises ValueError if tags and images do not match, or if
+        truncation would cut an image.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         if truncation and max_length is None:
@@ -121,7 +136,10 @@ class Phi3VProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def pad(self, sequences: list[list[int]], padding_side: str | None = None) -> dict[str, torch.Tensor]:
-        """Lists of ids → `input_ids` and `attention_mask`, int64 (n_sequences, length of the longest)."""
+        """Lists of ids → `input_ids` and `attention_mask`, int64 (n_sequences, length of the longest).
+
+        padding_side: "left" or "right"; the default is the tokenizer's. Raises ValueError for any other side.
+        """
         side = padding_side or self.tokenizer.padding_side
         if side not in ("left", "right"):
             raise ValueError(f"padding_side is {side!r}, must be 'left' or 'right'")
@@ -136,7 +154,7 @@ class Phi3VProcessor(ProcessorMixin):
 
     @staticmethod
     def _deal(prompts, images, single) -> list[list]:
-        """A list of images for each prompt."""
+        """Divides `images`, as `__call__` takes them, into a list for each prompt."""
         if images is None:
             return [[] for _ in prompts]
         images = as_list(images)

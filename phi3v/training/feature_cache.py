@@ -17,7 +17,6 @@ from .. import ranks
 from ..data.conversations import ConversationDataset, encode_images
 from ..errors import InputError
 from ..model.adapters import inner_model
-from ..model.image_processing_phi3v import crops_of_tiles
 from ..model.modeling_phi3v import Phi3VForCausalLM, Phi3VImageEmbedding
 from .feature_files import FeatureCache, bytes_in, reading_seconds, write_features
 from .hardware import wait_for_device
@@ -59,10 +58,9 @@ class _FeatureWriter:
 
     def write(self, path: Path, tiles: torch.Tensor, grids: list[tuple[int, int]]) -> float:
         """Computes and writes the features of one image. Returns the seconds that computing took."""
-        statistics = self.image_processor.image_mean, self.image_processor.image_std
         start = time.perf_counter()
         with torch.autocast(self.device.type, self.cache.dtype, enabled=self.autocast):
-            pixels = crops_of_tiles(tiles.to(self.device), grids, *statistics, self.vision.glb_GN.dtype)
+            pixels = self.image_processor.crops_of_tiles(tiles.to(self.device), grids, self.vision.glb_GN.dtype)
             features = self.vision(pixels)[:-2].to(self.cache.dtype)  # without the two separators
         wait_for_device()
         seconds = time.perf_counter() - start
@@ -154,7 +152,7 @@ def cache_features(
                     "long as computing them"
                 )
         written = writer.write_all(images, is_stopped)
-    dataset.features = cache
+    dataset.feature_cache = cache
     return (
         f"vision features of {crops:,} crops ({cache.bytes_of(crops) / 2**30:.2f} GiB) are read from {cache.folder}; "
         f"newly computed images: {written:,}"
