@@ -3,15 +3,16 @@
 import sys
 from pathlib import Path
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..files import write_text
 from ..model.adapters import SEPARATORS_FILE
 from ..training.evaluation import versions
 from ..training.hardware import precision_of
-from .page import masked_command, result_of
+from .secrets import masked_command
+from .statistics import result_of
 from .summary import mode_of
+from .templates import environment
 
 
 def write_model_card(args, training_args, about: dict, before: dict | None, after: dict):
@@ -39,14 +40,6 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
             )
         ],
     )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
     facts = {
         **about["data"],
         "epochs": about["epochs"],
