@@ -51,7 +51,7 @@ from phi3v.model.adapters import add_adapter, load_adapter
 from phi3v.model.loading import base_and_adapter
 from phi3v.ranks import join_after_restart
 from phi3v.report.card import write_model_card
-from phi3v.report.summary import describe_run, doubts, render_example
+from phi3v.report.summary import describe_run, describe_sizes, doubts, render_example
 from phi3v.training.checkpoints import (
     FINISHED,
     Interrupted,
@@ -67,7 +67,7 @@ from phi3v.training.checkpoints import (
 from phi3v.training.evaluation import Evaluation, write_page
 from phi3v.training.feature_cache import cache_features
 from phi3v.training.hardware import DTYPES, choose_attention, choose_precision, precision_of
-from phi3v.training.measuring import Estimate, Meter, describe_sizes, device_memory, peak_flops
+from phi3v.training.measuring import Estimate, Meter, device_memory, peak_flops
 from phi3v.training.trainer import RecipeTrainer, finish_dry_run
 
 METRIC = "accuracy"

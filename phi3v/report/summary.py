@@ -105,6 +105,24 @@ def doubts(args, training_args: TrainingArguments, n_parameters: int, sizes: Seq
     return [f"warning: {text}" for text in found]
 
 
+def describe_sizes(sizes: list, n_evaluation: int) -> dict[str, str]:
+    """The data in short: how many examples, how long."""
+    tokens, crops = (sorted(getattr(s, name) for s in sizes) for name in ("tokens", "crops"))
+    middle = len(sizes) // 2
+
+    def span(values, unit):
+        if values[0] == values[-1]:
+            return f"{values[0]:,} {unit}"
+        return f"{values[0]:,} to {values[-1]:,} {unit}, median {values[middle]:,}"
+
+    return {
+        "training examples": f"{len(sizes):,}",
+        "evaluation examples": f"{n_evaluation:,}",
+        "an example": span(tokens, "tokens"),
+        "images of an example": span(crops, "crops"),
+    }
+
+
 def render_example(dataset: ConversationDataset, index: int = 0) -> str:
     """An example as the model is trained on it: its text with images as they are cut, what is learned, and ids."""
     example = dataset[index]
