@@ -51,6 +51,7 @@ from phi3v.model.adapters import add_adapter, load_adapter
 from phi3v.model.loading import base_and_adapter
 from phi3v.ranks import join_after_restart
 from phi3v.report.card import write_model_card
+from phi3v.report.page import write_page
 from phi3v.report.summary import describe_run, describe_sizes, doubts, render_example
 from phi3v.training.checkpoints import (
     FINISHED,
@@ -64,7 +65,7 @@ from phi3v.training.checkpoints import (
     settings_of,
     tokens_to_fill,
 )
-from phi3v.training.evaluation import Evaluation, write_page
+from phi3v.training.evaluation import Evaluation
 from phi3v.training.feature_cache import cache_features
 from phi3v.training.hardware import DTYPES, choose_attention, choose_precision, precision_of
 from phi3v.training.measuring import Estimate, Meter, device_memory, peak_flops
@@ -434,7 +435,10 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     if args.evaluate_only:
         with blaming("model_name_or_path", args.model_name_or_path):
             model = load_model(args, training_args)
-        evaluate.write(model, training_args, {"model": args.model_name_or_path}, preemption.check)
+        report = evaluate.write(model, training_args, preemption.check)
+        if is_first:
+            about = {"model": args.model_name_or_path}
+            write_page(training_args, None, report, about, evaluate.example, name="evaluation.html")
         return None
     train_dataset = ConversationDataset(train, processor, max_length=limit, truncate=args.truncate, skip_bad=skip_bad)
     sizes = all_sizes(train_dataset, "measuring examples", no_bars)
@@ -542,7 +546,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         if is_first:
-            write_page(evaluate, training_args, before, None, about, trainer.state)
+            write_page(training_args, before, None, about, evaluate.example, trainer.state)
     if preemption.stopped:
         if is_first:
             print(f"stopped by a signal at step {trainer.state.global_step}, with a checkpoint", flush=True)
@@ -559,7 +563,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
             write_json(output_dir / FINISHED, settings)
         if skipped:
             print(f"{len(skipped)} examples were left out, as --on_bad_example skip says:", *skipped, sep="\n  ")
-        write_page(evaluate, training_args, before, after, about, trainer.state)
+        write_page(training_args, before, after, about, evaluate.example, trainer.state)
         about |= {"steps": trainer.state.global_step, "epochs": f"{trainer.state.epoch:.3g}"}
         write_model_card(args, training_args, about, before, after)
         change = " -> ".join(f"{report[METRIC]:.4f}" for report in (before, after) if report)

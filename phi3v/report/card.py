@@ -7,11 +7,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..files import write_text
 from ..model.adapters import SEPARATORS_FILE
-from ..training.evaluation import versions
 from ..training.hardware import precision_of
 from .secrets import masked_command
 from .statistics import result_of
-from .summary import mode_of
+from .summary import mode_of, versions
 from .templates import environment
 
 

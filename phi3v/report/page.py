@@ -2,6 +2,8 @@
 
 import base64
 import io
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,46 @@ from ..files import replacing
 from .charts import CHART_AREA, charts_of
 from .secrets import SECRET, masked_command, masked_rows
 from .statistics import RIGHT, paired_change, paired_rows, result_of
+from .summary import versions
 from .templates import environment
 
 MOST_IMAGES = 16  # an example
+
+
+def write_page(
+    training_args,
+    before: dict | None,
+    after: dict | None,
+    about: dict,
+    examples: Callable[[int], dict],
+    state=None,
+    name: str = "report.html",
+):
+    """Writes the page of a run to its output folder. Only rank 0 calls it.
+
+    training_args: the run's TrainingArguments.
+    before, after, examples: as `write_html_report` takes them.
+    about: more facts about the run, which become rows and tables of the page.
+    state: the Trainer's state; None if nothing was trained.
+    """
+    summary = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "written": time.strftime("%Y-%m-%d %H:%M %Z"),
+        **({"steps": f"{state.global_step} of {state.max_steps}"} if state else {}),
+        "processes": training_args.world_size,
+        "seed": training_args.seed,
+        **about,
+        "versions": versions(),
+    }
+    write_html_report(
+        Path(training_args.output_dir) / name,
+        title=Path(sys.argv[0]).stem.replace("_", " "),
+        summary=summary,
+        history=state.log_history if state else None,
+        before=before,
+        after=after,
+        examples=examples,
+    )
 
 
 def write_html_report(

@@ -1,5 +1,6 @@
 """What a run says before it trains: what it will do, one example as the model sees it, and what looks wrong."""
 
+import importlib.metadata
 import re
 from collections.abc import Sequence
 
@@ -121,6 +122,11 @@ def describe_sizes(sizes: list, n_evaluation: int) -> dict[str, str]:
         "an example": span(tokens, "tokens"),
         "images of an example": span(crops, "crops"),
     }
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def render_example(dataset: ConversationDataset, index: int = 0) -> str:
