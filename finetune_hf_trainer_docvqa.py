@@ -57,7 +57,7 @@ from phi3v.model.loading import base_and_adapter
 from phi3v.ranks import join_after_restart
 from phi3v.report.card import write_model_card
 from phi3v.report.page import write_page
-from phi3v.report.summary import describe_run, describe_sizes, doubts, render_example
+from phi3v.report.summary import describe_run, describe_sizes, questionable_settings, render_example
 from phi3v.training.checkpoints import (
     FINISHED,
     Interrupted,
@@ -549,10 +549,12 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     about = {"memory": str(plan), "data": describe_sizes(sizes, len(evaluation))}
     if is_first:
         print(render_example(train_dataset))
-        print(describe_run(model, args, training_args, sampler, plan, about["data"], steps, estimate.parameters))
+        told = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
+        told |= {"steps": steps, "n_parameters": estimate.parameters}
+        print(describe_run(model, args, training_args, about, **told))
         print(f"MFU        of {peak / 1e12:.3g} TFLOP/s, {source}")
-        for doubt in doubts(args, training_args, estimate.parameters, sizes, steps):
-            print(doubt, flush=True)
+        for warning in questionable_settings(args, training_args, estimate.parameters, sizes, steps):
+            print(warning, flush=True)
     if args.cache_vision_features:
         message = cache_features(
             model,
@@ -594,7 +596,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
             print(f"{len(skipped)} examples were left out, as --on_bad_example skip says:", *skipped, sep="\n  ")
         write_page(training_args, before, after, about, evaluate.example, trainer.state)
         about |= {"steps": trainer.state.global_step, "epochs": f"{trainer.state.epoch:.3g}"}
-        write_model_card(args, training_args, about, before, after)
+        write_model_card(args, training_args, about, before, after, precision_of(training_args))
         change = " -> ".join(f"{report[METRIC]:.4f}" for report in (before, after) if report)
         where = "" if args.dry_run else f"; the model, its processor and report.html are in {output_dir}"
         print(f"{METRIC} {change}{where}", flush=True)

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 
 from transformers import TrainingArguments
 
-from ..data.conversations import ConversationDataset, Size
-from ..data.sampler import StepSampler
+from ..data.conversations import ConversationDataset
 from ..model.packing import IGNORE_INDEX
-from ..training.hardware import precision_of
-from ..training.measuring import Plan
 
 LARGE = 1e9  # parameters from which the rates below are known: those of small models are others
 SHOWN = 300  # characters of a text on either side
@@ -22,17 +19,20 @@ def describe_run(
     model,
     args,
     training_args: TrainingArguments,
-    sampler: StepSampler,
-    plan: Plan,
-    data: dict[str, str],
+    about: dict,
+    *,
+    precision: str,
+    max_tokens: int | None,
     steps: int,
-    total: int,
+    n_parameters: int,
 ) -> str:
     """Some lines: what trains, on what, for how long, in how much memory, and what becomes of it.
 
-    args: the recipe's flags; data: as `describe_sizes` gives it; steps: of the optimizer, in all; total: all parameters
-    of the model.
+    args: the recipe's flags; about: "data" as `describe_sizes` gives it, and "memory", the plan for it as a text;
+    precision: "bf16", "fp16" or "fp32"; max_tokens: of a micro-batch, None where it is a number of examples; steps: of
+    the optimizer, in all; n_parameters: of the whole model.
     """
+    data = about["data"]
     counts = {"language model": 0, "vision tower": 0, "projector and separators": 0}
     for name, parameter in model.named_parameters():
         n = getattr(parameter, "ds_numel", parameter.numel())
@@ -41,7 +41,7 @@ def describe_run(
             part = "vision tower" if "img_processor" in name else "projector and separators"
         counts[part] += n if parameter.requires_grad else 0
     trained = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
-    micro_batch = f"up to {plan.tokens:,} tokens" if plan.tokens else f"{args.batch_size_per_gpu} examples"
+    micro_batch = f"up to {max_tokens:,} tokens" if max_tokens else f"{args.batch_size_per_gpu} examples"
     parallel = "one process"
     if training_args.deepspeed:
         parallel = f"DeepSpeed ZeRO-{training_args.deepspeed.get('zero_optimization', {}).get('stage', 0)}"
@@ -52,21 +52,21 @@ def describe_run(
     if training_args.save_strategy != "no":
         saving = f"a checkpoint every {training_args.save_steps:g} steps"
     lines = {
-        "trains": f"{sum(counts.values()):,} of {total:,} parameters ({mode_of(args)}): {trained}; "
-        f"{precision_of(training_args)}, {parallel}",
+        "trains": f"{sum(counts.values()):,} of {n_parameters:,} parameters ({describe_mode(args)}): {trained}; "
+        f"{precision}, {parallel}",
         "data": f"{data['training examples']} examples of {data['an example']}; {data['images of an example']}; "
         f"{data['evaluation examples']} for evaluation",
         "steps": f"{steps:,} of {args.batch_size} examples: {training_args.world_size} processes x micro-batch of "
-        f"{micro_batch} x {sampler.accumulation} accumulated",
+        f"{micro_batch} x {training_args.gradient_accumulation_steps} accumulated",
         "optimizer": f"{training_args.optim.value}, rate {training_args.learning_rate:g}, "
         f"{training_args.lr_scheduler_type.value}, {warmup} of warm-up, weight decay {training_args.weight_decay:g}",
-        "memory": str(plan),
+        "memory": about["memory"],
         "output": f"{training_args.output_dir}, {saving}",
     }
     return "\n".join(f"{name:10} {text}" for name, text in lines.items())
 
 
-def mode_of(args) -> str:
+def describe_mode(args) -> str:
     """ "full", "frozen vision", "LoRA", …: what the flags make of the model."""
     if not args.use_lora:
         return "frozen vision" if args.freeze_vision_model else "full"
@@ -74,7 +74,9 @@ def mode_of(args) -> str:
     return f"{mode} without vision" if args.freeze_vision_model else mode
 
 
-def doubts(args, training_args: TrainingArguments, n_parameters: int, sizes: Sequence[Size], steps: int) -> list[str]:
+def questionable_settings(
+    args, training_args: TrainingArguments, n_parameters: int, sizes: Sequence, steps: int
+) -> list[str]:
     """Settings that are allowed and known to go wrong, each with what to do."""
     found = []
     kind = "lora" if args.use_lora else "frozen" if args.freeze_vision_model else "full"
@@ -82,7 +84,7 @@ def doubts(args, training_args: TrainingArguments, n_parameters: int, sizes: Seq
     rate = training_args.learning_rate
     if n_parameters >= LARGE and not low <= rate <= high:
         found.append(
-            f"--learning_rate {rate:g} is {'low' if rate < low else 'high'} for {mode_of(args)}: "
+            f"--learning_rate {rate:g} is {'low' if rate < low else 'high'} for {describe_mode(args)}: "
             f"{low:g} to {high:g} is usual"
         )
     if training_args.get_warmup_steps(steps) >= steps > 1:
