@@ -42,8 +42,11 @@ from phi3v.command_line import (
     workers_per_process,
 )
 from phi3v.data.check import check_data
-from phi3v.data.conversations import ConversationDataset, PackingCollator, Size, all_sizes, fingerprint
+from phi3v.data.collate import PackingCollator
+from phi3v.data.conversations import ConversationDataset
+from phi3v.data.preview import render_example
 from phi3v.data.sampler import sampler_for
+from phi3v.data.sizes import Size, all_sizes, fingerprint
 from phi3v.data.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys, without_seen_images
 from phi3v.errors import InputError, blaming, exit_on_input_error
 from phi3v.files import write_json
@@ -52,7 +55,7 @@ from phi3v.model.loading import base_and_adapter
 from phi3v.ranks import join_after_restart
 from phi3v.report.card import write_model_card
 from phi3v.report.page import write_page
-from phi3v.report.summary import describe_run, describe_sizes, questionable_settings, render_example
+from phi3v.report.summary import describe_run, describe_sizes, questionable_settings
 from phi3v.training.checkpoints import (
     FINISHED,
     Interrupted,

@@ -20,7 +20,6 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VImageProcessor  # noqa: E402
-from phi3v.model.image_processing_phi3v import crops_of_tiles  # noqa: E402
 
 
 def straightforward(processor: Phi3VImageProcessor, image: Image.Image) -> torch.Tensor:
@@ -58,7 +57,7 @@ def main():
         grid = [processor.crop_grid(*image.size)]
 
         def device(tiles, grid=grid):
-            return crops_of_tiles(tiles, grid, processor.image_mean, processor.image_std)
+            return processor.crops_of_tiles(tiles, grid)
 
         times = {"plain": [], "tiles": [], "normalise": []}
         for _ in range(args.repetitions):

@@ -46,9 +46,9 @@ def main():
         plain = base.packed(base.image_batch(*grid))
         packing = plain["packing"]
         with torch.no_grad():
-            crops = crops_of_tiles(plain["pixel_values"], [grid], packing.mean, packing.std)
+            crops = crops_of_tiles(plain["tiles"], [grid], packing.mean, packing.std)
             features = vision(crops)[:-2].clone()
-        cached = plain | {"pixel_values": features, "packing": replace(packing, encoded=True)}
+        cached = plain | {"tiles": None, "features": features, "packing": replace(packing, encoded=True)}
         losses = [model(**batch).loss.item() for batch in (plain, cached)]
         assert abs(losses[0] - losses[1]) < 1e-5 * losses[0], losses
         with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.no_grad():

@@ -18,6 +18,7 @@ from packing import packed
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VConfig, Phi3VForCausalLM  # noqa: E402
+from phi3v.model.image_processing_phi3v import num_image_tokens  # noqa: E402
 from phi3v.training.measuring import Costs, load_of_packing  # noqa: E402
 
 # What grows: micro-batches as the grids of sub-crops of each example's images.
@@ -29,12 +30,12 @@ SERIES = {
 
 
 def encoded(grids, number: int) -> dict:
-    n = sum((h * w + 1) * 144 + 1 + (h + 1) * 12 for h, w in grids)
+    n = sum(num_image_tokens(h, w, 12) for h, w in grids)
     ids = torch.cat([torch.full((n,), -1), torch.randint(3, 32000, (43,))])
     labels = torch.full_like(ids, -100)
     labels[-32:] = ids[-32:]
     tiles = torch.randint(0, 256, (sum(h * w for h, w in grids), 336, 336, 3), dtype=torch.uint8)
-    return {"input_ids": ids, "labels": labels, "pixel_values": tiles, "grids": list(grids), "images": number}
+    return {"input_ids": ids, "labels": labels, "tiles": tiles, "grids": list(grids), "images_key": number}
 
 
 def main():

@@ -21,7 +21,8 @@ sys.path.append(str(ROOT))  # phi3v and the scripts, where they are not installe
 with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints, too
     import finetune_hf_trainer_docvqa as docvqa
     from phi3v import Phi3VProcessor
-    from phi3v.data.conversations import ConversationDataset, Size
+    from phi3v.data.conversations import ConversationDataset
+    from phi3v.data.sizes import Size
     from phi3v.training.measuring import ASSUMED_MFU, GPUS, USABLE, Estimate, published_peak
 
 QUESTION = "What is the total amount that is to be paid according to the second row of the table on this page?"

@@ -43,8 +43,9 @@ def run(name: str):
 
     from phi3v import Phi3VConfig, Phi3VForCausalLM
     from phi3v.command_line import read_deepspeed_config
-    from phi3v.data.conversations import Size
+    from phi3v.data.sizes import Size
     from phi3v.model.adapters import add_adapter
+    from phi3v.model.image_processing_phi3v import num_image_tokens
     from phi3v.ranks import start_alone
     from phi3v.training.measuring import Estimate, load_of_packing
 
@@ -53,17 +54,17 @@ def run(name: str):
     torch.manual_seed(0)
     examples = []
     for i, grid in enumerate(grids):
-        n = 0 if grid is None else (grid[0] * grid[1] + 1) * 144 + 1 + (grid[0] + 1) * 12
+        n = 0 if grid is None else num_image_tokens(*grid, 12)
         text, supervised = (512, 511) if grid is None else (43, 32)
         ids = torch.cat([torch.full((n,), -1), torch.randint(3, 32000, (text,))])
         labels = torch.full_like(ids, -100)
         labels[-supervised:] = ids[-supervised:]
         tiles = torch.randint(0, 256, (0 if grid is None else grid[0] * grid[1], 336, 336, 3), dtype=torch.uint8)
         own = [] if grid is None else [grid]
-        examples.append({"input_ids": ids, "labels": labels, "pixel_values": tiles, "grids": own, "images": i})
+        examples.append({"input_ids": ids, "labels": labels, "tiles": tiles, "grids": own, "images_key": i})
     batch = packed(examples)
     if not batch["packing"].grids:
-        batch["pixel_values"] = None
+        batch["tiles"] = None
     config = Phi3VConfig(**base.DECODER, vision_config=base.VISION)
     deepspeed_config = None
     if zero:

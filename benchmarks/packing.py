@@ -19,10 +19,8 @@ import step as base
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
-from dataclasses import replace  # noqa: E402
-
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor  # noqa: E402
-from phi3v.model.image_processing_phi3v import crops_of_tiles  # noqa: E402
+from phi3v.model.image_processing_phi3v import num_image_tokens  # noqa: E402
 from phi3v.model.packing import pack  # noqa: E402
 
 IMAGES = Phi3VImageProcessor(num_crops=16)
@@ -32,20 +30,17 @@ def example(rng: random.Random, sizes: list[tuple[int, int]], key, tiles=None) -
     """A question of some 40 tokens about images of these sizes, and an answer of 3 to 12."""
     grids = [IMAGES.crop_grid(*size) for size in sizes]
     words = torch.randint(3, 32000, (rng.randint(30, 50) + (n := rng.randint(3, 12)),))
-    ids = torch.cat(
-        [torch.full(((h * w + 1) * 144 + 1 + (h + 1) * 12,), -1 - k) for k, (h, w) in enumerate(grids)] + [words]
-    )
+    ids = torch.cat([torch.full((num_image_tokens(h, w, 12),), -1 - k) for k, (h, w) in enumerate(grids)] + [words])
     labels = torch.full_like(ids, -100)
     labels[-n:] = ids[-n:]
     if tiles is None:
         tiles = torch.randint(0, 256, (sum(h * w for h, w in grids), 336, 336, 3), dtype=torch.uint8)
-    return {"input_ids": ids, "labels": labels, "pixel_values": tiles, "grids": grids, "images": key}
+    return {"input_ids": ids, "labels": labels, "tiles": tiles, "grids": grids, "images_key": key}
 
 
 def packed(examples: list[dict]) -> dict:
-    batch = pack(examples, original_length=4096, share_images=True)
-    packing = replace(batch["packing"], mean=tuple(IMAGES.image_mean), std=tuple(IMAGES.image_std))
-    return batch | {"packing": packing, "image_sizes": torch.tensor(packing.grids) * 336}
+    batch = pack(examples, 4096, share_images=True, mean=tuple(IMAGES.image_mean), std=tuple(IMAGES.image_std))
+    return batch | {"image_sizes": torch.tensor(batch["packing"].grids) * 336}
 
 
 def padded(examples: list[dict]) -> dict:
@@ -56,8 +51,8 @@ def padded(examples: list[dict]) -> dict:
         n = len(e["input_ids"])
         ids[row, :n], mask[row, :n], labels[row, :n] = e["input_ids"], 1, e["labels"]
     grids = [grid for e in examples for grid in e["grids"]]
-    tiles = torch.cat([e["pixel_values"] for e in examples])
-    crops = crops_of_tiles(tiles, grids, IMAGES.image_mean, IMAGES.image_std)
+    tiles = torch.cat([e["tiles"] for e in examples])
+    crops = IMAGES.crops_of_tiles(tiles, grids)
     sizes = torch.tensor(grids) * 336
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": crops, "image_sizes": sizes}
 
@@ -81,7 +76,7 @@ def main():
     document = (1344, 1008)  # 3x4 crops
     documents = [[example(rng, [document], k)] for k in range(4)]
     for k, questions in enumerate(documents):
-        questions += [example(rng, [document], k, questions[0]["pixel_values"]) for _ in range(3)]
+        questions += [example(rng, [document], k, questions[0]["tiles"]) for _ in range(3)]
     shapes = [(640, 480), (1700, 2200), (336, 336), (500, 1500), (2000, 600), (800, 800)]
     ragged = [example(rng, rng.sample(shapes, rng.randint(1, 3)), k) for k in range(8)]
     cases = {

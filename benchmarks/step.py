@@ -25,6 +25,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
 from phi3v import Phi3VConfig, Phi3VForCausalLM  # noqa: E402
+from phi3v.model.image_processing_phi3v import num_image_tokens  # noqa: E402
 from phi3v.model.packing import pack  # noqa: E402
 
 DECODER = {
@@ -47,7 +48,7 @@ TEXT_TOKENS, SUPERVISED = 43, 32
 
 def image_batch(h: int, w: int) -> dict:
     """One image of h x w sub-crops, some text, and an answer."""
-    n_image = (h * w + 1) * 144 + 1 + (h + 1) * 12
+    n_image = num_image_tokens(h, w, 12)
     ids = torch.cat([torch.full((n_image,), -1), torch.randint(3, 32000, (TEXT_TOKENS,))])[None]
     labels = torch.full_like(ids, -100)
     labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
@@ -69,21 +70,19 @@ def packed(batch: dict) -> dict:
     example = {
         "input_ids": batch["input_ids"][0],
         "labels": batch["labels"][0].clone(),
-        "pixel_values": torch.zeros(0, 336, 336, 3, dtype=torch.uint8),
+        "tiles": torch.zeros(0, 336, 336, 3, dtype=torch.uint8),
         "grids": [],
-        "images": None,
+        "images_key": None,
     }
     example["labels"][0] = -100  # nothing stands before it that could predict it
     row = pack([example], original_length=4096, share_images=True)
     if "pixel_values" in batch:
         h, w = (batch["image_sizes"][0] // 336).tolist()
-        row.update(
-            pixel_values=torch.randint(0, 256, (h * w, 336, 336, 3), dtype=torch.uint8), image_index=torch.tensor([0])
-        )
+        row.update(tiles=torch.randint(0, 256, (h * w, 336, 336, 3), dtype=torch.uint8), image_index=torch.tensor([0]))
         row.update(image_sizes=batch["image_sizes"])
         row["packing"] = replace(row["packing"], grids=((h, w),), mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
     else:
-        row["pixel_values"] = None
+        row["tiles"] = None
     return row
 
 

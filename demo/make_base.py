@@ -29,7 +29,8 @@ sys.path.append(str(HERE.parent))  # phi3v, where it is not installed
 from digits import draw, load_digits  # noqa: E402
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor  # noqa: E402
-from phi3v.data.conversations import Collator, ConversationDataset  # noqa: E402
+from phi3v.data.collate import Collator  # noqa: E402
+from phi3v.data.conversations import ConversationDataset  # noqa: E402
 from phi3v.model.packing import IGNORE_INDEX  # noqa: E402
 from phi3v.training.evaluation import generate_answers  # noqa: E402
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
+from phi3v.model import processing_phi3v
 from phi3v.model.adapters import SEPARATORS, SEPARATORS_FILE, add_adapter
 from tools import ask
 from tools import merge_adapter as merge_tool
@@ -93,7 +94,7 @@ def test_an_answer_is_shown_while_it_is_generated(images, monkeypatch):
     turns = [{"images": images, "user": QUESTION, "assistant": ""}]
     processor, model = ask.load(ask.parse_arguments([str(CHECKPOINT)]))
     model.generation_config.eos_token_id = None
-    monkeypatch.setattr(ask, "END_TOKENS", ("<|user|>",))
+    monkeypatch.setattr(processing_phi3v, "END_TOKENS", ("<|user|>",))
     answer = ask.answer(model, processor, turns, 12)
     assert len(shown) > 2 and "".join(shown).strip() == answer
 

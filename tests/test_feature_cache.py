@@ -11,7 +11,8 @@ from test_training import COMMON, SIX_STEPS, in_process
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.data.annotations import read_conversations
-from phi3v.data.conversations import ConversationDataset, all_sizes
+from phi3v.data.conversations import ConversationDataset
+from phi3v.data.sizes import all_sizes
 from phi3v.errors import InputError
 from phi3v.model.modeling_phi3v import Phi3VImageEmbedding
 from phi3v.training import feature_cache
@@ -65,7 +66,7 @@ def cache(model, dataset, folder, limit=2**30, **options):
     message = feature_cache.cache_features(
         model, dataset, folder, limit, torch.device("cpu"), torch.float32, disable_tqdm=True, **options
     )
-    return message, dataset.features
+    return message, dataset.feature_cache
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +96,11 @@ def test_features_are_those_of_the_image_and_of_the_model(toy_data, tmp_path, al
 def test_a_run_goes_on_with_features_as_it_began(toy_data, tmp_path, monkeypatch, model):
     monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 100.0)
     dataset = dataset_of(toy_data)
-    assert "are read from" in cache(model, dataset, tmp_path, decided=True)[0] and dataset.features
+    assert "are read from" in cache(model, dataset, tmp_path, decided=True)[0] and dataset.feature_cache
     monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 0.0)
     dataset = dataset_of(toy_data)
     assert "as in the run that is gone on with" in cache(model, dataset, tmp_path, decided=False)[0]
-    assert dataset.features is None
+    assert dataset.feature_cache is None
     with pytest.raises(InputError, match="--cache_vision_gib.* had them"):
         cache(model, dataset_of(toy_data), tmp_path, limit=10_000, decided=True)
 

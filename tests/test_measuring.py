@@ -3,7 +3,6 @@
 import importlib
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v import Phi3VConfig, Phi3VForCausalLM
-from phi3v.data.conversations import Size
+from phi3v.data.sizes import Size
 from phi3v.errors import InputError
 from phi3v.model.adapters import add_adapter
 from phi3v.model.packing import pack
@@ -37,13 +36,10 @@ def micro_batch(examples) -> dict:
         labels = torch.full_like(ids, -100)
         labels[len(ids) - supervised :] = ids[len(ids) - supervised :]
         tiles = torch.zeros(sum(h * w for h, w in grids), 336, 336, 3, dtype=torch.uint8)
-        encoded.append(
-            {"input_ids": ids, "labels": labels, "pixel_values": tiles, "grids": list(grids), "images": images}
-        )
-    row = pack(encoded, 4096, True)
+        encoded.append({"input_ids": ids, "labels": labels, "tiles": tiles, "grids": list(grids), "images_key": images})
+    row = pack(encoded, 4096, True, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
     grids = row["packing"].grids
     row["image_sizes"] = torch.tensor(grids).view(-1, 2) * 336
-    row["packing"] = replace(row["packing"], mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
     return row
 
 

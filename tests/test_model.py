@@ -309,10 +309,10 @@ def test_a_micro_batch_without_supervised_tokens_is_harmless():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pixel_values": None}, "no pixel_values were given"),
+        ({"pixel_values": None}, "no images were given"),
         ({"image_sizes": None}, "need image_sizes"),
         ({"image_sizes": torch.tensor([[56, 56]])}, "input_ids hold 17 image tokens"),
-        ({"pixel_values": torch.zeros(2, 3, 56, 56)}, "pixel_values hold 2 crops"),
+        ({"pixel_values": torch.zeros(2, 3, 56, 56)}, "the images have 2 crops"),
         ({"pixel_values": torch.zeros(2, 3, 3, 56, 56)}, "2 images in pixel_values, but 1 in image_sizes"),
     ],
 )

@@ -10,8 +10,10 @@ from PIL import Image
 from transformers import BitsAndBytesConfig
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from phi3v.data.conversations import Collator, ConversationDataset, PackingCollator, Size
+from phi3v.data.collate import Collator, PackingCollator
+from phi3v.data.conversations import ConversationDataset
 from phi3v.data.sampler import StepSampler
+from phi3v.data.sizes import Size
 from phi3v.errors import InputError
 from phi3v.model.adapters import add_adapter
 from phi3v.model.functional import cross_entropy

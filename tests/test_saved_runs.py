@@ -20,7 +20,7 @@ import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, command_line
-from phi3v.data.conversations import Size
+from phi3v.data.sizes import Size
 from phi3v.errors import InputError
 from phi3v.report import summary
 from phi3v.training import trackers

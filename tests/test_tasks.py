@@ -135,7 +135,7 @@ def test_docvqa_full_asks_as_evaluation_does(data_dir, tmp_path):
 def test_images_of_a_table_are_encoded(data_dir, tmp_path):
     train, _ = load(nlvr2, data_dir, tmp_path)
     encoded = ConversationDataset(train[:1], Phi3VProcessor.from_pretrained(CHECKPOINT))[0]
-    assert encoded["pixel_values"].shape == (2, 56, 56, 3)
+    assert encoded["tiles"].shape == (2, 56, 56, 3)
 
 
 def test_folders_can_be_moved(data_dir, tmp_path):

@@ -16,8 +16,9 @@ import torch
 from transformers import TextStreamer
 
 from phi3v import Phi3VProcessor
-from phi3v.data.annotations import END_TOKENS, check_text
-from phi3v.data.conversations import Collator, encode_conversation
+from phi3v.data.annotations import check_text
+from phi3v.data.collate import Collator
+from phi3v.data.conversations import encode_conversation
 from phi3v.errors import InputError, exit_on_input_error
 from phi3v.model.adapters import load_adapter
 from phi3v.model.loading import base_and_adapter, load_saved, nf4_config
@@ -99,7 +100,7 @@ def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: 
     if length + max_new_tokens > limit:
         raise InputError(f"{length} tokens and --max_new_tokens {max_new_tokens} are more than the model's {limit}")
     tokenizer = processor.tokenizer
-    ends = {"eos_token_id": tokenizer.convert_tokens_to_ids(list(END_TOKENS)), "pad_token_id": tokenizer.pad_token_id}
+    ends = {"eos_token_id": processor.stop_ids, "pad_token_id": tokenizer.pad_token_id}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**batch, **ends, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
     if not tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip():

@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 
 from ..errors import InputError, Problems
-from ..model.processing_phi3v import IMAGE_TAG
+from ..model.processing_phi3v import END_TOKENS, IMAGE_TAG, OTHER_TOKENS, ROLE_TOKENS
 
 ROLES = ("user", "assistant")
-ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>")
-END_TOKENS = ("<|end|>", "<|endoftext|>")
-OTHER_TOKENS = ("<s>", "</s>", "<unk>", "<|image|>")
 _RESERVED = re.compile(
     "|".join(map(re.escape, ROLE_TOKENS + END_TOKENS + OTHER_TOKENS)) + r"|<\|placeholder\d+\|>|" + IMAGE_TAG.pattern
 )

@@ -141,21 +141,26 @@ def special_kinds(image: Image.Image) -> list[str]:
         kinds.append(CMYK)
     if image.mode == "I" or image.mode.startswith("I;16"):
         kinds.append(DEEP)
-    if _or_else(1, lambda: image.getexif().get(EXIF_ORIENTATION, 1)) not in (0, 1):
+    if _value_or_default(1, lambda: image.getexif().get(EXIF_ORIENTATION, 1)) not in (0, 1):
         kinds.append(ROTATED)
-    if _or_else(255, lambda: image.convert("RGBA").getextrema()[3][0] if image.has_transparency_data else 255) < 255:
+    if (
+        _value_or_default(255, lambda: image.convert("RGBA").getextrema()[3][0] if image.has_transparency_data else 255)
+        < 255
+    ):
         kinds.append(TRANSPARENT)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         kinds.append(HUGE.format(Image.MAX_IMAGE_PIXELS / 1e6))
-    if _or_else(1, lambda: getattr(image, "n_frames", 1)) > 1:  # at last: counting can move on to another frame
+    if (
+        _value_or_default(1, lambda: getattr(image, "n_frames", 1)) > 1
+    ):  # at last: counting can move on to another frame
         kinds.append(ANIMATED)
     return kinds
 
 
-def _or_else(default, value):
+def _value_or_default(default, get_value):
     """Damage in metadata or in a later frame is no problem where only the first one's pixels are used."""
     try:
-        return value()
+        return get_value()
     except Exception:
         return default
 

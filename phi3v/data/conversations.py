@@ -1,30 +1,22 @@
-"""Conversations with images → token ids, labels and crops; collation.
+"""Conversations with images → token ids, labels and crops.
 
 A conversation is a list of turns `{"images": [...], "user": text, "assistant": text}`. The images of a turn stand
 before its text, and their numbers run on over the turns.
 """
 
-import hashlib
-import os
-import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from .. import ranks
 from ..errors import InputError
-from ..model.image_processing_phi3v import crops_of_tiles
-from ..model.packing import IGNORE_INDEX, pack
-from ..model.processing_phi3v import Phi3VProcessor
-from .annotations import ROLE_TOKENS
+from ..model.image_processing_phi3v import num_image_tokens
+from ..model.packing import IGNORE_INDEX
+from ..model.processing_phi3v import ASSISTANT, ROLE_TOKENS, Phi3VProcessor, image_tag
 from .images import image_name, image_size, read_image
+from .sizes import Size, digest
 
 
 def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> dict:
@@ -34,12 +26,12 @@ def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_genera
     `for_generation` leaves out the last answer, so that the ids are exactly those that stand before it in training.
     Images in `turns` are PIL images, paths, or undecoded images of `datasets`.
 
-    Returns `input_ids` and `labels` int64 (length,), `pixel_values` (n_tiles, S, S, 3) uint8 sub-crops and `grids`, the
+    Returns `input_ids` and `labels` int64 (length,), `tiles` (n_tiles, S, S, 3) uint8 sub-crops and `grids`, the
     (down, across) sub-crops of each image. Raises InputError for an image that cannot be read.
     """
     text, images = chat_text(processor, turns, for_generation)
     tiles, grids = encode_images(processor, images)
-    return {**_encode_text(processor, text, grids), "pixel_values": tiles, "grids": grids}
+    return {**_encode_text(processor, text, grids), "tiles": tiles, "grids": grids}
 
 
 def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> tuple[str, list]:
@@ -48,7 +40,7 @@ def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool
     for turn in turns:
         first = len(images) + 1
         images += turn["images"]
-        tags = "".join(f"<|image_{k}|>" for k in range(first, len(images) + 1))
+        tags = "".join(map(image_tag, range(first, len(images) + 1)))
         messages.append({"role": "user", "content": f"{tags}\n{turn['user']}" if tags else turn["user"]})
         messages.append({"role": "assistant", "content": turn["assistant"]})
     tokenizer = processor.tokenizer
@@ -59,8 +51,8 @@ def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool
 
 def _encode_text(processor: Phi3VProcessor, text: str, grids: list[tuple[int, int]]) -> dict:
     g = processor.image_processor.crop_tokens_per_side
-    ids, _ = processor.tokenize(text, [(h * w + 1) * g * g + 1 + (h + 1) * g for h, w in grids])
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(_labels(ids, processor.tokenizer))}
+    ids, _ = processor.tokenize(text, [num_image_tokens(h, w, g) for h, w in grids])
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(_answer_labels(ids, processor.tokenizer))}
 
 
 def encode_images(processor: Phi3VProcessor, images: list) -> tuple[torch.Tensor, list[tuple[int, int]]]:
@@ -82,27 +74,17 @@ def _grid(image_processor, image, size: tuple[int, int]) -> tuple[int, int]:
         raise InputError(f"{image_name(image)}: {e}") from None
 
 
-def _labels(ids: list[int], tokenizer) -> list[int]:
+def _answer_labels(ids: list[int], tokenizer) -> list[int]:
     """The ids of every answer up to the next turn, and IGNORE_INDEX elsewhere."""
     roles = dict(zip(tokenizer.convert_tokens_to_ids(list(ROLE_TOKENS)), ROLE_TOKENS, strict=True))
     labels, answering = [], False
     for token in ids:
         if token in roles:
-            answering = roles[token] == "<|assistant|>"
+            answering = roles[token] == ASSISTANT
             labels.append(IGNORE_INDEX)
         else:
             labels.append(token if answering else IGNORE_INDEX)
     return labels
-
-
-class Size(NamedTuple):
-    """What an example takes: tokens, of them image tokens and targets, and crops (sub-crops and global ones)."""
-
-    tokens: int
-    image_tokens: int
-    crops: int
-    targets: int
-    digest: int  # of its text and of its images' files, as far as `_weight` looks
 
 
 class ConversationDataset(Dataset):
@@ -133,7 +115,7 @@ class ConversationDataset(Dataset):
         self.truncate = truncate
         self.skip_bad = skip_bad
         self.sizes: list[Size] | None = None  # as `all_sizes` finds them
-        self.features = None  # a FeatureCache, from which they come in place of crops
+        self.feature_cache = None  # a FeatureCache, from which features come in place of tiles
 
     def __len__(self):
         return len(self.conversations)
@@ -143,6 +125,7 @@ class ConversationDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         examples, last, encoded, problem = [], None, None, None
+        form = "features" if self.feature_cache else "tiles"
         for i in indices:
             index = i if i >= 0 else ~i
             text, images = self._chat(index)
@@ -150,7 +133,7 @@ class ConversationDataset(Dataset):
             if key is None or key != last:
                 problem = None
                 try:
-                    read = self.features.read if self.features else partial(encode_images, self.processor)
+                    read = self.feature_cache.read if self.feature_cache else partial(encode_images, self.processor)
                     encoded, last = read(images), key
                 except InputError as e:
                     if not self.skip_bad:
@@ -158,11 +141,11 @@ class ConversationDataset(Dataset):
                     problem = str(e)
                     blanks = [Image.new("RGB", self._size_or_square(image)) for image in images]
                     tiles, grids = encode_images(self.processor, blanks)
-                    encoded, last = (self.features.blank(grids) if self.features else tiles, grids), key
+                    encoded, last = (self.feature_cache.blank(grids) if self.feature_cache else tiles, grids), key
             example = self._encode_text(index, text, encoded[1])
             if i < 0 or problem:
                 example["labels"] = torch.full_like(example["labels"], IGNORE_INDEX)
-            examples.append({**example, "pixel_values": encoded[0], "grids": encoded[1], "images": key})
+            examples.append({**example, form: encoded[0], "grids": encoded[1], "images_key": key})
             if problem and i >= 0:
                 examples[-1]["problem"] = problem
         return examples
@@ -218,89 +201,4 @@ class ConversationDataset(Dataset):
         encoded = self._encode_text(index, text, grids)
         ids, targets = encoded["input_ids"], encoded["labels"] != IGNORE_INDEX
         crops = sum(h * w + 1 for h, w in grids)
-        digest = zlib.crc32(repr([text, *map(_weight, images)]).encode())
-        return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), digest)
-
-
-def _weight(image) -> int | None:
-    """What tells an image from another without reading a file: its size, or a checksum of content that is at hand."""
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        return zlib.crc32(image["bytes"])
-    path = image.get("path") if isinstance(image, dict) else image
-    if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
-        return os.path.getsize(path)
-    return None
-
-
-def all_sizes(dataset: ConversationDataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
-    """`size` of every example, looked up by all ranks together, once for a dataset."""
-    if dataset.sizes is not None:
-        return dataset.sizes
-    rank, world_size = ranks.rank(), ranks.world_size()
-    probes = sorted({i * (len(dataset) - 1) // 15 for i in range(16)})
-    looked_at = [(len(dataset), [tuple(dataset.size(i)) for i in probes])]  # on all ranks, as their disks may differ
-    first, *others = gather_object(looked_at)
-    for other, found in enumerate(others, 1):
-        if found != first:
-            raise InputError(
-                f"processes 0 and {other} have different data: {first[0]:,} and {found[0]:,} examples, or others; give "
-                "every node the same files"
-            )
-    own = range(rank, len(dataset), world_size)
-    sizes = [(i, dataset.size(i)) for i in tqdm(own, desc=desc, disable=disable_tqdm or rank != 0)]
-    dataset.sizes = [size for _, size in sorted(gather_object(sizes))]
-    return dataset.sizes
-
-
-def fingerprint(sizes: list[Size]) -> str:
-    """Differs where a text, the size of an image or of its file, or the order of examples does."""
-    return hashlib.sha256(repr([tuple(size) for size in sizes]).encode()).hexdigest()[:16]
-
-
-class PackingCollator:
-    """Encoded conversations → a micro-batch in one row without padding, as `pack` describes it, with `problems`.
-
-    original_length: the model's, above which an example takes the long rotary factors.
-    """
-
-    def __init__(self, processor: Phi3VProcessor, original_length: int, share_images: bool):
-        self.image_processor = processor.image_processor
-        self.original_length = original_length
-        self.share_images = share_images
-
-    def __call__(self, examples: list[dict]) -> dict:
-        batch = pack(examples, self.original_length, self.share_images)
-        grids = torch.tensor(batch["packing"].grids, dtype=torch.long).view(-1, 2)
-        batch["image_sizes"] = grids * self.image_processor.image_size
-        mean, std = (tuple(v) for v in (self.image_processor.image_mean, self.image_processor.image_std))
-        batch["packing"] = replace(batch["packing"], mean=mean, std=std)
-        batch["problems"] = [example["problem"] for example in examples if "problem" in example]
-        return batch
-
-
-class Collator:
-    """Encoded conversations → a padded micro-batch; crops of all examples in one tensor.
-
-    padding_side: "left" to generate.
-    normalise: False leaves the crops as uint8 tiles, with `grids`, for `crops_of_tiles` on the device.
-    """
-
-    def __init__(self, processor: Phi3VProcessor, padding_side: str, normalise: bool = True):
-        self.processor = processor
-        self.padding_side = padding_side
-        self.normalise = normalise
-
-    def __call__(self, examples: list[dict]) -> dict:
-        batch = self.processor.pad([example["input_ids"].tolist() for example in examples], self.padding_side)
-        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
-        labels[batch["attention_mask"].bool()] = torch.cat([example["labels"] for example in examples])
-        tiles = torch.cat([example["pixel_values"] for example in examples])
-        grids = [grid for example in examples for grid in example["grids"]]
-        image_processor = self.processor.image_processor
-        sizes = torch.tensor(grids, dtype=torch.long).view(-1, 2) * image_processor.image_size
-        batch.update(labels=labels, image_sizes=sizes)
-        if self.normalise:
-            batch["pixel_values"] = crops_of_tiles(tiles, grids, image_processor.image_mean, image_processor.image_std)
-        else:
-            batch.update(pixel_values=tiles, grids=grids)
-        return batch
+        return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), digest(text, images))

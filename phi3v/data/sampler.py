@@ -8,7 +8,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from ..errors import InputError
-from .conversations import ConversationDataset, Size
+from .conversations import ConversationDataset
+from .sizes import Size
 
 
 class StepSampler(Sampler[list[int]]):

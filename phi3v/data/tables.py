@@ -9,7 +9,7 @@ import datasets
 
 from ..errors import InputError, Problems
 from ..ranks import is_first
-from .annotations import text_problem
+from .annotations import ROLES, text_problem
 from .images import read_image
 
 ROW = "row_in_split"
@@ -127,7 +127,7 @@ def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
             if text is None:
                 problems.add(where, f"texts[{item}] is missing")
                 continue
-            for role in ("user", "assistant"):
+            for role in ROLES:
                 if problem := text_problem(text[role]):
                     problems.add(where, f"texts[{item}].{role} {problem}")
             keys.append((i, item))

@@ -4,8 +4,13 @@ from transformers import CLIPVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.phi3.configuration_phi3 import Phi3Config
 
-# Saved folders point at the authors' code here, so that readers of the official format (vLLM among them) know them.
-HUB_REPO = "microsoft/Phi-3.5-vision-instruct"
+# Saved folders name the authors' classes, so that readers of the official format (vLLM is one) recognise them.
+_HUB_CLASSES = {
+    "AutoConfig": "configuration_phi3_v.Phi3VConfig",
+    "AutoModelForCausalLM": "modeling_phi3_v.Phi3VForCausalLM",
+    "AutoImageProcessor": "processing_phi3_v.Phi3VImageProcessor",
+    "AutoProcessor": "processing_phi3_v.Phi3VProcessor",
+}
 
 VIT_L_14_336 = {
     "hidden_size": 1024,
@@ -51,6 +56,21 @@ _HUB_KEYS = (
 )
 
 
+def auto_map(*auto_classes: str) -> dict[str, str]:
+    """The `auto_map` of a saved file: for each Auto class the authors' class on the Hub."""
+    return {name: f"microsoft/Phi-3.5-vision-instruct--{_HUB_CLASSES[name]}" for name in auto_classes}
+
+
+def merged_tokens_per_side(image_size: int, patch_size: int) -> int:
+    """Image tokens along one side of a crop after patches are merged 2x2: 12 for 336 pixels and patches of 14.
+
+    Raises ValueError if the crop's side is not a multiple of two patches.
+    """
+    if image_size % (2 * patch_size):
+        raise ValueError(f"image_size {image_size} is not a multiple of 2 x patch_size {patch_size}")
+    return image_size // (2 * patch_size)
+
+
 class Phi3VConfig(Phi3Config):
     """Decoder settings as in `Phi3Config`, and the CLIP tower's in `vision_config`.
 
@@ -74,23 +94,19 @@ class Phi3VConfig(Phi3Config):
         # The Hub's file asks for flash attention, which fails at once where it is not installed: whoever loads decides.
         kwargs.pop("_attn_implementation", None)
         super().__post_init__(**kwargs)
-        vision = self.vision_config
-        if vision.image_size % (2 * vision.patch_size):
-            raise ValueError(
-                f"vision_config.image_size {vision.image_size} is not a multiple of 2 x patch_size {vision.patch_size}"
-            )
+        vision, tokens_per_side = self.vision_config, self.crop_tokens_per_side
         self.embd_layer = self.embd_layer or dict(_EMBD_LAYER)
         self.img_processor = self.img_processor or {
             "image_dim_out": vision.hidden_size,
             "model_name": "openai/clip-vit-large-patch14-336",
             "name": "clip_vision_model",
-            "num_img_tokens": self.crop_tokens_per_side**2,
+            "num_img_tokens": tokens_per_side**2,
         }
 
     @property
     def crop_tokens_per_side(self) -> int:
-        """Image tokens along one side of a crop after the 2x2 merge: 12 for 336 pixels and patches of 14."""
-        return self.vision_config.image_size // (2 * self.vision_config.patch_size)
+        """Image tokens along one side of a crop."""
+        return merged_tokens_per_side(self.vision_config.image_size, self.vision_config.patch_size)
 
     def convert_rope_params_to_dict(self, **kwargs):
         rope = kwargs.get("rope_scaling")
@@ -121,8 +137,5 @@ class Phi3VConfig(Phi3Config):
             saved["torch_dtype"] = dtype
         if all(getattr(self.vision_config, key) == value for key, value in VIT_L_14_336.items()):
             saved.pop("vision_config", None)
-        saved["auto_map"] = {
-            "AutoConfig": f"{HUB_REPO}--configuration_phi3_v.Phi3VConfig",
-            "AutoModelForCausalLM": f"{HUB_REPO}--modeling_phi3_v.Phi3VForCausalLM",
-        }
+        saved["auto_map"] = auto_map("AutoConfig", "AutoModelForCausalLM")
         return saved

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .configuration_phi3v import HUB_REPO
+from .configuration_phi3v import auto_map, merged_tokens_per_side
 
 WHITE = (255, 255, 255)
 
@@ -37,8 +37,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         if num_crops < 1:
             raise ValueError(f"num_crops is {num_crops}, must be at least 1")
-        if image_size % (2 * patch_size):
-            raise ValueError(f"image_size {image_size} is not a multiple of 2 x patch_size {patch_size}")
+        merged_tokens_per_side(image_size, patch_size)  # raises ValueError for sizes that do not fit
         self.num_crops = num_crops
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
@@ -48,7 +47,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     @property
     def crop_tokens_per_side(self) -> int:
-        return self.image_size // (2 * self.patch_size)
+        """Image tokens along one side of a crop."""
+        return merged_tokens_per_side(self.image_size, self.patch_size)
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) in pixels that an image is resized to: as large as `num_crops` crops can cover.
@@ -78,10 +78,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
         return math.ceil(new_height / self.image_size), math.ceil(new_width / self.image_size)
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
-        """Tokens that an image of this size in pixels takes in the sequence: (h*w + 1)*g^2 + 1 + (h + 1)*g."""
-        h, w = self.crop_grid(width, height)
-        g = self.crop_tokens_per_side
-        return (h * w + 1) * g * g + 1 + (h + 1) * g
+        """How many tokens an image of this size in pixels takes in the sequence."""
+        return num_image_tokens(*self.crop_grid(width, height), self.crop_tokens_per_side)
 
     def calc_num_image_tokens(self, images) -> list[int]:
         """`calc_num_image_tokens_from_image_size` of each image, PIL or numpy."""
@@ -112,6 +110,10 @@ class Phi3VImageProcessor(BaseImageProcessor):
         pixels.sub_(mean).div_(std)
         return torch.cat([_overview(pixels, *self.crop_grid(*image.size))[None], pixels])
 
+    def crops_of_tiles(self, tiles: torch.Tensor, grids, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The function `crops_of_tiles` of this module, with this processor's mean and standard deviation."""
+        return crops_of_tiles(tiles, grids, self.image_mean, self.image_std, dtype)
+
     def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
         """One image or a list, PIL or numpy (height, width, 3), to the official layout.
 
@@ -141,10 +143,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     def to_dict(self):
         return {
-            "auto_map": {
-                "AutoImageProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VImageProcessor",
-                "AutoProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VProcessor",
-            },
+            "auto_map": auto_map("AutoImageProcessor", "AutoProcessor"),
             "do_convert_rgb": self.do_convert_rgb,
             "image_mean": self.image_mean,
             "image_processor_type": type(self).__name__,
@@ -155,6 +154,16 @@ class Phi3VImageProcessor(BaseImageProcessor):
             "patch_size": self.patch_size,
             "processor_class": "Phi3VProcessor",
         }
+
+
+def num_image_tokens(h, w, g):
+    """How many tokens an image takes in the sequence.
+
+    h, w: sub-crops down and across; g: tokens along one side of a crop. All are numbers, or tensors of one shape.
+    Each of the h*w sub-crops and the global crop has g*g tokens. A separator ends each of the h*g rows of the
+    sub-crops and each of the g rows of the global crop, and one more stands between the two.
+    """
+    return (h * w + 1) * g * g + 1 + (h + 1) * g
 
 
 def as_list(images) -> list:

@@ -30,7 +30,7 @@ from transformers.models.phi3.modeling_phi3 import (
 from ..files import let_others_read
 from .configuration_phi3v import Phi3VConfig
 from .functional import QuickGELU, cross_entropy, rms_norm, rotate, swiglu
-from .image_processing_phi3v import crops_of_tiles
+from .image_processing_phi3v import crops_of_tiles, num_image_tokens
 from .packing import IGNORE_INDEX, Packing, packed_attention
 
 # The shipped generation config stops at </s>, which the model never writes: it ends a turn with <|end|> (32007) and
@@ -283,41 +283,56 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
 
-    def embed(self, input_ids, pixel_values=None, image_sizes=None, image_index=None, packing=None) -> torch.Tensor:
-        """Token embeddings (batch, length, hidden), image tokens filled from the crops in order of appearance.
+    def embed(
+        self,
+        input_ids,
+        pixel_values=None,
+        image_sizes=None,
+        tiles=None,
+        features=None,
+        image_index=None,
+        packing=None,
+    ) -> torch.Tensor:
+        """Token embeddings (batch, length, hidden), image tokens filled from the images in order of appearance.
 
-        Raises ValueError if images and image tokens do not match (checked without waiting for an accelerator).
+        The images are given in one of three forms, as `Phi3VForCausalLM.forward` describes them: `pixel_values`, or
+        with `packing` `tiles` or `features`. Raises ValueError if several forms are given, or if images and image
+        tokens do not match. The latter is checked on a CPU alone, because it would make the host wait for a GPU.
         """
+        given = [images for images in (pixel_values, tiles, features) if images is not None]
+        if len(given) > 1:
+            raise ValueError("give pixel_values, tiles or features: only one of them")
+        if tiles is not None and packing is None:
+            raise ValueError("tiles need packing, which knows how they make up the images")
         embeds = self.embed_tokens(input_ids.clamp(min=0))
         vision = self.vision_embed_tokens
         is_image = input_ids < 0
-        if pixel_values is None or pixel_values.shape[0] == 0:
+        if not given or len(given[0]) == 0:
             if input_ids.device.type == "cpu" and is_image.any():
-                raise ValueError("input_ids hold image tokens, but no pixel_values were given")
+                raise ValueError("input_ids hold image tokens, but no images were given")
             if not self._needs_vision_graph():
                 return embeds
             blank = embeds.new_zeros(1, 3, vision.crop_size, vision.crop_size)
             sizes = is_image.new_tensor([blank.shape[2:]], dtype=torch.long)
             return self._fill_in(embeds, is_image, vision(blank), sizes)
         if image_sizes is None:
-            raise ValueError("pixel_values need image_sizes, the padded (height, width) of each image")
+            raise ValueError("images need image_sizes, the padded (height, width) of each of them")
         image_sizes = image_sizes.to(input_ids.device)
-        is_encoded = packing is not None and packing.encoded
-        if packing is not None and pixel_values.dtype == torch.uint8:
-            tiles = pixel_values.to(input_ids.device)
-            pixel_values = crops_of_tiles(tiles, packing.grids, packing.mean, packing.std, embeds.dtype)
         crops_per_image = (image_sizes // vision.crop_size).prod(-1) + 1
-        if pixel_values.dim() == 5:  # the official layout, where every image has room for the same number of crops
-            if len(pixel_values) != len(image_sizes):
-                raise ValueError(f"{len(pixel_values)} images in pixel_values, but {len(image_sizes)} in image_sizes")
-            is_real = torch.arange(pixel_values.shape[1], device=input_ids.device) < crops_per_image[:, None]
-            pixel_values = pixel_values[is_real.to(pixel_values.device)]
-        pixel_values = pixel_values.to(device=embeds.device, dtype=embeds.dtype)
-        n_crops = len(pixel_values) // vision.grid**2 if is_encoded else len(pixel_values)
+        if features is not None:
+            features = features.to(device=embeds.device, dtype=embeds.dtype)
+            n_crops = len(features) // vision.grid**2
+        else:
+            if tiles is not None:
+                tiles = tiles.to(embeds.device)
+                crops = crops_of_tiles(tiles, packing.grids, packing.mean, packing.std, embeds.dtype)
+            else:
+                crops = _real_crops(pixel_values, crops_per_image).to(device=embeds.device, dtype=embeds.dtype)
+            n_crops = len(crops)
         if input_ids.device.type == "cpu":
             appearing = image_sizes if image_index is None else image_sizes[image_index]
             self._check_images(is_image, appearing, crops_per_image, n_crops)
-        table = vision.with_separators(pixel_values) if is_encoded else vision(pixel_values)
+        table = vision(crops) if features is None else vision.with_separators(features)
         return self._fill_in(embeds, is_image, table, image_sizes, image_index)
 
     def _fill_in(self, embeds, is_image, table, image_sizes, image_index=None) -> torch.Tensor:
@@ -339,15 +354,14 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         return trained and any(p.requires_grad for p in self.vision_embed_tokens.parameters())
 
     def _check_images(self, is_image, image_sizes, crops_per_image, n_crops):
-        g = self.vision_embed_tokens.grid
         h, w = (image_sizes // self.vision_embed_tokens.crop_size).unbind(-1)
-        expected = ((h * w + 1) * g * g + 1 + (h + 1) * g).sum().item()
+        expected = num_image_tokens(h, w, self.vision_embed_tokens.grid).sum().item()
         if (found := is_image.sum().item()) != expected:
             raise ValueError(
                 f"input_ids hold {found} image tokens, but image_sizes {image_sizes.tolist()} make {expected}"
             )
         if n_crops != (needed := crops_per_image.sum().item()):
-            raise ValueError(f"pixel_values hold {n_crops} crops, but image_sizes {image_sizes.tolist()} need {needed}")
+            raise ValueError(f"the images have {n_crops} crops, but image_sizes {image_sizes.tolist()} need {needed}")
 
     def forward(
         self,
@@ -357,6 +371,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         inputs_embeds=None,
         pixel_values=None,
         image_sizes=None,
+        tiles=None,
+        features=None,
         image_index=None,
         packing=None,
         **kwargs,
@@ -366,7 +382,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, image_index, packing)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, tiles, features, image_index, packing)
         if packing is not None:
             return self._forward_packed(inputs_embeds, position_ids, packing)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
@@ -383,6 +399,16 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         kept_rows = packing.kept_rows.to(hidden.device, non_blocking=True)
         hidden = self.layers[-1](hidden, position_embeddings=rotary, packing=packing, kept_rows=kept_rows)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+def _real_crops(pixel_values: torch.Tensor, crops_per_image: torch.Tensor) -> torch.Tensor:
+    """(n_crops, 3, S, S) without the padding of the official layout, where every image has room for the same number."""
+    if pixel_values.dim() == 4:
+        return pixel_values
+    if len(pixel_values) != len(crops_per_image):
+        raise ValueError(f"{len(pixel_values)} images in pixel_values, but {len(crops_per_image)} in image_sizes")
+    is_real = torch.arange(pixel_values.shape[1], device=crops_per_image.device) < crops_per_image[:, None]
+    return pixel_values[is_real.to(pixel_values.device)]
 
 
 class GrowingLayer(DynamicLayer):
@@ -459,6 +485,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        tiles: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
         packing: Packing | None = None,
         shift_labels: torch.LongTensor | None = None,
         **kwargs,
@@ -476,9 +505,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             it, which makes it independent of how a batch is cut into micro-batches and ranks; without it, the mean.
         logits_to_keep: as in transformers, the number of last positions (0: all) or their indices.
         packing: the examples of a micro-batch stand in one row, `input_ids` and `position_ids` (1, length), as
-            `PackingCollator` makes it; `pixel_values` may then be (n_tiles, S, S, 3) uint8 sub-crops, or
-            features (n_crops * g * g, hidden) from earlier, and `image_index` (n_appearances,) says which image appears
-            where.
+            `PackingCollator` makes it. The arguments below are for such rows.
+        tiles: (n_tiles, S, S, 3) uint8, the sub-crops of all images, in place of `pixel_values`.
+        features: (n_crops * g * g, hidden), what the vision part has made of all crops earlier, in place of
+            `pixel_values`.
+        image_index: (n_appearances,), which image appears where; without it each appears once, in order.
         shift_labels: with `packing`, the targets (n_targets,) of its `label_rows`; `labels` are not looked at.
         """
         supervised = None
@@ -497,6 +528,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             use_cache=False if use_cache is None and labels is not None else use_cache,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
+            tiles=tiles,
+            features=features,
+            image_index=image_index,
             packing=packing,
             **kwargs,
         )

@@ -70,25 +70,33 @@ class Packing:
         return torch.tensor([group.is_long for group in self.groups]).repeat_interleave(sizes)
 
 
-def pack(examples: list[dict], original_length: int, share_images: bool) -> dict:
+def pack(
+    examples: list[dict],
+    original_length: int,
+    share_images: bool,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+) -> dict:
     """Encoded conversations → one row without padding.
 
-    examples: with `input_ids` and `labels` (length,), `pixel_values` (n_tiles, S, S, 3) uint8, or in place of these
-        features (n_rows, hidden) of whole images, `grids`, and `images`, which is equal for examples of the same
-        images (None: unknown). Those that stand next to one another and whose images all come before anything that
+    examples: with `input_ids` and `labels` (length,), `tiles` (n_tiles, S, S, 3) uint8, or in place of these `features`
+        (n_rows, hidden) of whole images, `grids`, and `images_key`, which is equal for examples of the same images
+        (None: unknown). Those that stand next to one another and whose images all come before anything that
         differs are put behind one copy of what they have in common, if `share_images`; otherwise their images are
         encoded once all the same.
     original_length: above it an example takes the long rotary factors.
+    mean, std: of the image processor, by channel, which tiles are normalised with.
 
     Returns `input_ids` and `position_ids` (1, length), `labels` and `shift_labels`, both the targets (n_targets,),
-    `pixel_values` as the examples have them, `image_index` (n_appearances,) and `packing`, still without mean and std.
+    `tiles` or `features` as the examples have them, `image_index` (n_appearances,) and `packing`.
     """
     ids, positions, targets, kept_rows, label_rows, groups = [], [], [], [], [], []
-    tiles, grids, image_index = [], [], []
+    form = "features" if "features" in examples[0] else "tiles"  # in which the images are given
+    images, grids, image_index = [], [], []
     n_rows, n_kept = 0, 0
-    for same in _runs(examples, key=lambda e: e["images"]):
+    for same in _runs(examples, key=lambda e: e["images_key"]):
         first = len(grids)
-        tiles.append(same[0]["pixel_values"])
+        images.append(same[0][form])
         grids += same[0]["grids"]
         shared = []
         for members in _runs(same, key=lambda e: len(e["input_ids"]) > original_length):
@@ -118,16 +126,16 @@ def pack(examples: list[dict], original_length: int, share_images: bool) -> dict
             size = groups[-1].size
             kept_rows.append(torch.arange(n_rows + common - tail, n_rows + size))
             n_rows, n_kept = n_rows + size, n_kept + len(kept_rows[-1])
-    labels, pixels = torch.cat(targets), torch.cat(tiles)
+    labels = torch.cat(targets)
     rows = torch.cat(kept_rows), torch.cat(label_rows)
     return {
         "input_ids": torch.cat(ids)[None],
         "position_ids": torch.cat(positions)[None],
         "labels": labels,
         "shift_labels": labels,  # by which the Trainer counts targets
-        "pixel_values": pixels,
+        form: torch.cat(images),
         "image_index": torch.tensor(image_index, dtype=torch.long),
-        "packing": Packing(tuple(groups), *rows, tuple(grids), encoded=pixels.dim() == 2),
+        "packing": Packing(tuple(groups), *rows, tuple(grids), mean, std, encoded=form == "features"),
     }
 
 

@@ -10,10 +10,20 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from ..files import write_json
-from .configuration_phi3v import HUB_REPO
+from .configuration_phi3v import auto_map
 from .image_processing_phi3v import Phi3VImageProcessor, as_list
 
+# The chat format's special tokens.
+ASSISTANT = "<|assistant|>"
+ROLE_TOKENS = ("<|user|>", ASSISTANT, "<|system|>")
+END_TOKENS = ("<|end|>", "<|endoftext|>")  # of a turn, and of a conversation
+OTHER_TOKENS = ("<s>", "</s>", "<unk>", "<|image|>")
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+
+
+def image_tag(number: int) -> str:
+    """The tag that stands for an image in a text; images are counted from 1."""
+    return f"<|image_{number}|>"
 
 
 class Phi3VProcessor(ProcessorMixin):
@@ -37,13 +47,17 @@ class Phi3VProcessor(ProcessorMixin):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(image_processor, tokenizer)
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens at which an answer ends."""
+        return self.tokenizer.convert_tokens_to_ids(list(END_TOKENS))
+
     def save_pretrained(self, save_directory, **kwargs):
         """Saves the files that the Hub's repository has, so that other readers of the format find theirs."""
         folder = Path(save_directory)
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
-        auto_map = {"AutoProcessor": f"{HUB_REPO}--processing_phi3_v.Phi3VProcessor"}
-        common = {"auto_map": auto_map, "processor_class": type(self).__name__}
+        common = {"auto_map": auto_map("AutoProcessor"), "processor_class": type(self).__name__}
         write_json(folder / "processor_config.json", common, sort_keys=True)
         tokenizer_config = folder / "tokenizer_config.json"
         saved = json.loads(tokenizer_config.read_text(encoding="utf-8"))
@@ -66,8 +80,8 @@ class Phi3VProcessor(ProcessorMixin):
         pieces = IMAGE_TAG.split(text)
         tags = [int(tag) for tag in pieces[1::2]]
         if set(tags) != set(range(1, len(num_img_tokens) + 1)):
-            found = ", ".join(f"<|image_{tag}|>" for tag in sorted(set(tags))) or "none"
-            wanted = f"<|image_1|> to <|image_{len(num_img_tokens)}|>" if num_img_tokens else "no tags"
+            found = ", ".join(map(image_tag, sorted(set(tags)))) or "none"
+            wanted = f"{image_tag(1)} to {image_tag(len(num_img_tokens))}" if num_img_tokens else "no tags"
             raise ValueError(
                 f"image tags do not match the {len(num_img_tokens)} images given: found {found}, expected {wanted}"
             )

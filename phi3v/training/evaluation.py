@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from .. import ranks
-from ..data.annotations import END_TOKENS
-from ..data.conversations import Collator, ConversationDataset, all_sizes
-from ..model.image_processing_phi3v import crops_of_tiles
+from ..data.collate import Collator
+from ..data.conversations import ConversationDataset
+from ..data.sizes import all_sizes
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from ..model.processing_phi3v import Phi3VProcessor
 from .checkpoints import ignore_signals, write_json
@@ -58,8 +58,6 @@ def generate_answers(
         collate_fn=Collator(processor, "left", normalise=False),
         worker_init_fn=ignore_signals,
     )
-    stop_ids = processor.tokenizer.convert_tokens_to_ids(list(END_TOKENS))
-    statistics = processor.image_processor.image_mean, processor.image_processor.image_std
     was_training = model.training
     model.eval()
     answers = []
@@ -69,12 +67,12 @@ def generate_answers(
             batch.pop("labels")
             grids = batch.pop("grids")
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            batch["pixel_values"] = crops_of_tiles(batch["pixel_values"], grids, *statistics)
+            batch["pixel_values"] = processor.image_processor.crops_of_tiles(batch.pop("tiles"), grids)
             ids = model.generate(
                 **batch,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=stop_ids,
+                eos_token_id=processor.stop_ids,
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
             new_ids = ids[:, batch["input_ids"].shape[1] :]

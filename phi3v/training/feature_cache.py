@@ -27,7 +27,6 @@ from ..data.conversations import ConversationDataset, encode_images
 from ..data.images import image_name
 from ..errors import InputError
 from ..files import replacing
-from ..model.image_processing_phi3v import crops_of_tiles
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from .checkpoints import Interrupted, ignore_signals
 from .measuring import wait_for_device
@@ -157,7 +156,6 @@ def cache_features(
         if decided:
             raise InputError(f"{message}; the run that is gone on with had them")
         return message
-    statistics = processor.image_processor.image_mean, processor.image_processor.image_std
     loader = DataLoader(
         _Missing(dataset, examples[rank::world_size], cache),
         batch_size=None,
@@ -175,7 +173,7 @@ def cache_features(
         """Seconds without writing."""
         start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=autocast):
-            pixels = crops_of_tiles(tiles.to(device), grids, *statistics, vision.glb_GN.dtype)
+            pixels = processor.image_processor.crops_of_tiles(tiles.to(device), grids, vision.glb_GN.dtype)
             features = vision(pixels)[:-2].to(dtype)
         wait_for_device()
         seconds = time.perf_counter() - start
@@ -212,7 +210,7 @@ def cache_features(
             break
     new = sum(count for count, *_ in together())
     vision.train(was_training)
-    dataset.features = cache
+    dataset.feature_cache = cache
     return (
         f"the features of {crops:,} crops ({needed / 2**30:.2f} GiB) are read from {cache.folder}; {new:,} images are "
         "new there"
