@@ -27,14 +27,14 @@ from .files import write_json
 from .model.loading import base_and_adapter, load_saved, nf4_config, not_quantized
 from .ranks import is_first
 from .report.card import write_model_card
-from .report.summary import describe_run, doubts
+from .report.page import write_page
+from .report.summary import describe_run, describe_sizes, questionable_settings
 from .training import checkpointing
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.estimate import Estimate
-from .training.evaluation import Evaluation, write_page
+from .training.evaluation import Evaluation
 from .training.feature_cache import cache_features
-from .training.hardware import compute_dtype, device_memory, peak_flops, weights_dtype
-from .training.measuring import describe_sizes
+from .training.hardware import compute_dtype, device_memory, peak_flops, precision_of, weights_dtype
 from .training.meter import Meter
 from .training.output_folder import FINISHED, check_same_folder, is_finished, prepare_output
 from .training.settings import check_flags_equal_on_all_ranks, micro_batch_tokens, model_fingerprint, settings_of
@@ -96,8 +96,10 @@ class Run:
     def evaluate_only(self, evaluation: Evaluation):
         """For --evaluate_only: evaluates a saved model or adapter; writes evaluation.json and evaluation.html."""
         model = self.load_saved(self.args.model_name_or_path)
-        about = {"model": self.args.model_name_or_path}
-        evaluation.write(model, self.training_args, about, self.preemption.check)
+        report = evaluation.write(model, self.training_args, self.preemption.check)
+        if is_first():
+            about = {"model": self.args.model_name_or_path}
+            write_page(self.training_args, None, report, about, evaluation.example, name="evaluation.html")
 
     def load_saved(self, name: str):
         dtype = compute_dtype(self.training_args)
@@ -189,13 +191,16 @@ class Run:
         args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
         model, train_dataset = trainer.model, trainer.train_dataset
         checkpointing.set_tower_checkpointing(model, plan.checkpointing)
-        data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))
-        self.about = {"memory": str(plan), "data": data}
+        self.about = {"memory": str(plan), "data": describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))}
+        facts = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
+        facts |= {"steps": self.steps, "n_parameters": estimate.parameters}
         if is_first():
             print(render_example(train_dataset))
-            print(describe_run(model, args, training_args, self.sampler, plan, data, self.steps, estimate.parameters))
+            print(describe_run(model, args, training_args, self.about, **facts))
             print(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
-            for warning in doubts(args, training_args, estimate.parameters, train_dataset.sizes, self.steps):
+            for warning in questionable_settings(
+                args, training_args, estimate.parameters, train_dataset.sizes, self.steps
+            ):
                 print(warning, flush=True)
         if args.cache_vision_features:
             message = cache_features(
@@ -229,7 +234,7 @@ class Run:
 
     def write_page(self, trainer: RecipeTrainer, before: dict | None, after: dict | None):
         if is_first():
-            write_page(trainer.evaluation, self.training_args, before, after, self.about, trainer.state)
+            write_page(self.training_args, before, after, self.about, trainer.evaluation.example, trainer.state)
 
     def save(self, trainer: RecipeTrainer):
         """Saves the model under the Hub's tensor names, or the adapter, and the processor."""
@@ -250,7 +255,7 @@ class Run:
         self.write_page(trainer, before, after)
         if is_first():
             self.about |= {"steps": state.global_step, "epochs": f"{state.epoch:.3g}"}
-            write_model_card(self.args, self.training_args, self.about, before, after)
+            write_model_card(self.args, self.training_args, self.about, before, after, precision_of(self.training_args))
         change = " -> ".join(f"{report[name]:.4f}" for report in (before, after) if report)
         where = "" if self.args.dry_run else f"; the model, its processor and report.html are in {self.output_dir}"
         say(f"{name} {change}{where}")

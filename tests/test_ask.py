@@ -172,14 +172,19 @@ def test_wrong_input_is_one_clear_line(arguments, message, monkeypatch):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_checkpoint_that_lacks_weights(tmp_path):
+def test_a_checkpoint_that_lacks_weights(adapter, tmp_path):
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    base.mkdir()
     for path in CHECKPOINT.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    weights = load_file(tmp_path / "model.safetensors")
+        (base / path.name).write_bytes(path.read_bytes())
+    weights = load_file(base / "model.safetensors")
     del weights["lm_head.weight"]
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ask.InputError, match="lacks lm_head.weight"):
-        ask.main([str(tmp_path)])
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ask.InputError, match="lacks the weights lm_head.weight"):
+        ask.main([str(base)])
+    with pytest.raises(ask.InputError, match="lacks the weights lm_head.weight"):
+        merge_tool.main([str(adapter), str(merged), "--base", str(base)])
+    assert not merged.exists()
 
 
 def test_from_the_terminal(images):

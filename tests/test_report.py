@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from phi3v.report.page import confidence_interval, number, sign_test, write_html_report
+from phi3v.report.page import write_html_report
+from phi3v.report.statistics import confidence_interval, sign_test
+from phi3v.report.templates import number
 
 VOID = {"meta", "link", "img", "input", "br"}
 SVG = {"path", "rect", "circle", "polyline"}

@@ -8,25 +8,22 @@ The images stand before the first question. An empty line or Ctrl-D ends the con
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 
 import torch
-from transformers import BitsAndBytesConfig, TextStreamer
+from transformers import TextStreamer
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
-from phi3v import Phi3VForCausalLM, Phi3VProcessor  # noqa: E402
-from phi3v.data.annotations import check_text  # noqa: E402
-from phi3v.data.collate import Collator  # noqa: E402
-from phi3v.data.conversations import encode_conversation  # noqa: E402
-from phi3v.errors import InputError, exit_on_input_error  # noqa: E402
-from phi3v.model.adapters import load_adapter  # noqa: E402
-from phi3v.model.processing_phi3v import IMAGE_TAG  # noqa: E402
-from phi3v.training.hardware import ATTENTION, DTYPES, choose_attention, choose_precision  # noqa: E402
-
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # as in QLoRA
+from phi3v import Phi3VProcessor
+from phi3v.data.annotations import check_text
+from phi3v.data.collate import Collator
+from phi3v.data.conversations import encode_conversation
+from phi3v.errors import InputError, exit_on_input_error
+from phi3v.model.adapters import load_adapter
+from phi3v.model.loading import base_and_adapter, load_saved, nf4_config
+from phi3v.model.processing_phi3v import IMAGE_TAG
+from phi3v.training.hardware import ATTENTION, DTYPES, choose_attention, choose_precision
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,25 +65,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def load(args: argparse.Namespace):
     """The processor, with which all images are tried, and then the model, which takes longer."""
-    place, dtype = args.folder, DTYPES[args.dtype]
-    nf4 = NF4 | {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": ["lm_head", ".*vision_embed_tokens"]}
+    dtype = DTYPES[args.dtype]
+    place = args.base or base_and_adapter(args.folder)[0]
     try:
-        if args.adapter:
-            config = json.loads((args.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-            place = args.base or config["base_model_name_or_path"]
         own = args.folder if (Path(args.folder) / "preprocessor_config.json").is_file() else place
         processor = Phi3VProcessor.from_pretrained(own, num_crops=args.num_crops)
         encode(processor, [{"images": args.images, "user": "?", "assistant": ""}])
-        model, info = Phi3VForCausalLM.from_pretrained(
+        model = load_saved(
             place,
-            output_loading_info=True,
             dtype=dtype,
             attn_implementation=args.attn_implementation,
-            quantization_config=BitsAndBytesConfig(**nf4) if args.load_in_4bit else None,
-            device_map={"": torch.accelerator.current_accelerator(check_available=True) or "cpu"},
+            quantization=nf4_config(dtype) if args.load_in_4bit else None,
+            device=torch.accelerator.current_accelerator(check_available=True) or "cpu",
         )
-        if info["missing_keys"]:
-            raise InputError(f"{place} lacks {', '.join(sorted(info['missing_keys']))[:200]}")
         place = args.folder
         return processor, (load_adapter(model, args.adapter) if args.adapter else model).eval()
     except InputError:

@@ -19,15 +19,14 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
-from phi3v.data.annotations import read_conversations, text_problem  # noqa: E402
-from phi3v.errors import InputError, exit_on_input_error  # noqa: E402
+from phi3v.data.annotations import read_conversations, text_problem
+from phi3v.errors import InputError, exit_on_input_error
+from phi3v.files import replacing_folder
 
 IMAGE_PLACE = re.compile(r"\s*<image>\s*|\s*<\|image_\d+\|>\s*")
 
@@ -147,32 +146,28 @@ def main(argv: list[str] | None = None):
     images_dir = args.images_dir or args.source.parent
     is_table = args.source.suffix in (".csv", ".tsv")
     lines, every = {"train": [], "val": []}, max(2, round(1 / args.val_share))
-    partial = args.out_dir.with_name(f"{args.out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    rows = (rows_of_table if is_table else rows_of_json)(args.source)
     try:
-        rows = (rows_of_table if is_table else rows_of_json)(args.source)
-        for number, (where, conversation) in enumerate(tqdm(rows, desc="converting", unit="example")):
-            for turn in conversation:
-                turn["images"] = [place(name, images_dir, partial / "images", where) for name in turn["images"]]
-                for role in ("user", "assistant"):
-                    if problem := text_problem(turn[role]):
-                        raise InputError(f"{where}: the {role}'s text {problem}")
-            split = "val" if number % every == every - 1 else "train"
-            lines[split].append(json.dumps({"id": number, "conversations": conversation}, ensure_ascii=False))
-        if not lines["val"]:
-            raise InputError(f"{args.source} holds {len(lines['train'])} examples, too few to keep some for evaluation")
-        (partial / "images").mkdir(parents=True, exist_ok=True)
-        for split, own in lines.items():
-            path = partial / f"ucf101_{split}.jsonl"
-            path.write_text("\n".join(own) + "\n", encoding="utf-8")
-            read_conversations(path, partial / "images")
-        if args.out_dir.exists():
-            args.out_dir.rmdir()
-        os.replace(partial, args.out_dir)
+        with replacing_folder(args.out_dir) as partial:
+            for number, (where, conversation) in enumerate(tqdm(rows, desc="converting", unit="example")):
+                for turn in conversation:
+                    turn["images"] = [place(name, images_dir, partial / "images", where) for name in turn["images"]]
+                    for role in ("user", "assistant"):
+                        if problem := text_problem(turn[role]):
+                            raise InputError(f"{where}: the {role}'s text {problem}")
+                split = "val" if number % every == every - 1 else "train"
+                lines[split].append(json.dumps({"id": number, "conversations": conversation}, ensure_ascii=False))
+            if not lines["val"]:
+                raise InputError(
+                    f"{args.source} holds {len(lines['train'])} examples, too few to keep some for evaluation"
+                )
+            (partial / "images").mkdir(exist_ok=True)
+            for split, own in lines.items():
+                path = partial / f"ucf101_{split}.jsonl"
+                path.write_text("\n".join(own) + "\n", encoding="utf-8")
+                read_conversations(path, partial / "images")
     except UnicodeDecodeError as e:
         raise InputError(f"{args.source} is not UTF-8 ({e.reason} at byte {e.start + 1}): save it as UTF-8") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"{args.out_dir}: {len(lines['train'])} training and {len(lines['val'])} evaluation examples")
 
 

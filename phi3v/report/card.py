@@ -3,18 +3,16 @@
 import sys
 from pathlib import Path
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..files import write_text
-from ..model.adapters import SEPARATORS_FILE
-from ..training.evaluation import versions
-from ..training.hardware import precision_of
-from .page import masked_command, result_of
-from .summary import mode_of
+from .secrets import masked_command
+from .statistics import result_of
+from .summary import describe_mode, versions
+from .templates import environment
 
 
-def write_model_card(args, training_args, about: dict, before: dict | None, after: dict):
+def write_model_card(args, training_args, about: dict, before: dict | None, after: dict, precision: str):
     """Writes `README.md` beside the model, whole or not at all: base model, data, settings, metric, and how to load it.
 
     args: the recipe's flags; about: what a page tells of the run, with "data" as `describe_sizes` gives it; before,
@@ -39,14 +37,6 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
             )
         ],
     )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
     facts = {
         **about["data"],
         "epochs": about["epochs"],
@@ -54,7 +44,7 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         "examples a step": args.batch_size,
         "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type.value}",
         "weight decay": args.wd,
-        "precision": precision_of(training_args),
+        "precision": precision,
         "crops an image, at most": args.num_crops,
         **(
             {"adapter": f"rank {args.lora_rank}, alpha {args.lora_alpha_ratio * args.lora_rank:g}"}
@@ -69,7 +59,7 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         metadata=metadata.to_yaml(),
         title=f"Phi-3.5-vision, {task}",
         base=name,
-        mode=mode_of(args),
+        mode=describe_mode(args),
         script=script,
         metric=after["metric"],
         results={name: result_of(report) for name, report in reports.items() if report},
@@ -81,6 +71,6 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         adapter=args.use_lora,
         quantized=args.use_qlora,
         has_before=before is not None,
-        separators=(folder / SEPARATORS_FILE).is_file(),
+        separators=args.train_separators,
     )
     write_text(folder / "README.md", text)

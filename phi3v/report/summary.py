@@ -1,13 +1,9 @@
 """What a run says before it trains: what it will do, and what looks wrong."""
 
+import importlib.metadata
 from collections.abc import Sequence
 
 from transformers import TrainingArguments
-
-from ..data.sampler import StepSampler
-from ..data.sizes import Size
-from ..training.estimate import Plan
-from ..training.hardware import precision_of
 
 LARGE = 1e9  # parameters from which the rates below are known: those of small models are others
 # Learning rates (lowest, highest) outside of which a mode has hardly ever trained well at full size.
@@ -18,17 +14,20 @@ def describe_run(
     model,
     args,
     training_args: TrainingArguments,
-    sampler: StepSampler,
-    plan: Plan,
-    data: dict[str, str],
+    about: dict,
+    *,
+    precision: str,
+    max_tokens: int | None,
     steps: int,
-    total: int,
+    n_parameters: int,
 ) -> str:
     """Some lines: what trains, on what, for how long, in how much memory, and what becomes of it.
 
-    args: the recipe's flags; data: as `describe_sizes` gives it; steps: of the optimizer, in all; total: all parameters
-    of the model.
+    args: the recipe's flags; about: "data" as `describe_sizes` gives it, and "memory", the plan for it as a text;
+    precision: "bf16", "fp16" or "fp32"; max_tokens: of a micro-batch, None where it is a number of examples; steps: of
+    the optimizer, in all; n_parameters: of the whole model.
     """
+    data = about["data"]
     counts = {"language model": 0, "vision tower": 0, "projector and separators": 0}
     for name, parameter in model.named_parameters():
         n = getattr(parameter, "ds_numel", parameter.numel())
@@ -37,7 +36,7 @@ def describe_run(
             part = "vision tower" if "img_processor" in name else "projector and separators"
         counts[part] += n if parameter.requires_grad else 0
     trained = ", ".join(f"{part} {n:,}" for part, n in counts.items() if n)
-    micro_batch = f"up to {plan.tokens:,} tokens" if plan.tokens else f"{args.batch_size_per_gpu} examples"
+    micro_batch = f"up to {max_tokens:,} tokens" if max_tokens else f"{args.batch_size_per_gpu} examples"
     parallel = "one process"
     if training_args.deepspeed:
         parallel = f"DeepSpeed ZeRO-{training_args.deepspeed.get('zero_optimization', {}).get('stage', 0)}"
@@ -48,21 +47,21 @@ def describe_run(
     if training_args.save_strategy != "no":
         saving = f"a checkpoint every {training_args.save_steps:g} steps"
     lines = {
-        "trains": f"{sum(counts.values()):,} of {total:,} parameters ({mode_of(args)}): {trained}; "
-        f"{precision_of(training_args)}, {parallel}",
+        "trains": f"{sum(counts.values()):,} of {n_parameters:,} parameters ({describe_mode(args)}): {trained}; "
+        f"{precision}, {parallel}",
         "data": f"{data['training examples']} examples of {data['an example']}; {data['images of an example']}; "
         f"{data['evaluation examples']} for evaluation",
         "steps": f"{steps:,} of {args.batch_size} examples: {training_args.world_size} processes x micro-batch of "
-        f"{micro_batch} x {sampler.accumulation} accumulated",
+        f"{micro_batch} x {training_args.gradient_accumulation_steps} accumulated",
         "optimizer": f"{training_args.optim.value}, rate {training_args.learning_rate:g}, "
         f"{training_args.lr_scheduler_type.value}, {warmup} of warm-up, weight decay {training_args.weight_decay:g}",
-        "memory": str(plan),
+        "memory": about["memory"],
         "output": f"{training_args.output_dir}, {saving}",
     }
     return "\n".join(f"{name:10} {text}" for name, text in lines.items())
 
 
-def mode_of(args) -> str:
+def describe_mode(args) -> str:
     """ "full", "frozen vision", "LoRA", …: what the flags make of the model."""
     if not args.use_lora:
         return "frozen vision" if args.freeze_vision_model else "full"
@@ -70,7 +69,9 @@ def mode_of(args) -> str:
     return f"{mode} without vision" if args.freeze_vision_model else mode
 
 
-def doubts(args, training_args: TrainingArguments, n_parameters: int, sizes: Sequence[Size], steps: int) -> list[str]:
+def questionable_settings(
+    args, training_args: TrainingArguments, n_parameters: int, sizes: Sequence, steps: int
+) -> list[str]:
     """Settings that are allowed and known to go wrong, each with what to do."""
     found = []
     kind = "lora" if args.use_lora else "frozen" if args.freeze_vision_model else "full"
@@ -78,7 +79,7 @@ def doubts(args, training_args: TrainingArguments, n_parameters: int, sizes: Seq
     rate = training_args.learning_rate
     if n_parameters >= LARGE and not low <= rate <= high:
         found.append(
-            f"--learning_rate {rate:g} is {'low' if rate < low else 'high'} for {mode_of(args)}: "
+            f"--learning_rate {rate:g} is {'low' if rate < low else 'high'} for {describe_mode(args)}: "
             f"{low:g} to {high:g} is usual"
         )
     if training_args.get_warmup_steps(steps) >= steps > 1:
@@ -100,3 +101,26 @@ def doubts(args, training_args: TrainingArguments, n_parameters: int, sizes: Seq
     if without:
         found.append(f"{without} examples have no answer to learn from")
     return [f"warning: {text}" for text in found]
+
+
+def describe_sizes(sizes: list, n_evaluation: int) -> dict[str, str]:
+    """The data in short: how many examples, how long."""
+    tokens, crops = (sorted(getattr(s, name) for s in sizes) for name in ("tokens", "crops"))
+    middle = len(sizes) // 2
+
+    def span(values, unit):
+        if values[0] == values[-1]:
+            return f"{values[0]:,} {unit}"
+        return f"{values[0]:,} to {values[-1]:,} {unit}, median {values[middle]:,}"
+
+    return {
+        "training examples": f"{len(sizes):,}",
+        "evaluation examples": f"{n_evaluation:,}",
+        "an example": span(tokens, "tokens"),
+        "images of an example": span(crops, "crops"),
+    }
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
+    return {name: importlib.metadata.version(name) for name in packages}

@@ -1,9 +1,6 @@
 """Evaluation by generated answers: all ranks generate in batches, and every answer gets a score."""
 
 import contextlib
-import importlib.metadata
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from .. import ranks
 from ..data.collate import Collator
@@ -21,7 +18,6 @@ from ..data.sizes import all_sizes
 from ..files import write_json
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from ..model.processing_phi3v import Phi3VProcessor
-from ..report.page import write_html_report
 from .stopping import ignore_signals
 
 
@@ -140,13 +136,13 @@ class Evaluation:
         mean = sum(row["score"] for row in rows) / len(rows)
         return {"metric": self.metric, self.metric: mean, "num_examples": len(rows), "predictions": rows}
 
-    def write(self, model, args: TrainingArguments, about: dict, on_batch=lambda: None):
-        """Evaluates a model that is not trained; writes evaluation.json and evaluation.html to the output folder.
-        about: as `write_page` takes it."""
+    def write(self, model, args: TrainingArguments, on_batch=lambda: None) -> dict:
+        """Evaluates a model that is not trained, writes evaluation.json to the output folder, and returns its content.
+        Every rank calls it."""
         report = self.report(model, args, on_batch)
         if args.process_index == 0:
             write_evaluation(Path(args.output_dir) / "evaluation.json", report)
-            write_page(self, args, None, report, about, name="evaluation.html")
+        return report
 
     def example(self, i: int) -> dict:
         """The images and the question of an example, as `write_html_report` takes them."""
@@ -159,43 +155,3 @@ def write_evaluation(path: Path, report: dict):
     write_json(path, report)
     value = report[report["metric"]]
     print(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples", flush=True)
-
-
-def versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
-    return {name: importlib.metadata.version(name) for name in packages}
-
-
-def write_page(
-    evaluation: Evaluation,
-    args: TrainingArguments,
-    before: dict | None,
-    after: dict | None,
-    about: dict,
-    state: TrainerState | None = None,
-    name: str = "report.html",
-):
-    """Writes the run as a page to look at in the output folder; rank 0 calls it.
-
-    before, after: reports; None where there has been no such evaluation yet.
-    about: what else to tell of the run, as `write_html_report` takes it.
-    state: of the Trainer, where there has been a training.
-    """
-    summary = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "written": time.strftime("%Y-%m-%d %H:%M %Z"),
-        **({"steps": f"{state.global_step} of {state.max_steps}"} if state else {}),
-        "processes": args.world_size,
-        "seed": args.seed,
-        **about,
-        "versions": versions(),
-    }
-    write_html_report(
-        Path(args.output_dir) / name,
-        title=Path(sys.argv[0]).stem.replace("_", " "),
-        summary=summary,
-        history=state.log_history if state else None,
-        before=before,
-        after=after,
-        examples=evaluation.example,
-    )

@@ -1,0 +1,77 @@
+"""How sure a metric is: confidence intervals, the sign test, and the predictions of two evaluations side by side."""
+
+import math
+from collections import Counter
+
+import numpy as np
+
+RIGHT = 0.5  # the score from which an answer counts as right; ANLS gives none between 0 and this
+Z = 1.959964  # two-sided 95% of the normal distribution
+RESAMPLES = 2000
+
+
+def confidence_interval(scores: list[float]) -> tuple[float, float, str]:
+    """Low and high end of the 95% interval of the mean, and the method's name.
+
+    For scores of 0 and 1 Wilson's (J. Am. Stat. Assoc. 22, 1927), else percentiles of a bootstrap with a fixed seed.
+    Raises ValueError without scores.
+    """
+    if not scores:
+        raise ValueError("there are no scores")
+    n, mean = len(scores), sum(scores) / len(scores)
+    if set(scores) <= {0, 1}:
+        middle = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
+        half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
+        return max(middle - half, 0.0), min(middle + half, 1.0), "Wilson"
+    rng = np.random.default_rng(0)
+    means = [rng.choice(scores, n).mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, (2.5, 97.5)).tolist()
+    return low, high, f"bootstrap, {RESAMPLES:,} resamples"
+
+
+def sign_test(n_up: int, n_down: int) -> float:
+    """p of the exact two-sided sign test, which for scores of 0 and 1 is McNemar's."""
+    n = n_up + n_down
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(n_up, n_down) + 1)]
+    return min(1.0, 2 * sum(math.exp(value - n * math.log(2)) for value in logs))
+
+
+def result_of(report: dict) -> dict:
+    """A metric with its interval, which only a mean of scores has."""
+    value, scores = report[report["metric"]], [row["score"] for row in report["predictions"]]
+    result = {"value": value, "n": report["num_examples"], "low": None}
+    if scores and abs(sum(scores) / len(scores) - value) < 1e-6:
+        result["low"], result["high"], result["method"] = confidence_interval(scores)
+        result["unit"] = 0 <= result["low"] and result["high"] <= 1
+    return result
+
+
+def paired_rows(before: dict | None, after: dict | None) -> list[dict]:
+    """The predictions of one example beside each other, in the order of the later evaluation."""
+
+    def by_id(report):
+        seen, rows = Counter(), {}
+        for row in report["predictions"] if report is not None else ():
+            seen[str(row["id"])] += 1  # an id that comes twice is paired with itself in order
+            rows[str(row["id"]), seen[str(row["id"])]] = row
+        return rows
+
+    old, new = by_id(before), by_id(after)
+    return [{"before": old.get(key), "after": new.get(key)} for key in (old if after is None else new)]
+
+
+def paired_change(rows: list[dict]) -> dict | None:
+    pairs = [(row["before"]["score"], row["after"]["score"]) for row in rows if row["before"] and row["after"]]
+    if not pairs:
+        return None
+    up, down = sum(a > b for b, a in pairs), sum(a < b for b, a in pairs)
+    return {
+        "n": len(pairs),
+        "change": sum(a - b for b, a in pairs) / len(pairs),
+        "wrong_right": sum(b < RIGHT <= a for b, a in pairs),
+        "right_wrong": sum(a < RIGHT <= b for b, a in pairs),
+        "up": up,
+        "down": down,
+        "p": sign_test(up, down),
+        "graded": not {score for pair in pairs for score in pair} <= {0, 1},
+    }

@@ -1,0 +1,42 @@
+"""The Jinja environment of the page and of the model card."""
+
+import base64
+import hashlib
+from pathlib import Path
+
+import jinja2
+
+LONGEST_TEXT = 2000  # characters; more of one text is cut
+
+
+def number(value: float) -> str:
+    """Four significant digits, in the form that is easiest to read."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:,.4g}M"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _cut(text) -> str:
+    text = str(text)
+    rest = len(text) - LONGEST_TEXT
+    return text if rest <= 0 else f"{text[:LONGEST_TEXT]} … ({rest:,} more characters)"
+
+
+def _cell(value) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _csp_hash(script: str) -> str:
+    """The one script that the page may run, as its content security policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=jinja2.select_autoescape(["html.jinja"]),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+environment.filters.update(number=number, cut=_cut, csp_hash=_csp_hash, cell=_cell)
