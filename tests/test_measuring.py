@@ -199,7 +199,7 @@ def test_memory_under_deepspeed():
 
 COMMANDS = [
     line.removesuffix("\\").strip().split("finetune_hf_trainer_")[1]
-    for line in (ROOT / "benchmarks" / "hardware.md").read_text().replace("\\\n", " ").splitlines()
+    for line in (ROOT / "docs" / "hardware.md").read_text().replace("\\\n", " ").splitlines()
     if line.startswith("    ") and "finetune_hf_trainer_" in line
 ]
 
