@@ -1,8 +1,6 @@
 """FLOPs and memory computed from a model's modules, against what torch counts of the real size."""
 
-import importlib
 import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,21 +193,6 @@ def test_memory_under_deepspeed():
     assert (found.weights, found.gradients, found.optimizer) == (whole / 4, trained / 4, trained * 1.5)
     assert buffers == pytest.approx(2 * 3072**2 + 2e9)  # the bucket as the Trainer fills it in
     assert memory("zero3", 1)[0].update == 6e9  # a group of parameters after the other
-
-
-COMMANDS = [
-    line.removesuffix("\\").strip().split("finetune_hf_trainer_")[1]
-    for line in (ROOT / "docs" / "hardware.md").read_text().replace("\\\n", " ").splitlines()
-    if line.startswith("    ") and "finetune_hf_trainer_" in line
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_hardware_guide(command, monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    name, *flags = shlex.split(command)
-    script = importlib.import_module(f"finetune_hf_trainer_{name.removesuffix('.py')}")
-    script.parse_arguments([*flags, "--model_name_or_path", "demo/base_checkpoint", "--output_dir", str(tmp_path)])
 
 
 def test_an_estimate_is_for_a_machine_elsewhere(tmp_path):
