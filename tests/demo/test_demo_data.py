@@ -11,7 +11,7 @@ import av
 import datasets
 import pytest
 
-DEMO = Path(__file__).parent.parent / "demo"
+DEMO = Path(__file__).parents[2] / "demo"
 sys.path.insert(0, str(DEMO))
 
 import digits  # noqa: E402

@@ -1,7 +1,7 @@
 """Kills trainings with SIGKILL at random moments, resumes them, and compares the final weights bit for bit.
 
-    python tests/kills.py [--modes full lora qlora] [--moments 8]
-    python tests/kills.py --signals          # SIGTERM to rank 1, at four kinds of moments
+    python benchmarks/kills.py [--modes full lora qlora] [--moments 8]
+    python benchmarks/kills.py --signals          # SIGTERM to rank 1, at four kinds of moments
 
 Two ranks on the CPU, the demo's checkpoint and videos (`make demo` makes them). Every run is killed after its first
 checkpoint is there: at even moments one rank, at odd ones all of them; at every fourth while another is being written.

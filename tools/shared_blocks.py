@@ -1,6 +1,6 @@
 """The blocks between `# shared: NAME` and `# end shared` that must be the same in all four scripts.
 
-python tests/shared_blocks.py     copies them from the first script, finetune_hf_trainer_docvqa.py, to the others
+`make shared`, which runs this program, copies them from the first script, finetune_hf_trainer_docvqa.py, to the others
 """
 
 import re

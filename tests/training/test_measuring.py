@@ -20,7 +20,7 @@ from phi3v.model.adapters import add_adapter
 from phi3v.model.packing import pack
 from phi3v.training.measuring import GPUS, Costs, Estimate, load_of_packing, published_peak
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DECODER = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 VISION = (
     r"model\.vision_embed_tokens\.(img_projection\.[02]|"

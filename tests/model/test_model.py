@@ -15,7 +15,7 @@ from transformers.generation import GenerationMixin
 from phi3v import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.modeling_phi3v import GrowingLayer, Phi3VRotaryEmbedding
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 SUMMARY = json.loads((GOLDEN / "model_summary.json").read_text())
 HUB_CONFIG_KEYS = {"rope_scaling", "rope_theta", "original_max_position_embeddings", "img_processor", "embd_layer"}
 TINY = {

@@ -1,6 +1,6 @@
 """The four scripts agree where they must."""
 
-import shared_blocks
+from tools import shared_blocks
 
 
 def test_the_shared_blocks_are_the_same_in_all_scripts():
@@ -12,7 +12,7 @@ def test_the_shared_blocks_are_the_same_in_all_scripts():
         found = shared_blocks.blocks(source)
         assert list(found) == list(first), script.name
         for name, block in first.items():
-            assert found[name] == block, f"{script.name}: {name}; python tests/shared_blocks.py makes them equal"
+            assert found[name] == block, f"{script.name}: {name}; make shared makes them equal"
 
 
 def test_a_changed_block_is_found_and_rewritten():

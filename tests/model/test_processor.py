@@ -13,7 +13,7 @@ from PIL import Image
 
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 
-OFFICIAL = json.loads((Path(__file__).parent / "golden" / "processor.json").read_text())
+OFFICIAL = json.loads((Path(__file__).parents[1] / "golden" / "processor.json").read_text())
 SNAPSHOT = os.environ.get("PHI3V_SNAPSHOT")
 
 
