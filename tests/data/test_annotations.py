@@ -1,4 +1,4 @@
-"""What the annotation reader refuses, with which words, and that nothing else comes of any input."""
+"""Conversations → ids, labels and crops; the jsonl reader and what it refuses; padding; generation."""
 
 import json
 import os
@@ -8,12 +8,64 @@ from pathlib import Path
 
 import bad_inputs
 import pytest
-from hypothesis import HealthCheck, given, settings
+from helpers import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from phi3v.data import annotations
 from phi3v.data.annotations import check_text, read_conversations, text_problem
-from phi3v.errors import InputError, Problems, exit_on_input_error
+from phi3v.errors import InputError
+
+GOOD = {"id": "1", "conversations": [{"images": ["a.png"], "user": "Which?", "assistant": "yes"}]}
+
+
+def changed(**turn):
+    return json.dumps(GOOD | {"conversations": [GOOD["conversations"][0] | turn]})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not a JSON object"),
+        ('{"id": 1', "not a JSON object"),
+        ("[]", "must hold a JSON object, not list"),
+        ("{}", "conversations must be a list of turns"),
+        ('{"conversations": []}', "conversations must be a list of turns"),
+        ('{"conversations": ["hello"]}', "conversations[0] must be an object"),
+        (changed(user=3), "conversations[0].user is 3, must be a text"),
+        (changed(assistant="  "), "conversations[0].assistant is '  ', must be a text"),
+        (changed(assistant=None), "conversations[0].assistant is None"),
+        (changed(user="see <|image_1|>"), "conversations[0].user holds '<|image_1|>'"),
+        (changed(assistant="yes<|end|>"), "conversations[0].assistant holds '<|end|>'"),
+        (changed(user="a </s> b"), "conversations[0].user holds '</s>'"),
+        (changed(user="a <|placeholder1|>"), "conversations[0].user holds '<|placeholder1|>'"),
+        (changed(user="half \ud83d"), "no valid Unicode"),
+        (changed(images="a.png"), "conversations[0].images is 'a.png', must be a list"),
+        (changed(images=[1]), "conversations[0].images is [1], must be a list"),
+        (changed(images=["b.png"]), "b.png does not exist"),
+        (changed(images=["../a.png"]), "'../a.png', must be a path inside"),
+        (changed(images=["/a.png"]), "'/a.png', must be a path inside"),
+    ],
+)
+def test_a_bad_line_is_named(line, message, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(GOOD | {"id": "0"}) + "\n\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        read_conversations(path, tmp_path)
+    assert f"{path}:3: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), (b"\n", "no examples"), (b'{"id": "\xff"}', "not UTF-8")]
+)
+def test_a_bad_file_is_named(content, message, tmp_path):
+    path = tmp_path / "data.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_conversations(path, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -76,49 +128,12 @@ def test_the_folder_itself_may_be_a_link(folder, tmp_path):
     assert example["conversations"][0]["images"] == [str(tmp_path / "linked" / "a.png")]
 
 
-def test_problems_are_counted_and_the_first_shown():
-    problems = Problems(shown=2)
-    problems.raise_if_any("x")
-    problems.add("x:1", "bad\x1b[31m\n")
-    with pytest.raises(InputError) as error:
-        problems.raise_if_any("x")
-    assert str(error.value) == "x:1: bad\\x1b[31m\\n"
-    problems.add("x:2", "worse")
-    others = Problems()
-    others.add("y:3", "z" * 5000)
-    problems.extend(others)
-    assert len(problems) == 3
-    with pytest.raises(InputError) as error:
-        problems.raise_if_any("x")
-    assert str(error.value) == ("x: 3 problems, of which these are the first 2\n  x:1: bad\\x1b[31m\\n\n  x:2: worse")
-
-
-@pytest.mark.parametrize("prefix", ["", "Caught InputError in worker\nTraceback:\n  line\nphi3v.errors.InputError: "])
-def test_several_problems_end_the_process_with_all_their_lines(prefix, capsys):
-    def main():
-        raise InputError(prefix + "data: 2 problems\n  a\n  b\n")
-
-    with pytest.raises(SystemExit) as status:
-        exit_on_input_error(main)
-    assert status.value.code == 2 and capsys.readouterr().err == "error: data: 2 problems\n  a\n  b\n"
-
-
 def test_check_text():
     assert check_text("Which?", "here") == "Which?" and text_problem("a < b, <b>") is None
     with pytest.raises(InputError, match="^row 3: user is '', must be a text"):
         check_text("", "row 3: user")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Fuzzing: success or an InputError, whatever the file holds.
-
-FUZZ = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 400)),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -129,6 +144,8 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
+
+
 TURNS = st.dictionaries(st.sampled_from(["images", "user", "assistant"]), VALUES) | st.just(bad_inputs.TURN) | VALUES
 EXAMPLES = st.fixed_dictionaries({"conversations": st.lists(TURNS, max_size=3) | VALUES}, optional={"id": VALUES})
 
@@ -169,19 +186,19 @@ def read_or_refuse(content: bytes, folder: Path) -> bool:
     return True
 
 
-@FUZZ
+@fuzz(400)
 @given(mutated_lines())
 def test_mutated_annotations(fuzzed_folder, content):
     read_or_refuse(content, fuzzed_folder)
 
 
-@FUZZ
+@fuzz(400)
 @given(st.binary(max_size=200))
 def test_random_bytes(fuzzed_folder, content):
     read_or_refuse(content, fuzzed_folder)
 
 
-@FUZZ
+@fuzz(400)
 @given(
     st.text(alphabet=string.printable + "ë日🙂\ud800\u2028\0", max_size=30)
     | st.lists(st.sampled_from(["a.png", "folder", "..", ".", "", "out.png", "away", "/", "inside.png"])).map("/".join)

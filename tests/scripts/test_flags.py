@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from transformers import HfArgumentParser, TrainingArguments
 
-ROOT = Path(__file__).resolve().parents[2]
 FROZEN = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
 PROGRAMS = [name for name in FROZEN if name != "Trainer"]
 DEPENDS_ON_THE_MACHINE = {"dataloader_num_workers", "num_workers"}

@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from conftest import CHECKPOINT, ROOT
+from helpers import CHECKPOINT, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 COMMANDS = re.findall(r"^    .*?\b(finetune_hf_trainer_\w+)\.py (.*)$", README, re.MULTILINE)

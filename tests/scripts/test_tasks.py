@@ -1,12 +1,8 @@
 """What each task makes of its data set's schema: questions, answers, splits; and its metric."""
 
-import io
-
 import datasets
-import numpy as np
 import pytest
-from conftest import CHECKPOINT
-from PIL import Image
+from helpers import CHECKPOINT, cauldron_features, png_cell, texts_cell
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as memes
@@ -14,70 +10,11 @@ import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v import Phi3VProcessor
 from phi3v.data.conversations import ConversationDataset
-from phi3v.data.tables import load_table
 from phi3v.errors import InputError
 
-CAULDRON = datasets.Features(
-    {
-        "images": datasets.List(datasets.Image()),
-        "texts": datasets.List({role: datasets.Value("string") for role in ("user", "assistant", "source")}),
-    }
-)
 
-
-def png(seed):
-    """A picture of its own for each number."""
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "png")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def text(user, assistant):
-    return {"user": user, "assistant": assistant, "source": "toy"}
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """Folders laid out like the repositories: 503 pairs and memes, of which the last but one shares an image with the
-    first, and so with the part that is evaluated on."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = {"hateful_memes": [], "nlvr2": [], "docvqa": []}
-    for i in range(503):
-        seed = 0 if i == 501 else i
-        rows["hateful_memes"].append({"images": [png(seed)], "texts": [text(f"Meme {i}?", "yes" if i % 2 else "no")]})
-        statements = [text(f"Statement {i}.{k}", "True" if k else "False") for k in range(1 + i % 2)]
-        rows["nlvr2"].append({"images": [png(i + 1000), png(seed)], "texts": statements})
-    for i in range(4):
-        texts = [text(f"Question {i}.{k}?\nGive a very brief answer.", f"answer {k}") for k in range(3)]
-        rows["docvqa"].append({"images": [png(i)], "texts": texts})
-    for config, own in rows.items():
-        path = folder / "the_cauldron" / config / "train-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True)
-        datasets.Dataset.from_list(own, features=CAULDRON).to_parquet(path)
-    configs = "".join(
-        f"- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/train-*\n" for config in rows
-    )
-    (folder / "the_cauldron" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    for split, seeds in (("train", (10, 2, 12)), ("test", (1, 2))):
-        own = [
-            {
-                "id": f"{split}_{seed}",
-                "image": png(seed),
-                "query": {"en": f"Question {seed}?", "de": "Frage?"},
-                "answers": [f"Answer {seed}", str(seed)],
-            }
-            for seed in seeds
-        ]
-        path = folder / "docvqa_1200_examples" / "data" / f"{split}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = datasets.Dataset.from_list(own)
-        table.cast_column("image", datasets.Image()).to_parquet(path)
-    return folder
-
-
-def load(script, data_dir, tmp_path, *flags):
-    argv = ["--data_dir", str(data_dir), "--output_dir", str(tmp_path), "--model_name_or_path", str(CHECKPOINT)]
+def load(script, toy_tables, tmp_path, *flags):
+    argv = ["--data_dir", str(toy_tables), "--output_dir", str(tmp_path), "--model_name_or_path", str(CHECKPOINT)]
     args, _ = script.parse_arguments([*argv, *flags])
     return script.load_data(args)
 
@@ -86,8 +23,8 @@ def turns(example):
     return [(turn["user"], turn["assistant"], len(turn["images"])) for turn in example["conversations"]]
 
 
-def test_hateful_memes(data_dir, tmp_path, capsys):
-    train, evaluation = load(memes, data_dir, tmp_path)
+def test_hateful_memes(toy_tables, tmp_path, capsys):
+    train, evaluation = load(memes, toy_tables, tmp_path)
     assert len(evaluation) == 500 and [turns(train[i]) for i in range(len(train))] == [
         [("Meme 500?", "no", 1)],
         [("Meme 502?", "no", 1)],
@@ -96,35 +33,35 @@ def test_hateful_memes(data_dir, tmp_path, capsys):
     assert evaluation[3]["id"] == "3-0" and turns(evaluation[3]) == [("Meme 3?", "yes", 1)]
 
 
-def test_nlvr2_has_an_example_for_each_statement_and_evaluates_the_first(data_dir, tmp_path):
-    train, evaluation = load(nlvr2, data_dir, tmp_path)
+def test_nlvr2_has_an_example_for_each_statement_and_evaluates_the_first(toy_tables, tmp_path):
+    train, evaluation = load(nlvr2, toy_tables, tmp_path)
     assert len(evaluation) == 500 and turns(evaluation[1]) == [("Statement 1.0", "False", 2)]
     assert [turns(example) for example in train] == [
         [("Statement 500.0", "False", 2)],
         [("Statement 502.0", "False", 2)],
     ]
-    train, evaluation = load(nlvr2, data_dir, tmp_path, "--eval_split", "train[500:]")
+    train, evaluation = load(nlvr2, toy_tables, tmp_path, "--eval_split", "train[500:]")
     assert len(evaluation) == 3
     examples = [turns(example) for example in train]
     assert [("Statement 1.0", "False", 2)] in examples and [("Statement 1.1", "True", 2)] in examples
     assert not any("Statement 500" in example[0][0] for example in examples)  # evaluated on, and so not trained on
 
 
-def test_nlvr2_as_turns(data_dir, tmp_path):
-    train, evaluation = load(nlvr2, data_dir, tmp_path, "--as_turns", "--eval_split", "train[500:]")
+def test_nlvr2_as_turns(toy_tables, tmp_path):
+    train, evaluation = load(nlvr2, toy_tables, tmp_path, "--as_turns", "--eval_split", "train[500:]")
     assert turns(train[0]) == [("Statement 1.0", "False", 2), ("Statement 1.1", "True", 0)]
     assert all(len(turns(example)) == 1 for example in evaluation)
 
 
-def test_docvqa_mini(data_dir, tmp_path):
-    train, evaluation = load(docvqa, data_dir, tmp_path)
+def test_docvqa_mini(toy_tables, tmp_path):
+    train, evaluation = load(docvqa, toy_tables, tmp_path)
     assert [example["id"] for example in train] == ["train_10", "train_12"]  # picture 2 is in the test split
     assert turns(train[0]) == [("Question 10?\nAnswer briefly.", "Answer 10", 1)]
     assert evaluation[1]["answers"] == ["Answer 2", "2"] and turns(evaluation[1])[0][0].endswith("Answer briefly.")
 
 
-def test_docvqa_full_asks_as_evaluation_does(data_dir, tmp_path):
-    train, evaluation = load(docvqa, data_dir, tmp_path, "--full_train")
+def test_docvqa_full_asks_as_evaluation_does(toy_tables, tmp_path):
+    train, evaluation = load(docvqa, toy_tables, tmp_path, "--full_train")
     assert len(train) == 6 and len(evaluation) == 2  # pages 0 and 3, with three questions each
     assert [turns(train[i])[0] for i in (0, 5)] == [
         ("Question 0.0?\nAnswer briefly.", "answer 0", 1),
@@ -132,35 +69,17 @@ def test_docvqa_full_asks_as_evaluation_does(data_dir, tmp_path):
     ]
 
 
-def test_images_of_a_table_are_encoded(data_dir, tmp_path):
-    train, _ = load(nlvr2, data_dir, tmp_path)
+def test_images_of_a_table_are_encoded(toy_tables, tmp_path):
+    train, _ = load(nlvr2, toy_tables, tmp_path)
     encoded = ConversationDataset(train[:1], Phi3VProcessor.from_pretrained(CHECKPOINT))[0]
     assert encoded["pixel_values"].shape == (2, 56, 56, 3)
 
 
-def test_folders_can_be_moved(data_dir, tmp_path):
+def test_folders_can_be_moved(toy_tables, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
-    (moved / "the_cauldron").symlink_to(data_dir / "the_cauldron")
+    (moved / "the_cauldron").symlink_to(toy_tables / "the_cauldron")
     assert len(load(memes, moved, tmp_path / "out")[1]) == 500
-
-
-@pytest.mark.parametrize(
-    ("repo", "config", "split", "columns", "message"),
-    [
-        ("a/nowhere", None, "train", {}, "holds no folder nowhere"),
-        ("a/the_cauldron", "chartqa", "train", {}, "can't be loaded"),
-        ("a/the_cauldron", "nlvr2", "test", {}, "can't be loaded"),
-        ("a/the_cauldron", "nlvr2", "train[600:]", {}, "is empty: it has 503 rows"),
-        ("a/the_cauldron", "nlvr2", "train", {"image": str}, "has no column 'image', only images, texts"),
-        ("a/the_cauldron", "nlvr2", "train", {"images": [str]}, "column 'images' is List"),
-        ("a/the_cauldron", "nlvr2", "train", {"images": datasets.Image}, "column 'images' is List"),
-        ("a/the_cauldron", "nlvr2", "train", {"texts": [{"question": str}]}, "column 'texts' is List"),
-    ],
-)
-def test_a_table_that_cannot_be_used(repo, config, split, columns, message, data_dir):
-    with pytest.raises(InputError, match=message):
-        load_table(repo, config, split, str(data_dir), columns)
 
 
 def test_bad_rows_are_named(tmp_path):
@@ -168,19 +87,22 @@ def test_bad_rows_are_named(tmp_path):
     path.parent.mkdir(parents=True)
 
     def fails(rows, message):
-        datasets.Dataset.from_list(rows, features=CAULDRON).to_parquet(path)
+        datasets.Dataset.from_list(rows, features=cauldron_features()).to_parquet(path)
         with pytest.raises(InputError, match=message):
             load(memes, tmp_path / "data", tmp_path / "out", "--eval_split", "train[:1]")
 
     config = "configs:\n- config_name: hateful_memes\n  data_files: hateful_memes/train-*\n"
     (tmp_path / "data" / "the_cauldron" / "README.md").write_text(f"---\n{config}---\n")
-    good = {"images": [png(0)], "texts": [text("Is it?", "no")]}
+    good = {"images": [png_cell(0)], "texts": [texts_cell("Is it?", "no")]}
     fails([good, good], "every training image is in the evaluation set")
-    fails([good, {"images": [png(1)], "texts": [text("Is it?", "")]}], r"row 1: texts\[0\].assistant is ''")
-    fails([good, {"images": [png(1)], "texts": [text("Is <|image_2|>?", "no")]}], r"row 1: texts\[0\].user holds")
+    fails([good, {"images": [png_cell(1)], "texts": [texts_cell("Is it?", "")]}], r"row 1: texts\[0\].assistant is ''")
+    fails(
+        [good, {"images": [png_cell(1)], "texts": [texts_cell("Is <|image_2|>?", "no")]}],
+        r"row 1: texts\[0\].user holds",
+    )
     fails([good, {"images": [{"bytes": b"no image"}], "texts": []}], "row 1: its image can't be read")
     fails([good, {"images": [None], "texts": []}], "row 1: its image can't be read")
-    fails([good, {"images": [png(1)], "texts": None}], "row 1: texts is missing")
+    fails([good, {"images": [png_cell(1)], "texts": None}], "row 1: texts is missing")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CHECKPOINT, ROOT
+from helpers import CHECKPOINT, ROOT
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file

@@ -1,18 +1,15 @@
 """Common formats of conversations, converted, read back, and held against the schema."""
 
 import json
-import sys
 
 import jsonschema
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image
 
 from phi3v.data.annotations import read_conversations
 from phi3v.errors import InputError
-
-sys.path.append(str(ROOT / "tools"))
-import convert_conversations  # noqa: E402
+from tools import convert_conversations
 
 SCHEMA = json.loads((ROOT / "tools" / "conversations.schema.json").read_text(encoding="utf-8"))
 MESSAGES = {

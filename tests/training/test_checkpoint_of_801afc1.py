@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from safetensors.torch import load_file
 
 import finetune_hf_trainer_ucf101 as script
 
-ROOT = Path(__file__).resolve().parents[2]
 FIXTURE = Path("tests/golden/checkpoint_801afc1")  # relative, because a checkpoint remembers its model's path as given
 SETTINGS = "--fp32 --attn_implementation sdpa --num_crops 2 --batch_size 2 --max_steps 4 --save_steps 2".split()
 SETTINGS += "--logging_steps 1 --learning_rate 1e-3 --max_new_tokens 2 --no_eval_before --no_tqdm".split()

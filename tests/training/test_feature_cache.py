@@ -4,11 +4,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import CHECKPOINT
+from helpers import CHECKPOINT, SIX_STEPS, train_losses
 from PIL import Image
-from test_training import COMMON, SIX_STEPS, in_process
 
-import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.data.annotations import read_conversations
 from phi3v.data.conversations import ConversationDataset, all_sizes
@@ -40,14 +38,14 @@ def encoded(monkeypatch):
 
 @pytest.mark.parametrize("flags", [[], ["--use_lora"], ["--batch_size_per_gpu", "4", "--no_share_images"]])
 def test_training_is_the_same_with_cached_features(toy_data, tmp_path, always_pays, encoded, flags):
-    plain = in_process(toy_data, tmp_path / "plain", *FROZEN, *flags)
+    plain = train_losses(toy_data, tmp_path / "plain", *FROZEN, *flags)
     without = sum(encoded)
     cache = ["--cache_vision_features", str(tmp_path / "cache")]
-    cached = in_process(toy_data, tmp_path / "cached", *FROZEN, *flags, *cache)
+    cached = train_losses(toy_data, tmp_path / "cached", *FROZEN, *flags, *cache)
     assert cached[0] == pytest.approx(plain[0], rel=1e-6)
     assert cached == pytest.approx(plain, rel=2e-5)  # steps this large magnify what is rounded otherwise
     again_from = sum(encoded)
-    again = in_process(toy_data, tmp_path / "again", *FROZEN, *flags, *cache)
+    again = train_losses(toy_data, tmp_path / "again", *FROZEN, *flags, *cache)
     assert again == cached
     in_evaluation = sum(encoded) - again_from  # after training; nothing is computed for training
     assert in_evaluation < without / 4
@@ -144,17 +142,3 @@ def test_an_unreadable_image_is_left_out_as_without_a_cache(toy_data, tmp_path, 
     cache(model, dataset, tmp_path / "cache")
     problems = [example["problem"] for example in map(dataset.__getitem__, range(len(dataset))) if "problem" in example]
     assert problems and all(damaged.name in problem for problem in problems)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        [],
-        ["--freeze_vision_model", "--train_projector"],
-        ["--freeze_vision_model", "--deepspeed", "ds_config/zero3.json"],
-    ],
-)
-def test_where_the_vision_part_trains_or_is_split_there_is_no_cache(tmp_path, flags):
-    argv = [*COMMON, "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), *flags]
-    with pytest.raises(InputError, match="--cache_vision_features"):
-        script.parse_arguments([*argv, "--cache_vision_features", "cache"])

@@ -13,9 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import environment
+from helpers import DRIVER, arguments, environment, two_ranks
 from safetensors.torch import load_file
-from test_training import COMMON, DRIVER, two_ranks
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.training.checkpoints import damage
@@ -126,7 +125,7 @@ def test_two_nodes_are_one_training(toy_data, tmp_path, on_one_node):
     (tmp_path / "driver.py").write_text(DRIVER)
     out = tmp_path / "out"
     with two_hosts() as hosts:
-        run_nodes(hosts, tmp_path / "driver.py", "--data_dir", toy_data, "--output_dir", out, *COMMON, *FLAGS)
+        run_nodes(hosts, tmp_path / "driver.py", *arguments(toy_data, out, *FLAGS))
     (expected, _), expected_out = on_one_node
     first, second = [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert first == second and first["engine"] == "DeepSpeedEngine"

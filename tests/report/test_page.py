@@ -2,74 +2,10 @@
 
 import base64
 import io
-import math
-from html.parser import HTMLParser
 
 import pytest
+from html_pages import evaluation, report
 from PIL import Image
-
-from phi3v.report.page import confidence_interval, number, sign_test, write_html_report
-
-VOID = {"meta", "link", "img", "input", "br"}
-SVG = {"path", "rect", "circle", "polyline"}
-
-
-class Page(HTMLParser):
-    """Tags with attributes, and texts outside style and script; fails on tags that are not closed."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.open, self.texts = [], [], []
-        self.feed(html)
-        self.close()
-        assert not self.open, self.open
-        self.text = " ".join(" ".join(self.texts).split())
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID | SVG:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if tag not in SVG:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self.open):
-            self.texts.append(data)
-
-    def all(self, tag, **attributes):
-        return [a for t, a in self.tags if t == tag and all(a.get(k) == v for k, v in attributes.items())]
-
-
-def evaluation(scores: list[float], name: str = "accuracy", **changes) -> dict:
-    rows = [{"id": f"v-{i}", "prediction": f"p{i}", "answers": ["yes"], "score": s} for i, s in enumerate(scores)]
-    for i, change in changes.items():
-        rows[int(i[1:])] |= change
-    return {"metric": name, name: sum(scores) / len(scores), "num_examples": len(rows), "predictions": rows}
-
-
-def example(i: int) -> dict:
-    return {"images": [Image.new("RGB", (320, 200), (i, 90, 200))], "question": f"What is shown in {i}?"}
-
-
-def report(folder, **changes) -> tuple[str, Page]:
-    arguments = {
-        "title": "A run",
-        "summary": {"command": "torchrun train.py", "seed": 42, "versions": {"torch": "2.14.1"}},
-        "history": [{"loss": 2 / step, "learning_rate": 1e-4, "step": step} for step in (1, 2, 3)],
-        "before": evaluation([0, 0, 1, 1]),
-        "after": evaluation([1, 1, 1, 0]),
-        "examples": example,
-    } | changes
-    path = folder / "report.html"
-    write_html_report(path, **arguments)
-    assert [p.name for p in folder.iterdir() if p.name.startswith("report")] == ["report.html"]
-    html = path.read_text(encoding="utf-8")
-    return html, Page(html)
 
 
 def test_says_what_was_learned(tmp_path):
@@ -120,29 +56,6 @@ def test_texts_stay_texts(tmp_path):
     )
     assert len(page.all("script")) == 1 and not page.all("img")
     assert page.text.count("<script>alert(1)</script>") >= 12 and "49" not in page.text
-
-
-def test_secrets_are_masked(tmp_path):
-    token = "hf_abcdefghijklmnopqrstuvwx"
-    html, page = report(
-        tmp_path,
-        summary={
-            "command": f"HF_TOKEN=s3cret1 torchrun --hub_token s3cret2 --wandb-key='s3cret3 b' '--password=s3cret4 c' "
-            f'--max_new_tokens 64 --url https://me:s3cret5@host/x {token} --config \'{{"token": "s3cret6"}}\'',
-            "env": {"API_KEY": "s3cret7", "nested": {"password": 1234567, "list": [{"secret": "s3cret8"}]}},
-            "credentials": {"user": "s3cret9"},
-            "note": f"uses {token}",
-            "settings": {"max_new_tokens": 64, "include_tokens_per_second": "no", "hub_token": None},
-            "versions": {"tokenizers": "0.23.1"},
-        },
-    )
-    assert "s3cret" not in html and token not in html and "1234567" not in html
-    assert "--max_new_tokens 64 --url https://•••@host/x •••" in page.text and "max_new_tokens 64" in page.text
-    assert "include_tokens_per_second no" in page.text and "hub_token None" in page.text and "0.23.1" in page.text
-    forms = "github_pat_s3cretab xoxb-s3cret-abc https://h/a?X-Amz-Signature=s3cret&b=1 https://h/a?se=1&sig=s3cret"
-    assert "s3cret" not in report(tmp_path, summary={"command": f"train.py {forms}"})[0]
-    listed = report(tmp_path, summary={"command": ["train.py", "--hub_token", "it's s3cret", "--password=s3cret b"]})
-    assert "s3cret" not in listed[0]
 
 
 @pytest.mark.parametrize("missing", ["before", "after", "both", "history", "summary"])
@@ -218,22 +131,6 @@ def test_no_interval_where_the_metric_is_no_mean(tmp_path):
     assert "0.9000" in page.text and "the metric is not the mean of their scores" in page.text
 
 
-def test_curves(tmp_path):
-    history = [{"step": s, "loss": 1 / s, "mfu": 0.3, "grad_norm": math.nan if s == 2 else 1.0} for s in range(1, 11)]
-    history += [{"step": 5, "eval_accuracy": 0.5, "eval_runtime": 3.0}, {"step": 10, "train_loss": 0.1}, {"epoch": 1}]
-    html, page = report(tmp_path, history=history)
-    titles = [a["aria-label"].partition(" over")[0] for a in page.all("svg", role="img")]
-    assert titles == ["Loss", "Gradient norm", "MFU", "eval_accuracy"]
-    assert "1 values that are not finite are left out" in page.text and "30% at step 10" in page.text
-    for line in page.all("polyline"):
-        points = [tuple(map(float, point.split(","))) for point in line["points"].split()]
-        assert len(points) == len(line["data-steps"].split()) == len(line["data-values"].split())
-        assert all(48 <= x <= 340 and 8 <= y <= 158 for x, y in points)
-    long = [{"step": s, "loss": 2.0, "learning_rate": 0.0} for s in range(5000)]
-    html, page = report(tmp_path / "long", history=long)
-    assert len(page.all("polyline")[0]["points"].split()) == 300 and "up to 17 logged values" in page.text
-
-
 def test_a_failure_leaves_the_old_report(tmp_path):
     report(tmp_path)
     old = (tmp_path / "report.html").read_bytes()
@@ -242,18 +139,3 @@ def test_a_failure_leaves_the_old_report(tmp_path):
     with pytest.raises(KeyboardInterrupt):  # while the file is being written
         report(tmp_path, examples=lambda i: (_ for _ in ()).throw(KeyboardInterrupt))
     assert (tmp_path / "report.html").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
-
-
-def test_statistics():
-    # Wilson's interval for 8 of 10 and 0 of 10, as in Brown, Cai and DasGupta (2001)
-    assert confidence_interval([1] * 8 + [0] * 2)[:2] == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert confidence_interval([0.0] * 10)[:2] == pytest.approx((0, 0.2775), abs=1e-4)
-    low, high, method = confidence_interval([0.25, 0.75] * 200)  # standard error 0.0125
-    assert (low, high) == pytest.approx((0.4755, 0.5245), abs=0.004) and method.startswith("bootstrap")
-    with pytest.raises(ValueError):
-        confidence_interval([])
-    assert sign_test(0, 0) == 1 and sign_test(3, 3) == 1
-    assert sign_test(1, 9) == pytest.approx(22 / 1024) and sign_test(5000, 100) < 1e-6
-    assert list(map(number, (0, 4e-5, 0.123456, 999, 21573.4, 3.2e7))) == [
-        "0", "4e-05", "0.1235", "999", "21,573", "32M"
-    ]  # fmt: skip

@@ -2,12 +2,12 @@
 
 import json
 import os
-from pathlib import Path
 
 import golden_inputs
 import numpy as np
 import pytest
 import torch
+from helpers import GOLDEN, TINY_MODEL
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
@@ -15,25 +15,8 @@ from transformers.generation import GenerationMixin
 from phi3v import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.modeling_phi3v import GrowingLayer, Phi3VRotaryEmbedding
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SUMMARY = json.loads((GOLDEN / "model_summary.json").read_text())
 HUB_CONFIG_KEYS = {"rope_scaling", "rope_theta", "original_max_position_embeddings", "img_processor", "embd_layer"}
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 400,
-    "pad_token_id": 0,
-    "vision_config": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 56,
-        "patch_size": 14,
-    },
-}
 
 
 def load(attn_implementation="sdpa"):
@@ -150,13 +133,6 @@ def test_wte_copy_of_the_embedding_is_accepted_and_not_written(tmp_path):
     assert not any("wte" in name for name in model.state_dict())
 
 
-def test_default_vision_config_is_left_out_as_on_the_hub():
-    config = Phi3VConfig()
-    assert (config.vision_config.image_size, config.vision_config.num_hidden_layers) == (336, 24)
-    assert "vision_config" not in json.loads(config.to_json_string())
-    assert "vision_config" in json.loads(Phi3VConfig(vision_config=TINY["vision_config"]).to_json_string())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flat_crops_equal_the_official_layout(dtype):
     model = load().to(dtype)
@@ -201,7 +177,7 @@ def batch_of(indices, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_mixed_batch_equals_its_examples(side, attn_implementation):
     torch.manual_seed(0)
-    model = Phi3VForCausalLM._from_config(Phi3VConfig(**TINY), attn_implementation=attn_implementation).eval()
+    model = Phi3VForCausalLM._from_config(Phi3VConfig(**TINY_MODEL), attn_implementation=attn_implementation).eval()
     batch = batch_of([0, 1, 2], side)
     logits = model(**batch).logits
     for i in range(3):
@@ -223,7 +199,7 @@ def greedy(model, batch, n, stop_ids):
 
 def test_batched_generation_with_cache_equals_decoding_without():
     torch.manual_seed(0)
-    model = Phi3VForCausalLM(Phi3VConfig(**TINY)).eval()
+    model = Phi3VForCausalLM(Phi3VConfig(**TINY_MODEL)).eval()
     with torch.no_grad():
         wanted = [greedy(model, batch_of([i], "left"), 8, ()) for i in range(3)]
         stop = wanted[1][3]  # a token that one of the rows is known to write
@@ -239,7 +215,7 @@ def test_batched_generation_with_cache_equals_decoding_without():
 def test_the_cache_grows_in_pieces_and_gives_what_transformers_cache_gives(monkeypatch, options):
     monkeypatch.setattr(GrowingLayer, "room", 3)
     torch.manual_seed(0)
-    model = Phi3VForCausalLM(Phi3VConfig(**TINY)).eval()
+    model = Phi3VForCausalLM(Phi3VConfig(**TINY_MODEL)).eval()
     options |= {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
     grown = model.generate(**batch_of([0, 1, 2], "left"), **options)
     assert all(type(layer) is GrowingLayer for layer in grown.past_key_values.layers)
@@ -251,7 +227,11 @@ def test_the_cache_grows_in_pieces_and_gives_what_transformers_cache_gives(monke
 
 def test_generation_switches_to_the_long_factors_at_an_examples_own_length():
     factors = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
-    settings = TINY | {"original_max_position_embeddings": 32, "max_position_embeddings": 128, "rope_scaling": factors}
+    settings = TINY_MODEL | {
+        "original_max_position_embeddings": 32,
+        "max_position_embeddings": 128,
+        "rope_scaling": factors,
+    }
     torch.manual_seed(0)
     model = Phi3VForCausalLM(Phi3VConfig(**settings)).eval()
     with torch.no_grad():
@@ -263,7 +243,9 @@ def test_generation_switches_to_the_long_factors_at_an_examples_own_length():
 
 
 def test_stop_tokens_of_the_shipped_generation_config_are_corrected(tmp_path):
-    model = Phi3VForCausalLM(Phi3VConfig(**TINY | {"vocab_size": 32064, "eos_token_id": 2, "pad_token_id": 32000}))
+    model = Phi3VForCausalLM(
+        Phi3VConfig(**TINY_MODEL | {"vocab_size": 32064, "eos_token_id": 2, "pad_token_id": 32000})
+    )
     assert model.generation_config.eos_token_id == [32007, 32000]
     model.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000}')
@@ -317,11 +299,6 @@ def test_a_micro_batch_without_supervised_tokens_is_harmless():
     ],
 )
 def test_images_that_do_not_match(change, message):
-    model = Phi3VForCausalLM(Phi3VConfig(**TINY))
+    model = Phi3VForCausalLM(Phi3VConfig(**TINY_MODEL))
     with pytest.raises(ValueError, match=message):
         model(**batch_of([0], "left") | change)
-
-
-def test_crop_side_must_hold_whole_merged_patches():
-    with pytest.raises(ValueError, match="not a multiple of 2 x patch_size"):
-        Phi3VConfig(vision_config={"image_size": 70, "patch_size": 14})

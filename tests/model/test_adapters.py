@@ -1,4 +1,4 @@
-"""Other programs read what a run writes: plain PEFT, transformers' Auto classes, its text-only Phi-3, shards."""
+"""Other programs read saved adapters and merged models: PEFT, the Auto classes, the text-only Phi-3."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import stat
 
 import pytest
 import torch
-from conftest import CHECKPOINT
+from helpers import CHECKPOINT
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from PIL import Image
 from safetensors import safe_open
@@ -20,7 +20,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model.adapters import add_adapter, load_adapter, save_separators
 from tools import merge_adapter as merge_tool
 
@@ -117,24 +117,6 @@ def test_shards_and_their_index(merged, batch, tmp_path):
         assert index["weight_map"].keys() == set(whole.keys()) and whole.metadata() == {"format": "pt"}
     again = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True)
     assert torch.equal(logits(again, batch), logits(model, batch))
-
-
-def test_keys_of_config_json_that_vllm_and_mlx_vlm_read():
-    """Both take the tower for ViT-L/14-336 and need these for the rest; vLLM's class is found by the architecture."""
-    rope = {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
-    saved = json.loads(Phi3VConfig(rope_scaling=rope, architectures=["Phi3VForCausalLM"]).to_json_string())
-    assert saved["model_type"] == "phi3_v" and saved["architectures"] == ["Phi3VForCausalLM"]
-    assert saved["img_processor"] == {
-        "image_dim_out": 1024,
-        "model_name": "openai/clip-vit-large-patch14-336",
-        "name": "clip_vision_model",
-        "num_img_tokens": 144,
-    }
-    layer = saved["embd_layer"]
-    assert layer["use_hd_transform"] and layer["with_learnable_separator"] and layer["hd_transform_order"] == "sub_glb"
-    assert saved["rope_scaling"] == rope and saved["rope_theta"] == 10000.0
-    assert saved["original_max_position_embeddings"] == 4096 and saved["max_position_embeddings"] == 131072
-    assert saved["num_key_value_heads"] == 32
 
 
 def test_another_user_may_read_the_weights(adapter, merged, tmp_path):
