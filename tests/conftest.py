@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import os
+import sys
 from pathlib import Path
 
 import helpers
@@ -14,6 +15,26 @@ def no_trace_of_a_training():
     yield
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
+
+
+started_processes = []
+
+
+def note_started_process(event: str, details):
+    if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"):
+        started_processes.append(f"{event} {details}")
+
+
+sys.addaudithook(note_started_process)
+
+
+@pytest.fixture(autouse=True)
+def only_slow_tests_start_processes(request):
+    """`pytest -m "not slow"` starts no process; a test that starts one has the mark `slow`."""
+    started_processes.clear()
+    yield
+    if not request.node.get_closest_marker("slow"):
+        assert not started_processes, "mark this test with pytest.mark.slow"
 
 
 @pytest.fixture(scope="session")

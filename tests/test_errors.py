@@ -33,6 +33,7 @@ def test_several_problems_end_the_process_with_all_their_lines(prefix, capsys):
     assert status.value.code == 2 and capsys.readouterr().err == "error: data: 2 problems\n  a\n  b\n"
 
 
+@pytest.mark.slow
 def test_rank_0_alone_reports_and_torchrun_ends(toy_data, tmp_path):
     flags = ["--data_dir", toy_data, "--output_dir", tmp_path, *COMMON, "--batch_size", "3"]
     run = torchrun(ROOT / "finetune_hf_trainer_ucf101.py", *flags)

@@ -108,48 +108,6 @@ def test_a_dry_run_sees_that_the_saved_model_is_another(toy_data, tmp_path, monk
         script.main(arguments(toy_data, tmp_path, "--dry_run"))
 
 
-def test_what_an_earlier_run_left_is_not_taken_for_this_ones(toy_data, tmp_path):
-    flags = [*SHORT, "--no_eval_before"]
-    script.main(arguments(toy_data, tmp_path, *flags, "--use_lora", "--train_separators"))
-    best = tmp_path / "best"
-    best.mkdir()
-    (best / "evaluation.json").write_text('{"step": 1, "anls": 0.9, "num_examples": 6}')
-    (tmp_path / "mine.txt").write_text("kept")
-    script.main(arguments(toy_data, tmp_path, *flags, "--eval_steps", "1", "--keep_best"))
-    names = {path.name for path in tmp_path.iterdir()}
-    earlier = {path.name for path in (tmp_path / "earlier-1").iterdir()}
-    assert {"adapter_model.safetensors", "separators.safetensors", "best", "README.md", "tokenizer.json"} <= earlier
-    assert not names & {"adapter_config.json", "adapter_model.safetensors", "separators.safetensors"}
-    assert {"model.safetensors", "mine.txt"} <= names
-    assert "accuracy" in json.loads((best / "evaluation.json").read_text())
-
-
-def test_a_best_model_alone_is_set_aside_too(toy_data, tmp_path):
-    (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "evaluation.json").write_text('{"step": 1, "anls": 0.9, "num_examples": 6}')
-    script.main(arguments(toy_data, tmp_path, *SHORT, "--no_eval_before", "--eval_steps", "1", "--keep_best"))
-    assert (tmp_path / "earlier-1" / "best" / "evaluation.json").is_file()
-    assert "accuracy" in json.loads((tmp_path / "best" / "evaluation.json").read_text())
-
-
-def test_a_checkpoint_of_another_folder_does_not_mix_results(toy_data, saved_run, tmp_path):
-    flags = [*SHORT, "--no_eval_before", "--save_steps", "1"]
-    script.main(arguments(toy_data, tmp_path / "a", *flags))
-    shutil.copytree(saved_run("lora"), tmp_path / "b")
-    resume = ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-1")]
-    script.main(arguments(toy_data, tmp_path / "b", *flags, *resume))
-    assert (tmp_path / "b" / "earlier-1" / "adapter_config.json").is_file()
-    assert not (tmp_path / "b" / "adapter_config.json").exists() and (tmp_path / "b" / "model.safetensors").is_file()
-
-
-def test_a_base_is_not_moved_away_by_its_own_training(toy_data, saved_run, tmp_path):
-    folder = tmp_path / "out"
-    shutil.copytree(saved_run("full"), folder)
-    with pytest.raises(InputError, match="choose another --output_dir"):
-        script.main(arguments(toy_data, folder, "--model_name_or_path", str(folder)))
-    assert (folder / "model.safetensors").is_file() and not (folder / "earlier-1").exists()
-
-
 # Processes that were not started alike
 
 
@@ -165,6 +123,7 @@ script.exit_on_input_error(lambda: script.main(flags))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "odd, said",
     [

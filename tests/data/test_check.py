@@ -57,7 +57,7 @@ def test_special_images_are_counted_and_no_problem(special, processor, monkeypat
     assert kind.endswith("slow to decode")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_summary(workers, toy_data, processor):
     examples = read_conversations(toy_data / "ucf101_train.jsonl", toy_data / "images")
     lengths = [len(encode_conversation(processor, example["conversations"])["input_ids"]) for example in examples]
@@ -68,7 +68,7 @@ def test_summary(workers, toy_data, processor):
     assert f"min {min(lengths)}, median " in text and f"max {max(lengths)}; " in text and "24 examples" in text
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_check_data(workers, toy_data, processor, tmp_path, capsys):
     examples = read_conversations(toy_data / "ucf101_val.jsonl", toy_data / "images")
     assert check_data(examples, examples, processor, 500, workers, disable_tqdm=True) is None
@@ -95,6 +95,7 @@ def test_an_image_of_several_questions_is_decoded_once(special, processor, monke
     assert len(calls) == 2 and sum(summary.images_per_example) == 10
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_reported(special, processor, monkeypatch):
     monkeypatch.setattr(data_check, "examine_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(InputError, match="a process that decodes images died near example 1"):

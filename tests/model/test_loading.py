@@ -1,4 +1,4 @@
-"""A base model that lacks weights, or has only pickled ones, is refused."""
+"""Loading refuses a base model that lacks weights or has only pickled ones, and finds the base of an adapter."""
 
 import shutil
 
@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v.errors import InputError
+from phi3v.model import loading
 
 
 def test_a_model_that_lacks_something_is_refused(toy_data, tmp_path):
@@ -39,3 +40,30 @@ def test_pickled_weights_are_not_loaded(toy_data, tmp_path):
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="safetensors"):
         train_resumable(toy_data, tmp_path / "a", *RESUMABLE_MODES["full"], "--model_name_or_path", folder)
+
+
+def test_weights_that_are_missing_are_named():
+    loading.check_complete({"missing_keys": []}, "folder")
+    with pytest.raises(InputError, match="^folder lacks the weights a, b, c and 2 more: "):
+        loading.check_complete({"missing_keys": ["e", "d", "c", "b", "a"]}, "folder")
+
+
+def test_the_base_of_an_adapter_is_the_one_that_it_names(tmp_path):
+    assert loading.base_and_adapter("someone/model") == ("someone/model", None)
+    assert loading.base_and_adapter(str(tmp_path)) == (str(tmp_path), None)
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "someone/base"}')
+    assert loading.base_and_adapter(str(tmp_path)) == ("someone/base", tmp_path)
+    for content in ("{}", "[]", "{", '{"base_model_name_or_path": null}'):
+        config.write_text(content)
+        with pytest.raises(InputError, match="does not name a base_model_name_or_path"):
+            loading.base_and_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("quantize_vision", [False, True])
+def test_the_output_layer_stays_in_half_precision_and_the_vision_part_too_unless_asked_for(quantize_vision):
+    config = loading.nf4_config(torch.bfloat16, quantize_vision)
+    assert config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    skipped = ["lm_head"] if quantize_vision else ["lm_head", ".*vision_embed_tokens"]
+    assert config.llm_int8_skip_modules == skipped

@@ -106,6 +106,7 @@ def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_output_of_a_folder(source, tmp_path):
     out = tmp_path / "out"
     assert convert("--source", source, "--out_dir", out) == 0
@@ -154,6 +155,7 @@ def test_frames_are_those_of_a_sequential_decode(n, b_frames, tmp_path, monkeypa
             assert (tmp_path / "frames" / f"v.{i}.jpg").read_bytes() == expected.getvalue()
 
 
+@pytest.mark.slow
 def test_same_bytes_from_archive_folder_and_any_number_of_workers(source, tmp_path):
     archive = pack(source, tmp_path / "UCF101_subset.tar.gz")
     assert convert("--source", source, "--out_dir", tmp_path / "a") == 0
@@ -163,6 +165,7 @@ def test_same_bytes_from_archive_folder_and_any_number_of_workers(source, tmp_pa
     assert first == second and len(first) == 123
 
 
+@pytest.mark.slow
 def test_bad_videos_are_left_out_and_reported(tmp_path, capfd):
     root = make_source(tmp_path / "source", (5,))
     run = root / "train" / "Run"
@@ -190,6 +193,7 @@ def test_bad_videos_are_left_out_and_reported(tmp_path, capfd):
     assert convert("--source", root, "--out_dir", tmp_path / "skip", "--skip_bad_videos") == 0
 
 
+@pytest.mark.slow
 def test_nothing_but_bad_videos(tmp_path, capfd):
     (tmp_path / "source" / "train" / "Run").mkdir(parents=True)
     (tmp_path / "source" / "train" / "Run" / "a.avi").write_bytes(b"")
@@ -273,6 +277,7 @@ def test_is_cut_avi(head, cut, tmp_path):
     assert convert_ucf101.is_cut_avi(tmp_path / "v.avi") == cut
 
 
+@pytest.mark.slow
 def test_reruns_never_mix(source, tmp_path, capfd):
     out = tmp_path / "out"
     out.mkdir()  # an empty folder may be there
@@ -290,6 +295,7 @@ def test_reruns_never_mix(source, tmp_path, capfd):
     assert content(tmp_path / "other") == {"mine.txt": b"keep"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_video_repaired_in_place_is_noticed(packed, tmp_path, capfd):
     video = tmp_path / "source" / "train" / "Run" / "v.avi"
@@ -332,6 +338,7 @@ def test_a_mount_point_is_refused_before_the_work(source, tmp_path, capfd, monke
     assert "is a mount point" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_failed_write_ends_the_run(packed, source, tmp_path):
     given = pack(source, tmp_path / "source.tar.gz") if packed else source
@@ -343,6 +350,7 @@ def test_a_failed_write_ends_the_run(packed, source, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == (["source.tar.gz"] if packed else [])
 
 
+@pytest.mark.slow
 def test_output_appears_only_when_all_is_written(source, tmp_path, capfd, monkeypatch):
     write_text = Path.write_text
 
@@ -358,6 +366,7 @@ def test_output_appears_only_when_all_is_written(source, tmp_path, capfd, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies(source, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(convert_ucf101, "sample_jpegs", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert convert("--source", source, "--out_dir", tmp_path / "out") == 2
@@ -365,6 +374,7 @@ def test_a_worker_that_dies(source, tmp_path, capfd, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_busy_worker_is_not_waited_for(source, tmp_path, monkeypatch):
     def sample_jpegs(video, num_frames):
         if "train/Jump" not in str(video):
@@ -378,6 +388,7 @@ def test_a_busy_worker_is_not_waited_for(source, tmp_path, monkeypatch):
     assert time.monotonic() - before < 20 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "send", "packed"),
     [(signal.SIGINT, os.killpg, False), (signal.SIGTERM, os.kill, True)],  # as Ctrl-C in a terminal; as `kill`
@@ -402,6 +413,7 @@ def test_a_stopped_run_leaves_nothing_behind(number, send, packed, long_source, 
     assert sorted(p.name for p in tmp_path.rglob("*")) == (["source.tar.gz", "tmp"] if packed else ["tmp"])
 
 
+@pytest.mark.slow
 def test_after_a_killed_run_the_next_one_starts_clean(source, long_source, tmp_path):
     flags = ["--out_dir", tmp_path / "out", "--tmp_dir", tmp_path / "tmp"]
     process = start("--source", pack(long_source, tmp_path / "long.tar.gz"), *flags)
@@ -417,6 +429,7 @@ def test_after_a_killed_run_the_next_one_starts_clean(source, long_source, tmp_p
     assert not list((tmp_path / "tmp").iterdir())
 
 
+@pytest.mark.slow
 def test_two_conversions_at_once(source, long_source, tmp_path, capfd):
     process = start("--source", long_source, "--out_dir", tmp_path / "out")
     wait_for_frames(process, tmp_path / ".out.partial")
@@ -479,6 +492,7 @@ def test_wrong_flags(flags, message, tmp_path, capfd):
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_default_source_is_the_archive_on_the_hub(source, tmp_path, monkeypatch):
     import huggingface_hub
 

@@ -181,6 +181,7 @@ def test_a_checkpoint_that_lacks_weights(tmp_path):
         ask.main([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_from_the_terminal(images):
     """Only the answer on standard output; an error is one line and status 2."""
     command = [sys.executable, ROOT / "tools" / "ask.py", CHECKPOINT]

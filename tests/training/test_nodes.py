@@ -121,6 +121,7 @@ def on_one_node(toy_data, tmp_path_factory):
     return two_ranks(toy_data, folder, *FLAGS), folder / "out"
 
 
+@pytest.mark.slow
 def test_two_nodes_are_one_training(toy_data, tmp_path, on_one_node):
     (tmp_path / "driver.py").write_text(DRIVER)
     out = tmp_path / "out"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from helpers import LAUNCH_TWO_RANKS, RESUMABLE, RESUMABLE_MODES, ROOT, digest_of_weights, environment, train_resumable
 
 from phi3v.training import checkpoints
@@ -48,6 +49,7 @@ def wait_for_checkpoint(process, out):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_run_with_a_checkpoint(toy_data, tmp_path, finished_run):
     out = tmp_path / "out"
     flags = ["--data_dir", toy_data, "--output_dir", out, *RESUMABLE_MODES["full"]]
@@ -65,6 +67,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(toy_data, tmp_path, finished_run)
     assert digest_of_weights(out) == digest_of_weights(finished_run("full"))
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_after_a_rank_was_killed(toy_data, tmp_path):
     """ZeRO-2 on two ranks, of which one is killed; torchrun's restart takes the newest checkpoint by itself."""
     flags = ["--data_dir", toy_data, "--batch_size_per_gpu", "1", "--save_total_limit", "2"]

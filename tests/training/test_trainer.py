@@ -63,6 +63,7 @@ def test_micro_batches_of_four(toy_data, tmp_path, one_process):
     assert_same_run(losses, tmp_path, one_process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero2", "zero2_offload", "zero3"])
 def test_two_ranks_under_deepspeed_are_one_training(config, toy_data, tmp_path, one_process):
     flags = [*SIX_STEPS, "--batch_size_per_gpu", "1", "--deepspeed", ROOT / "ds_config" / f"{config}.json"]
@@ -73,6 +74,7 @@ def test_two_ranks_under_deepspeed_are_one_training(config, toy_data, tmp_path, 
     assert_same_run(first["losses"], tmp_path / "out", one_process)
 
 
+@pytest.mark.slow
 def test_two_ranks_without_deepspeed_are_one_training(toy_data, tmp_path, one_process):
     flags = [*SIX_STEPS, "--batch_size_per_gpu", "2", "--deepspeed", "none"]
     first, second = two_ranks(toy_data, tmp_path, *flags)
@@ -80,6 +82,7 @@ def test_two_ranks_without_deepspeed_are_one_training(toy_data, tmp_path, one_pr
     assert_same_run(first["losses"], tmp_path / "out", one_process)
 
 
+@pytest.mark.slow
 def test_two_ranks_with_micro_batches_filled_by_tokens_are_one_training(toy_data, tmp_path, one_process):
     flags = [*SIX_STEPS, "--max_tokens_per_gpu", "900", "--deepspeed", ROOT / "ds_config" / "zero2.json"]
     first, second = two_ranks(toy_data, tmp_path, *flags)
@@ -87,6 +90,7 @@ def test_two_ranks_with_micro_batches_filled_by_tokens_are_one_training(toy_data
     assert_same_run(first["losses"], tmp_path / "out", one_process)
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_frozen_vision_in_bf16(toy_data, tmp_path):
     flags = "--freeze_vision_model --bf16 --num_train_epochs 2 --batch_size 8 --batch_size_per_gpu 2".split()
     first, second = two_ranks(toy_data, tmp_path, *flags, "--learning_rate", "1e-2")
