@@ -1,7 +1,11 @@
-# make demo      installs, makes data, fine-tunes the demo's checkpoint, evaluates it before and after;
-#                TASK=ucf101|docvqa|hateful_memes|nlvr2, MODE=full|frozen|lora|qlora
-# make install   the first part alone: .venv with requirements.txt
-# make test      installs, checks the style, runs the tests
+# make install   creates .venv and installs this package and what it needs (requirements.txt) into it
+# make demo      installs, draws small data, fine-tunes the demo's checkpoint on a GPU or a CPU, and evaluates it before
+#                and after; choose with TASK=ucf101|docvqa|hateful_memes|nlvr2 and MODE=full|frozen|lora|qlora
+# make test      installs what the tests need, checks style and format, and runs the tests, on a CPU and offline
+# make shared    copies the blocks between `# shared:` and `# end shared` from finetune_hf_trainer_docvqa.py to the other
+#                training scripts
+#
+# PYTHON=python3.12 chooses the Python that creates .venv. A .venv that exists is used as it is.
 PYTHON ?= python3
 BIN := .venv/bin
 TASK ?= ucf101
@@ -18,7 +22,7 @@ FLAGS_frozen := --freeze_vision_model
 FLAGS_lora := --use_lora --learning_rate 2e-3
 FLAGS_qlora := --use_qlora --learning_rate 2e-3
 
-.PHONY: demo check-demo install test
+.PHONY: demo check-demo install test shared
 
 demo: check-demo .venv/installed $(DATA)/made
 	@echo "== fine-tuning demo/base_checkpoint: TASK=$(TASK) MODE=$(MODE), one process per GPU or two on a CPU"
@@ -51,16 +55,20 @@ output/demo/data/%/made: demo/make_data.py demo/digits.py | .venv/installed
 
 install: .venv/installed
 
-.venv/installed: requirements.txt
-	@echo "== installing requirements.txt into .venv (some minutes, about 6 GB)"
+.venv/installed: requirements.txt pyproject.toml
+	@echo "== installing this package and what it needs into .venv (some minutes, about 6 GB)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q -e .
 	touch $@
 
-.venv/installed-test: .venv/installed Makefile
-	$(BIN)/pip install -q ruff pytest hypothesis jsonschema
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install -q -e '.[test]'
 	touch $@
 
 test: .venv/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+shared: .venv/installed
+	$(BIN)/python tools/shared_blocks.py

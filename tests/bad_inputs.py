@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from hypothesis import strategies as st
 from PIL import Image
 
 TURN = {"images": ["a.png"], "user": "Which?", "assistant": "yes"}
@@ -227,6 +228,42 @@ IMAGES = {
     "deep.tif": (tiff(np.full((9, 9), 2**20, np.int32)), "its values go from 1048576 to 1048576"),
     "negative.tif": (tiff(np.full((9, 9), -1, np.int32)), "its values go from -1 to -1"),
 }
+
+
+# ---- Random inputs, for hypothesis
+
+IMAGE_MODES = [
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "I",
+    "F",
+    "I;16",
+    "I;16B",
+]
+
+IMAGE_SIZES = st.tuples(st.integers(0, 90), st.integers(0, 90)) | st.sampled_from(
+    [(1, 2000), (3000, 2), (1, 1), (700, 400)]
+)
+
+RANDOM_IMAGES = st.builds(Image.new, st.sampled_from(IMAGE_MODES), IMAGE_SIZES, st.sampled_from([0, 1, 200]))
+
+RANDOM_TEXTS = st.text(max_size=40) | st.lists(
+    st.sampled_from(
+        ["<|image_1|>", "<|image_2|>", "<|", "|>", "<s>", "\n", "{{ 1 }}", "{% x", "yes", "\u0301", "\u202e"]
+    )
+).map("".join)
 
 
 def main():

@@ -1,54 +1,108 @@
-"""A small data set in the conversation format: ragged, several images, several turns, text only."""
+"""Fixtures that several test files use."""
 
-import json
 import os
-import random
+import sys
 from pathlib import Path
 
+import helpers
 import pytest
-from PIL import Image
-
-ROOT = Path(__file__).resolve().parents[1]
-CHECKPOINT = ROOT / "demo" / "base_checkpoint"
 
 
 @pytest.fixture(autouse=True)
 def no_trace_of_a_training():
-    """A training under DeepSpeed tells accelerate so by the environment, and the next one would be under it too."""
+    """Deletes the environment variables by which a training under DeepSpeed tells accelerate so. With them, the next
+    training in this process would also run under DeepSpeed."""
     yield
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
 
 
-def environment(**more) -> dict[str, str]:
-    """For a process that is started: without what trainings in this one have set for themselves."""
-    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("ACCELERATE_")}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+started_processes = []
 
 
-def write_toy_data(folder: Path, n_train: int = 24, n_val: int = 6):
-    """Conversations of every form, the same on every call."""
-    rng = random.Random(0)
-    for split, n in (("train", n_train), ("val", n_val)):
-        (folder / "images" / split).mkdir(parents=True)
-        lines = []
-        for i in range(n):
-            turns = []
-            for turn in range(1 + i % 3):
-                names = []
-                for k in range((i + turn) % 3):  # none, one or two
-                    names.append(f"{split}/{i}.{turn}.{k}.png")
-                    size, grey = (rng.randint(20, 200), rng.randint(20, 200)), rng.randint(0, 255)
-                    Image.new("RGB", size, (grey, 40, 200)).save(folder / "images" / names[-1])
-                answer = " ".join(rng.choice(("yes", "no", "True", "SlideUp")) for _ in range(rng.randint(1, 7)))
-                turns.append({"images": names, "user": "Where is it? " * rng.randint(1, 9), "assistant": answer})
-            lines.append(json.dumps({"id": f"{split}-{i}", "source": "toy", "conversations": turns}))
-        (folder / f"ucf101_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def note_started_process(event: str, details):
+    if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"):
+        started_processes.append(f"{event} {details}")
+
+
+sys.addaudithook(note_started_process)
+
+
+@pytest.fixture(autouse=True)
+def only_slow_tests_start_processes(request):
+    """`pytest -m "not slow"` starts no process; a test that starts one has the mark `slow`."""
+    started_processes.clear()
+    yield
+    if not request.node.get_closest_marker("slow"):
+        assert not started_processes, "mark this test with pytest.mark.slow"
 
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
-    write_toy_data(folder)
+    helpers.write_toy_data(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_tables(tmp_path_factory) -> Path:
+    """A --data_dir for the three tasks whose data are tables."""
+    folder = tmp_path_factory.mktemp("tables")
+    helpers.write_toy_tables(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processor():
+    from phi3v import Phi3VProcessor
+
+    return Phi3VProcessor.from_pretrained(helpers.CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def toy_examples(toy_data) -> list[dict]:
+    """The training conversations of the toy data."""
+    from phi3v.data.annotations import read_conversations
+
+    return read_conversations(toy_data / "ucf101_train.jsonl", toy_data / "images")
+
+
+@pytest.fixture(scope="session")
+def toy_batch(toy_data, toy_examples):
+    """Four examples of the toy data, padded on the right."""
+    from phi3v import Phi3VProcessor
+    from phi3v.data.conversations import Collator, ConversationDataset
+
+    processor = Phi3VProcessor.from_pretrained(helpers.CHECKPOINT, num_crops=4)
+    data = ConversationDataset(toy_examples, processor)
+    return Collator(processor, "right")([data[i] for i in (1, 2, 3, 5)])
+
+
+@pytest.fixture(scope="session")
+def saved_run(toy_data, tmp_path_factory):
+    """saved_run(mode): the output folder of a short training, which is made when a test first asks for it. Tests must
+    not change it."""
+    made = {}
+
+    def get(mode) -> Path:
+        if mode not in made:
+            made[mode] = tmp_path_factory.mktemp(mode)
+            helpers.train(toy_data, made[mode], *helpers.FAR, *helpers.SAVED_MODES[mode])
+        return made[mode]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def finished_run(toy_data, tmp_path_factory):
+    """finished_run(mode): the output folder of a finished training with checkpoints, which is made when a test first
+    asks for it. Tests must not change it."""
+    made = {}
+
+    def get(mode) -> Path:
+        if mode not in made:
+            made[mode] = tmp_path_factory.mktemp("finished") / "out"
+            helpers.train_resumable(toy_data, made[mode], *helpers.RESUMABLE_MODES[mode])
+        return made[mode]
+
+    return get

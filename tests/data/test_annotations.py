@@ -1,0 +1,207 @@
+"""Conversations → ids, labels and crops; the jsonl reader and what it refuses; padding; generation."""
+
+import json
+import os
+import string
+import tempfile
+from pathlib import Path
+
+import bad_inputs
+import pytest
+from helpers import fuzz
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from phi3v.data import annotations
+from phi3v.data.annotations import check_text, read_conversations, text_problem
+from phi3v.errors import InputError
+
+GOOD = {"id": "1", "conversations": [{"images": ["a.png"], "user": "Which?", "assistant": "yes"}]}
+
+
+def changed(**turn):
+    return json.dumps(GOOD | {"conversations": [GOOD["conversations"][0] | turn]})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not a JSON object"),
+        ('{"id": 1', "not a JSON object"),
+        ("[]", "must hold a JSON object, not list"),
+        ("{}", "conversations must be a list of turns"),
+        ('{"conversations": []}', "conversations must be a list of turns"),
+        ('{"conversations": ["hello"]}', "conversations[0] must be an object"),
+        (changed(user=3), "conversations[0].user is 3, must be a text"),
+        (changed(assistant="  "), "conversations[0].assistant is '  ', must be a text"),
+        (changed(assistant=None), "conversations[0].assistant is None"),
+        (changed(user="see <|image_1|>"), "conversations[0].user holds '<|image_1|>'"),
+        (changed(assistant="yes<|end|>"), "conversations[0].assistant holds '<|end|>'"),
+        (changed(user="a </s> b"), "conversations[0].user holds '</s>'"),
+        (changed(user="a <|placeholder1|>"), "conversations[0].user holds '<|placeholder1|>'"),
+        (changed(user="half \ud83d"), "no valid Unicode"),
+        (changed(images="a.png"), "conversations[0].images is 'a.png', must be a list"),
+        (changed(images=[1]), "conversations[0].images is [1], must be a list"),
+        (changed(images=["b.png"]), "b.png does not exist"),
+        (changed(images=["../a.png"]), "'../a.png', must be a path inside"),
+        (changed(images=["/a.png"]), "'/a.png', must be a path inside"),
+    ],
+)
+def test_a_bad_line_is_named(line, message, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(GOOD | {"id": "0"}) + "\n\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        read_conversations(path, tmp_path)
+    assert f"{path}:3: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), (b"\n", "no examples"), (b'{"id": "\xff"}', "not UTF-8")]
+)
+def test_a_bad_file_is_named(content, message, tmp_path):
+    path = tmp_path / "data.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_conversations(path, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("bad")
+    bad_inputs.write_images_folder(made)
+    return made
+
+
+@pytest.mark.parametrize("name", bad_inputs.ANNOTATIONS)
+def test_bad_annotations_are_named(name, folder):
+    content, message = bad_inputs.ANNOTATIONS[name]
+    path = folder / f"{name}.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_conversations(path, folder / "images")
+    text = str(error.value)
+    assert message.replace("{path}", str(path)).replace("{images}", str(folder / "images")) in text
+    assert all(len(line) <= 410 and line.isprintable() for line in text.split("\n"))
+    assert text.count("\n") == (0 if "problems" not in text else min(10, int(text.split()[1].replace(",", ""))))
+
+
+@pytest.mark.parametrize("name", bad_inputs.ACCEPTED)
+def test_unusual_annotations_are_read(name, folder):
+    path = folder / f"{name}.jsonl"
+    path.write_bytes(bad_inputs.ACCEPTED[name])
+    examples = read_conversations(path, folder / "images")
+    for example in examples:
+        assert isinstance(example["id"], (str, int)) and set(example) == {"id", "conversations"}
+        for turn in example["conversations"]:
+            assert set(turn) == {"images", "user", "assistant"} and all(map(os.path.isfile, turn["images"]))
+    assert name != "no_id" or examples[0]["id"] == f"{path}:1"
+
+
+def test_a_file_that_is_no_file(folder):
+    for path, message in (("nowhere.jsonl", "does not exist"), ("images", "no regular"), ("images/pipe", "no regular")):
+        with pytest.raises(InputError, match=message):
+            read_conversations(folder / path, folder / "images")
+
+
+def test_nothing_outside_the_folder_is_opened(folder, monkeypatch):
+    """The reader asks what a name is, and opens no image at all; of folders it lists those inside."""
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(annotations.os, "scandir", lambda path: listed.append(os.path.realpath(path)) or scandir(path))
+    names = ["/etc/passwd", "../secret.png", "away/secret.png", "out.png", "a.png", "folder/c.png", "./away/x/y.png"]
+    path = folder / "names.jsonl"
+    path.write_bytes(bad_inputs.turn(images=names))
+    with pytest.raises(InputError, match="5 problems"):
+        read_conversations(path, folder / "images")
+    inside = os.path.realpath(folder / "images")
+    assert listed and all(os.path.commonpath([inside, each]) == inside for each in listed)
+
+
+def test_the_folder_itself_may_be_a_link(folder, tmp_path):
+    (tmp_path / "linked").symlink_to(folder / "images")
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(bad_inputs.line())
+    (example,) = read_conversations(path, tmp_path / "linked")
+    assert example["conversations"][0]["images"] == [str(tmp_path / "linked" / "a.png")]
+
+
+def test_check_text():
+    assert check_text("Which?", "here") == "Which?" and text_problem("a < b, <b>") is None
+    with pytest.raises(InputError, match="^row 3: user is '', must be a text"):
+        check_text("", "row 3: user")
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from(["a.png", "pipe", "out.png", "../secret.png", "<|image_1|>", "\ud800", "\0", "folder/c.png"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+TURNS = st.dictionaries(st.sampled_from(["images", "user", "assistant"]), VALUES) | st.just(bad_inputs.TURN) | VALUES
+EXAMPLES = st.fixed_dictionaries({"conversations": st.lists(TURNS, max_size=3) | VALUES}, optional={"id": VALUES})
+
+
+@st.composite
+def mutated_lines(draw):
+    """Valid and nearly valid lines, with bytes of them changed, cut out, repeated or put in."""
+    lines = [json.dumps(example).encode() for example in draw(st.lists(EXAMPLES, max_size=3))] + [bad_inputs.line()]
+    content = bytearray(draw(st.sampled_from([b"\n", b"\r\n", b"\n\n"])).join(draw(st.permutations(lines))))
+    for _ in range(draw(st.integers(0, 4))):
+        at, length = draw(st.integers(0, len(content))), draw(st.integers(0, 6))
+        piece = draw(st.binary(max_size=3) | st.sampled_from([b"\0", b"[" * 3000, b"9" * 5000, b"\xef\xbb\xbf", b'"']))
+        content[at : at + length] = draw(st.sampled_from([piece, bytes(content[at : at + 40]) * 2]))
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def fuzzed_folder():
+    with tempfile.TemporaryDirectory() as made:
+        bad_inputs.write_images_folder(Path(made))
+        yield Path(made)
+
+
+def read_or_refuse(content: bytes, folder: Path) -> bool:
+    path = folder / "fuzzed.jsonl"
+    path.write_bytes(content)
+    inside = os.path.realpath(folder / "images")
+    try:
+        examples = read_conversations(path, folder / "images")
+    except InputError as e:
+        assert str(e) and all(line.isprintable() and len(line) <= 410 for line in str(e).split("\n"))
+        return False
+    for example in examples:
+        json.dumps(example, ensure_ascii=False).encode("utf-8")  # as the report of an evaluation is written
+        for turn in example["conversations"]:
+            assert text_problem(turn["user"]) is None and text_problem(turn["assistant"]) is None
+            assert all(os.path.commonpath([inside, os.path.realpath(image)]) == inside for image in turn["images"])
+    return True
+
+
+@fuzz(400)
+@given(mutated_lines())
+def test_mutated_annotations(fuzzed_folder, content):
+    read_or_refuse(content, fuzzed_folder)
+
+
+@fuzz(400)
+@given(st.binary(max_size=200))
+def test_random_bytes(fuzzed_folder, content):
+    read_or_refuse(content, fuzzed_folder)
+
+
+@fuzz(400)
+@given(
+    st.text(alphabet=string.printable + "ë日🙂\ud800\u2028\0", max_size=30)
+    | st.lists(st.sampled_from(["a.png", "folder", "..", ".", "", "out.png", "away", "/", "inside.png"])).map("/".join)
+)
+def test_random_image_names(fuzzed_folder, name):
+    read_or_refuse(bad_inputs.turn(images=[name]), fuzzed_folder)

@@ -1,0 +1,299 @@
+"""What several test files use: paths, flags of small trainings, data to train on, and starting processes."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "demo" / "base_checkpoint"
+GOLDEN = ROOT / "tests" / "golden"
+
+# ---- Flags of small trainings
+
+BASE = ["--model_name_or_path", str(CHECKPOINT), "--no-tqdm", "--dataloader_num_workers", "0"]
+COMMON = [*BASE, "--num_crops", "4", "--max_new_tokens", "8", "--report_to", "none", "--logging_steps", "1"]
+SIX_STEPS = "--optim sgd --learning_rate 0.05 --lr_scheduler_type constant --warmup_steps 0 --wd 0".split()
+SIX_STEPS += "--max_grad_norm 0 --max_steps 6 --batch_size 4 --no_eval_before".split()
+SHORT = "--max_steps 2 --batch_size 4 --learning_rate 1e-3 --deepspeed none".split()
+# Enough steps at a high rate, so that the answers are no longer those of the base.
+FAR = "--max_steps 12 --batch_size 4 --learning_rate 5e-3 --warmup_steps 0 --deepspeed none".split()
+SAVED_MODES = {
+    "full": [],
+    "lora": ["--use_lora"],
+    "separators": ["--use_lora", "--train_separators"],
+    "qlora": ["--use_qlora"],
+}
+
+# A training of 12 steps with a checkpoint every 2 steps. The 24 examples make 6 steps an epoch, so checkpoint-8 is in
+# the middle of the second epoch.
+RESUMABLE = [*BASE, "--num_crops", "2", "--max_new_tokens", "2", "--max_eval_samples", "2", "--no_eval_before"]
+RESUMABLE += "--batch_size 4 --learning_rate 1e-3 --num_train_epochs 2 --save_steps 2 --logging_steps 1".split()
+RESUMABLE_MODES = {
+    "full": ["--deepspeed", "none", "--batch_size_per_gpu", "2"],
+    "full, by tokens": ["--deepspeed", "none", "--max_tokens_per_gpu", "700"],
+    "frozen, no sharing": ["--deepspeed", "none", "--freeze_vision_model", "--no_share_images"],
+    "lora": ["--use_lora", "--lora_rank", "4", "--lora_dropout", "0.1", "--train_separators"],
+    "qlora": ["--use_lora", "--use_qlora", "--lora_rank", "4", "--batch_size_per_gpu", "4"],
+}
+
+# The modes of training, each with all of its parameters looked at.
+MODES = {
+    "full": "",
+    "frozen": "--freeze_vision_model",
+    "frozen, projector trains": "--freeze_vision_model --train_projector",
+    "lora": "--use_lora --lora_rank 4",
+    "lora, frozen": "--use_lora --lora_rank 4 --freeze_vision_model",
+    "dora": "--use_lora --lora_rank 4 --use_dora --train_separators",
+    "qlora": "--use_qlora --lora_rank 4",
+    "qlora, all in 4 bits": "--use_qlora --lora_rank 4 --quantize_vision",
+}
+MODES_COMMON = [*BASE, "--num_crops", "4", "--deepspeed", "none", "--max_new_tokens", "4", "--max_eval_samples", "2"]
+
+
+def arguments(data, out, *flags, common=COMMON) -> list[str]:
+    """The command line of a small training on `data` with its output in `out`."""
+    return ["--data_dir", str(data), "--output_dir", str(out), *common, *map(str, flags)]
+
+
+def arguments_of_mode(mode, data, out) -> list[str]:
+    return arguments(data, out, *MODES[mode].split(), common=MODES_COMMON)
+
+
+def train(data, out, *flags, common=COMMON):
+    """Trains in this process and returns the trainer."""
+    import finetune_hf_trainer_ucf101 as script
+
+    return script.main(arguments(data, out, *flags, common=common))
+
+
+def train_resumable(data, out, *flags):
+    return train(data, out, *flags, common=RESUMABLE)
+
+
+def losses_of(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def train_losses(data, out, *flags) -> list[float]:
+    """Trains in this process and returns the loss of every step."""
+    return losses_of(train(data, out, *flags))
+
+
+def copy_up_to_checkpoint(source: Path, target: Path, step: int):
+    """Copies the output folder of a finished run, and makes it what it was when checkpoint-`step` was the newest."""
+    shutil.copytree(source, target)
+    (target / "finished.json").unlink()
+    for path in target.glob("*.safetensors"):
+        path.unlink()
+    for path in target.glob("checkpoint-*"):
+        if int(path.name[11:]) > step:
+            shutil.rmtree(path)
+
+
+def digest_of_weights(out: Path) -> str:
+    """Equal for output folders with the same weights, to the bit."""
+    files = sorted(out.glob("*.safetensors"))
+    assert files
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+# ---- Processes
+
+# Started by torchrun: the script, and a file with the weights' hash, losses and engine of every rank.
+DRIVER = """
+import hashlib, json, os, sys
+import finetune_hf_trainer_ucf101 as script
+
+
+def run():
+    trainer = script.main(sys.argv[1:])
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trainer.accelerator.unwrap_model(trainer.model).state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().numpy().tobytes())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    engine = type(trainer.model_wrapped).__name__
+    path = os.path.join(trainer.args.output_dir, f"rank{os.environ['RANK']}.json")
+    with open(path, "w") as file:
+        json.dump({"weights": digest.hexdigest(), "losses": losses, "engine": engine}, file)
+
+
+script.exit_on_input_error(run)
+"""
+LAUNCH_TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def environment(**more) -> dict[str, str]:
+    """The environment of a process that a test starts, without the variables that trainings in this process set."""
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("ACCELERATE_")}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def torchrun(program, *flags) -> subprocess.CompletedProcess:
+    """Runs a program on two ranks and waits for its end."""
+    command = [sys.executable, *LAUNCH_TWO_RANKS, str(program), *map(str, flags)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def two_ranks(data, folder, *flags) -> list[dict]:
+    """Trains on two ranks, with the output in `folder`/out; returns what DRIVER writes about each rank."""
+    (folder / "driver.py").write_text(DRIVER)
+    run = torchrun(folder / "driver.py", *arguments(data, folder / "out", *flags))
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads((folder / "out" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+# ---- Data
+
+
+def write_toy_data(folder: Path, n_train: int = 24, n_val: int = 6):
+    """A small data set in the conversation format, the same on every call. Its conversations have one to three turns,
+    and turns have none, one or two images of different sizes."""
+    rng = random.Random(0)
+    for split, n in (("train", n_train), ("val", n_val)):
+        (folder / "images" / split).mkdir(parents=True)
+        lines = []
+        for i in range(n):
+            turns = []
+            for turn in range(1 + i % 3):
+                names = []
+                for k in range((i + turn) % 3):  # none, one or two
+                    names.append(f"{split}/{i}.{turn}.{k}.png")
+                    size, grey = (rng.randint(20, 200), rng.randint(20, 200)), rng.randint(0, 255)
+                    Image.new("RGB", size, (grey, 40, 200)).save(folder / "images" / names[-1])
+                answer = " ".join(rng.choice(("yes", "no", "True", "SlideUp")) for _ in range(rng.randint(1, 7)))
+                turns.append({"images": names, "user": "Where is it? " * rng.randint(1, 9), "assistant": answer})
+            lines.append(json.dumps({"id": f"{split}-{i}", "source": "toy", "conversations": turns}))
+        (folder / f"ucf101_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def png_cell(seed: int) -> dict:
+    """An image as a table of the Hub stores it; every seed gives another picture."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "png")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def texts_cell(user: str, assistant: str) -> dict:
+    return {"user": user, "assistant": assistant, "source": "toy"}
+
+
+def cauldron_features():
+    """The columns of The Cauldron's tables."""
+    import datasets
+
+    return datasets.Features(
+        {
+            "images": datasets.List(datasets.Image()),
+            "texts": datasets.List({role: datasets.Value("string") for role in ("user", "assistant", "source")}),
+        }
+    )
+
+
+def write_toy_tables(folder: Path):
+    """Folders laid out like the repositories on the Hub. There are 503 pairs and memes; the last but one shares an
+    image with the first, which is among those that are evaluated on."""
+    import datasets
+
+    rows = {"hateful_memes": [], "nlvr2": [], "docvqa": []}
+    for i in range(503):
+        seed, answer = 0 if i == 501 else i, "yes" if i % 2 else "no"
+        rows["hateful_memes"].append({"images": [png_cell(seed)], "texts": [texts_cell(f"Meme {i}?", answer)]})
+        statements = [texts_cell(f"Statement {i}.{k}", "True" if k else "False") for k in range(1 + i % 2)]
+        rows["nlvr2"].append({"images": [png_cell(i + 1000), png_cell(seed)], "texts": statements})
+    for i in range(4):
+        texts = [texts_cell(f"Question {i}.{k}?\nGive a very brief answer.", f"answer {k}") for k in range(3)]
+        rows["docvqa"].append({"images": [png_cell(i)], "texts": texts})
+    for config, own in rows.items():
+        path = folder / "the_cauldron" / config / "train-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True)
+        datasets.Dataset.from_list(own, features=cauldron_features()).to_parquet(path)
+    configs = "".join(
+        f"- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/train-*\n" for config in rows
+    )
+    (folder / "the_cauldron" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for split, seeds in (("train", (10, 2, 12)), ("test", (1, 2))):
+        own = [
+            {
+                "id": f"{split}_{seed}",
+                "image": png_cell(seed),
+                "query": {"en": f"Question {seed}?", "de": "Frage?"},
+                "answers": [f"Answer {seed}", str(seed)],
+            }
+            for seed in seeds
+        ]
+        path = folder / "docvqa_1200_examples" / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = datasets.Dataset.from_list(own)
+        table.cast_column("image", datasets.Image()).to_parquet(path)
+
+
+def fuzz(examples: int):
+    """Settings of a test with random inputs: the same inputs on every run, FUZZ_EXAMPLES of them if that is set."""
+    return settings(
+        max_examples=int(os.environ.get("FUZZ_EXAMPLES", examples)),
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+# ---- Models
+
+TINY_MODEL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 400,
+    "pad_token_id": 0,
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    },
+}
+DECODER_LAYERS = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+VISION_LAYERS = (
+    r"model\.vision_embed_tokens\.(img_projection\.[02]|"
+    r"img_processor\.vision_model\.encoder\.layers\.(\d|1\d|2[012])\..*(q_proj|k_proj|v_proj|out_proj|fc1|fc2))"
+)
+
+
+def real_size_model(mode: str, dtype: torch.dtype, checkpointing="none"):
+    """A model of the real size on the meta device, where it takes no memory; the parameters of `mode` train."""
+    from peft import LoraConfig
+
+    from phi3v import Phi3VConfig, Phi3VForCausalLM
+    from phi3v.model.adapters import add_adapter
+
+    config = Phi3VConfig()
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        base = model = Phi3VForCausalLM(config).to(dtype).train()
+        if mode.startswith("frozen"):
+            base.model.vision_embed_tokens.requires_grad_(False)
+            base.model.vision_embed_tokens.img_projection.requires_grad_("projector" in mode)
+        if mode.startswith("lora"):
+            targets = DECODER_LAYERS if "frozen" in mode else f"{DECODER_LAYERS}|{VISION_LAYERS}"
+            model = add_adapter(base, LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=targets))
+    if checkpointing != "none":
+        base.checkpoint_tower = checkpointing == "all"
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    return model

@@ -1,0 +1,69 @@
+"""Loading refuses a base model that lacks weights or has only pickled ones, and finds the base of an adapter."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import CHECKPOINT, RESUMABLE_MODES, train_losses, train_resumable
+from safetensors.torch import load_file, save_file
+
+import finetune_hf_trainer_ucf101 as script
+from phi3v.errors import InputError
+from phi3v.model import loading
+
+
+def test_a_model_that_lacks_something_is_refused(toy_data, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(CHECKPOINT, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.vision_embed_tokens.img_projection.0.weight"]
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+
+    def fails(message):
+        with pytest.raises(script.InputError, match=message):
+            train_losses(toy_data, tmp_path / "out", "--deepspeed", "none", "--model_name_or_path", str(broken))
+
+    fails("lacks model.vision_embed_tokens.img_projection.0.weight")
+    content = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
+    fails("--model_name_or_path")
+    (broken / "tokenizer.json").unlink()
+    fails("--model_name_or_path")
+    (broken / "config.json").write_text('{"model_type": "phi3"}')
+    fails("holds a model of type phi3, must be phi3_v")
+
+
+def test_pickled_weights_are_not_loaded(toy_data, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        train_resumable(toy_data, tmp_path / "a", *RESUMABLE_MODES["full"], "--model_name_or_path", folder)
+
+
+def test_weights_that_are_missing_are_named():
+    loading.check_complete({"missing_keys": []}, "folder")
+    with pytest.raises(InputError, match="^folder lacks the weights a, b, c and 2 more: "):
+        loading.check_complete({"missing_keys": ["e", "d", "c", "b", "a"]}, "folder")
+
+
+def test_the_base_of_an_adapter_is_the_one_that_it_names(tmp_path):
+    assert loading.base_and_adapter("someone/model") == ("someone/model", None)
+    assert loading.base_and_adapter(str(tmp_path)) == (str(tmp_path), None)
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "someone/base"}')
+    assert loading.base_and_adapter(str(tmp_path)) == ("someone/base", tmp_path)
+    for content in ("{}", "[]", "{", '{"base_model_name_or_path": null}'):
+        config.write_text(content)
+        with pytest.raises(InputError, match="does not name a base_model_name_or_path"):
+            loading.base_and_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("quantize_vision", [False, True])
+def test_the_output_layer_stays_in_half_precision_and_the_vision_part_too_unless_asked_for(quantize_vision):
+    config = loading.nf4_config(torch.bfloat16, quantize_vision)
+    assert config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    skipped = ["lm_head"] if quantize_vision else ["lm_head", ".*vision_embed_tokens"]
+    assert config.llm_int8_skip_modules == skipped

@@ -1,0 +1,20 @@
+"""Confidence intervals and the sign test."""
+
+import pytest
+
+from phi3v.report.page import confidence_interval, number, sign_test
+
+
+def test_statistics():
+    # Wilson's interval for 8 of 10 and 0 of 10, as in Brown, Cai and DasGupta (2001)
+    assert confidence_interval([1] * 8 + [0] * 2)[:2] == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert confidence_interval([0.0] * 10)[:2] == pytest.approx((0, 0.2775), abs=1e-4)
+    low, high, method = confidence_interval([0.25, 0.75] * 200)  # standard error 0.0125
+    assert (low, high) == pytest.approx((0.4755, 0.5245), abs=0.004) and method.startswith("bootstrap")
+    with pytest.raises(ValueError):
+        confidence_interval([])
+    assert sign_test(0, 0) == 1 and sign_test(3, 3) == 1
+    assert sign_test(1, 9) == pytest.approx(22 / 1024) and sign_test(5000, 100) < 1e-6
+    assert list(map(number, (0, 4e-5, 0.123456, 999, 21573.4, 3.2e7))) == [
+        "0", "4e-05", "0.1235", "999", "21,573", "32M"
+    ]  # fmt: skip

@@ -1,0 +1,44 @@
+"""What a command line sets: the presets of the published results."""
+
+import pytest
+
+import finetune_hf_trainer_docvqa as docvqa
+import finetune_hf_trainer_hateful_memes as hateful_memes
+import finetune_hf_trainer_nlvr2 as nlvr2
+import finetune_hf_trainer_ucf101 as script
+from phi3v.errors import InputError
+
+# --preset
+
+PUBLISHED = [  # as published: script, preset, what is set
+    (docvqa, "full", {"learning_rate": 5e-6, "num_train_epochs": 2, "batch_size": 64, "full_train": True}),
+    (docvqa, "frozen", {"learning_rate": 1e-4, "num_train_epochs": 2, "freeze_vision_model": True}),
+    (docvqa, "lora", {"learning_rate": 2e-4, "lora_rank": 32, "alpha": 16, "use_lora": True, "use_qlora": False}),
+    (docvqa, "qlora", {"learning_rate": 2e-4, "lora_rank": 32, "alpha": 16, "use_lora": True, "use_qlora": True}),
+    (hateful_memes, "full", {"learning_rate": 5e-5, "num_train_epochs": 2, "use_lora": False}),
+    (hateful_memes, "frozen", {"learning_rate": 1e-4, "num_train_epochs": 3}),
+    (hateful_memes, "lora", {"learning_rate": 2e-4, "num_train_epochs": 2, "lora_rank": 128, "alpha": 256}),
+    (hateful_memes, "qlora", {"learning_rate": 2e-4, "num_train_epochs": 2, "lora_rank": 128, "alpha": 256}),
+    (nlvr2, "full", {"learning_rate": 1e-5, "num_train_epochs": 3}),
+    (nlvr2, "frozen", {"learning_rate": 2e-5, "num_train_epochs": 2, "freeze_vision_model": True}),
+]
+
+
+@pytest.mark.parametrize("task, preset, wanted", PUBLISHED)
+def test_a_preset_has_the_published_settings(tmp_path, task, preset, wanted):
+    args, training_args = task.parse_arguments(["--output_dir", str(tmp_path), "--preset", preset])
+    values = training_args.to_dict() | vars(args) | {"alpha": args.lora_alpha_ratio * args.lora_rank}
+    assert {name: values[name] for name in wanted} == wanted and args.batch_size == 64
+    assert (training_args.deepspeed is None) == args.use_lora
+
+
+def test_flags_go_before_a_preset(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--preset", "lora", "--learning_rate", "1e-4", "--batch_size", "8"]
+    args, training_args = docvqa.parse_arguments(flags)
+    assert (training_args.learning_rate, args.batch_size, args.lora_rank) == (1e-4, 8, 32)
+
+
+@pytest.mark.parametrize("task, preset, said", [(nlvr2, "lora", "must be full, frozen"), (script, "full", "no result")])
+def test_an_unknown_preset_is_an_error(tmp_path, task, preset, said):
+    with pytest.raises(InputError, match=f"--preset.*{said}"):
+        task.parse_arguments(["--output_dir", str(tmp_path), "--data_dir", str(tmp_path), "--preset", preset])

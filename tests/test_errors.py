@@ -1,0 +1,42 @@
+"""Messages about wrong input: collected, shown once, and the exit status that goes with them."""
+
+import pytest
+from helpers import COMMON, ROOT, torchrun
+
+from phi3v.errors import InputError, Problems, exit_on_input_error
+
+
+def test_problems_are_counted_and_the_first_shown():
+    problems = Problems(shown=2)
+    problems.raise_if_any("x")
+    problems.add("x:1", "bad\x1b[31m\n")
+    with pytest.raises(InputError) as error:
+        problems.raise_if_any("x")
+    assert str(error.value) == "x:1: bad\\x1b[31m\\n"
+    problems.add("x:2", "worse")
+    others = Problems()
+    others.add("y:3", "z" * 5000)
+    problems.extend(others)
+    assert len(problems) == 3
+    with pytest.raises(InputError) as error:
+        problems.raise_if_any("x")
+    assert str(error.value) == ("x: 3 problems, of which these are the first 2\n  x:1: bad\\x1b[31m\\n\n  x:2: worse")
+
+
+@pytest.mark.parametrize("prefix", ["", "Caught InputError in worker\nTraceback:\n  line\nphi3v.errors.InputError: "])
+def test_several_problems_end_the_process_with_all_their_lines(prefix, capsys):
+    def main():
+        raise InputError(prefix + "data: 2 problems\n  a\n  b\n")
+
+    with pytest.raises(SystemExit) as status:
+        exit_on_input_error(main)
+    assert status.value.code == 2 and capsys.readouterr().err == "error: data: 2 problems\n  a\n  b\n"
+
+
+@pytest.mark.slow
+def test_rank_0_alone_reports_and_torchrun_ends(toy_data, tmp_path):
+    flags = ["--data_dir", toy_data, "--output_dir", tmp_path, *COMMON, "--batch_size", "3"]
+    run = torchrun(ROOT / "finetune_hf_trainer_ucf101.py", *flags)
+    assert run.returncode == 1  # torchrun's own status
+    assert run.stderr.count("error: --batch_size 3 can't be shared out: 2 processes") == 1
+    assert "exitcode  : 2" in run.stderr

@@ -1,0 +1,144 @@
+"""What a script does around its training: --check_data, --evaluate_only, --dry_run, folders of earlier runs."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from helpers import RESUMABLE_MODES, SAVED_MODES, SHORT, arguments, torchrun, train_resumable
+from safetensors.torch import load_file, save_file
+
+import finetune_hf_trainer_ucf101 as script
+from phi3v.errors import InputError
+from phi3v.training.trainer import RecipeTrainer
+
+
+@pytest.fixture
+def spoilt(toy_data, tmp_path):
+    """The toy data with one image cut off in its pixels, and one that is none."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(toy_data, folder)
+    images = sorted((folder / "images" / "train").iterdir())
+    images[0].write_bytes(images[0].read_bytes()[:-30])
+    images[5].write_bytes(b"no image")
+    return folder, images[0].name, images[5].name
+
+
+def test_bad_images_stop_or_are_left_out(spoilt, tmp_path, capfd):
+    folder, first, second = spoilt
+    with pytest.raises(InputError, match=re.escape(second)):
+        train_resumable(folder, tmp_path / "a", *RESUMABLE_MODES["full"])
+    train_resumable(folder, tmp_path / "b", *RESUMABLE_MODES["full"], "--on_bad_example", "skip")
+    output = capfd.readouterr().out
+    assert "2 examples were left out" in output and first in output and second in output
+
+
+def test_data_are_checked(spoilt, tmp_path, capfd, toy_data):
+    folder, first, second = spoilt
+    with pytest.raises(InputError) as error:
+        train_resumable(folder, tmp_path / "a", "--check_data")
+    assert first in str(error.value) and second in str(error.value)
+    assert train_resumable(toy_data, tmp_path / "a", "--check_data") is None
+    assert "training data: 24 examples" in capfd.readouterr().out and not (tmp_path / "a").exists()
+
+
+def test_too_long_examples(toy_data, tmp_path):
+    with pytest.raises(InputError, match=r"example train-\d+ has \d+ tokens, more than --max_length 60: shorten it"):
+        train_resumable(toy_data, tmp_path / "a", *RESUMABLE_MODES["full"], "--max_length", "60")
+    with pytest.raises(InputError, match="an image would be cut|nothing would be left of its answer"):
+        train_resumable(toy_data, tmp_path / "a", *RESUMABLE_MODES["full"], "--max_length", "20", "--truncate")
+
+
+# --evaluate_only
+
+
+@pytest.mark.parametrize("mode", SAVED_MODES)
+def test_a_saved_folder_is_evaluated_as_at_the_end_of_its_run(toy_data, saved_run, tmp_path, mode):
+    flags = [
+        "--model_name_or_path",
+        str(saved_run(mode)),
+        "--evaluate_only",
+        *(["--use_qlora"] if mode == "qlora" else []),
+    ]
+    assert script.main(arguments(toy_data, tmp_path, *flags)) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.html", "evaluation.json"]
+    reports = [tmp_path / "evaluation.json", saved_run(mode) / "eval_after.json", saved_run(mode) / "eval_before.json"]
+    found, after, before = (json.loads(path.read_text()) for path in reports)
+    assert found == after and found["predictions"] != before["predictions"]
+    page = (tmp_path / "evaluation.html").read_text()
+    assert "Before" not in page.split("<h2>Examples</h2>")[1] and "<h2>Training</h2>" not in page
+
+
+def test_another_split_is_evaluated(toy_data, saved_run, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    lines = (data / "ucf101_val.jsonl").read_text().splitlines(keepends=True)
+    (data / "ucf101_mine.jsonl").write_text("".join(lines[:2]))
+    flags = ["--model_name_or_path", str(saved_run("full")), "--evaluate_only", "--eval_split", "mine"]
+    script.main(arguments(data, tmp_path / "out", *flags))
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["num_examples"] == 2
+
+
+def test_an_adapter_is_no_model_to_train_from(toy_data, saved_run, tmp_path):
+    with pytest.raises(InputError, match="holds an adapter: give its base .*merge_adapter"):
+        script.main(arguments(toy_data, tmp_path, "--model_name_or_path", str(saved_run("lora"))))
+
+
+# --dry_run
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_lora", "--train_separators"]])
+def test_a_dry_run_leaves_nothing_and_says_that_it_passed(toy_data, tmp_path, capsys, flags):
+    script.main(arguments(toy_data, tmp_path, "--dry_run", *flags))
+    assert "dry run passed" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_sees_that_the_saved_model_is_another(toy_data, tmp_path, monkeypatch):
+    save = RecipeTrainer.save_model
+
+    def damaging(trainer, *args, **kwargs):
+        save(trainer, *args, **kwargs)
+        path = tmp_path / "dry_run" / "model.safetensors"
+        save_file({name: torch.randn_like(x) for name, x in load_file(path).items()}, path, {"format": "pt"})
+
+    monkeypatch.setattr(RecipeTrainer, "save_model", damaging)
+    with pytest.raises(InputError, match="loaded again, the model answers otherwise"):
+        script.main(arguments(toy_data, tmp_path, "--dry_run"))
+
+
+# Processes that were not started alike
+
+
+# One rank is started otherwise; torchrun gives both the same command.
+ODD_RANK = """
+import os, sys
+import finetune_hf_trainer_ucf101 as script
+
+flags = sys.argv[1:]
+if os.environ["RANK"] == "1":
+    flags += FLAGS
+script.exit_on_input_error(lambda: script.main(flags))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "odd, said",
+    [
+        (["--no_eval_before"], "processes 0 and 1 were started with other flags: no_eval_before: false, true"),
+        (["--data_dir", "OTHER"], "processes 0 and 1 have different data: 24 and 20 examples"),
+    ],
+)
+def test_ranks_that_were_started_otherwise_end_at_once(toy_data, tmp_path, odd, said):
+    other = tmp_path / "other"
+    shutil.copytree(toy_data, other)
+    lines = (other / "ucf101_train.jsonl").read_text().splitlines(keepends=True)
+    (other / "ucf101_train.jsonl").write_text("".join(lines[:20]))
+    driver = tmp_path / "driver.py"
+    odd = [str(other) if flag == "OTHER" else flag for flag in odd]
+    driver.write_text(ODD_RANK.replace("FLAGS", repr(odd)))
+    run = torchrun(driver, *arguments(toy_data, tmp_path / "out", *SHORT, "--batch_size_per_gpu", "2"))
+    assert run.returncode != 0 and said in run.stderr + run.stdout, run.stderr[:3000]
+    assert 'driver.py", line' not in run.stderr  # no traceback of ours

@@ -1,0 +1,198 @@
+"""Asking a model from the terminal: the answers are those of generate, follow-ups keep the conversation."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import CHECKPOINT, ROOT
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
+from phi3v.model import processing_phi3v
+from phi3v.model.adapters import SEPARATORS, SEPARATORS_FILE, add_adapter
+from tools import ask
+from tools import merge_adapter as merge_tool
+
+QUESTION = "What digit is this?"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for name, size, grey in (("a.png", (40, 60), 250), ("b.png", (90, 40), 10)):
+        Image.effect_noise(size, grey).convert("RGB").save(folder / name)
+    return [str(folder / "a.png"), str(folder / "b.png")]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Phi3VProcessor.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter with trained separators, strong enough that the answers are others than the base's."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(1)
+    base = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    model = add_adapter(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=r"lm_head|model\.layers.*_proj"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def expected(model, processor, prompt, images, n):
+    """The greedy answer by the public processor and transformers' generate alone."""
+    batch = processor(prompt, [Image.open(path) for path in images] or None)
+    ids = model.generate(**batch, do_sample=False, max_new_tokens=n, pad_token_id=processor.tokenizer.pad_token_id)
+    return processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def asked(capsys, *arguments):
+    ask.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_answer_is_that_of_generate(number, images, processor, capsys):
+    tags = "".join(f"<|image_{k + 1}|>" for k in range(number)) + ("\n" if number else "")
+    prompt = f"<|user|>\n{tags}{QUESTION}<|end|>\n<|assistant|>\n"
+    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    wanted = expected(model, processor, prompt, images[:number], 20)
+    assert wanted and asked(capsys, CHECKPOINT, *images[:number], "--question", QUESTION) == wanted + "\n"
+    # Flags may stand before the images.
+    assert asked(capsys, CHECKPOINT, "--question", QUESTION, *images[:number]) == wanted + "\n"
+
+
+def test_a_follow_up_keeps_the_conversation(images, monkeypatch, capsys):
+    conversations = []
+    encode = ask.encode
+    monkeypatch.setattr(ask, "encode", lambda p, turns: conversations.append(json.dumps(turns)) or encode(p, turns))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\nAnd why?\n\nnot asked\n"))
+    first, second = asked(capsys, CHECKPOINT, images[0], "--max_new_tokens", 5).splitlines()
+    assert [json.loads(turns) for turns in conversations[1:]] == [
+        [{"images": [images[0]], "user": QUESTION, "assistant": ""}],
+        [
+            {"images": [images[0]], "user": QUESTION, "assistant": first.strip()},
+            {"images": [], "user": "And why?", "assistant": ""},
+        ],
+    ]
+    alone = asked(capsys, CHECKPOINT, images[0], "--max_new_tokens", 5, "--question", QUESTION)
+    assert first == alone.strip() and second
+
+
+def test_an_answer_is_shown_while_it_is_generated(images, monkeypatch):
+    shown = []
+    monkeypatch.setattr(ask.TextStreamer, "on_finalized_text", lambda self, text, **_: shown.append(text))
+    turns = [{"images": images, "user": QUESTION, "assistant": ""}]
+    processor, model = ask.load(ask.parse_arguments([str(CHECKPOINT)]))
+    model.generation_config.eos_token_id = None
+    monkeypatch.setattr(processing_phi3v, "END_TOKENS", ("<|user|>",))
+    answer = ask.answer(model, processor, turns, 12)
+    assert len(shown) > 2 and "".join(shown).strip() == answer
+
+
+def test_an_adapter_answers_as_its_merged_model_does(adapter, images, tmp_path, capsys):
+    Phi3VProcessor.from_pretrained(CHECKPOINT).save_pretrained(adapter)
+    merge_tool.main([str(adapter), str(tmp_path), "--dtype", "fp32"])
+    question = [images[0], "--question", QUESTION, "--max_new_tokens", 12]
+    capsys.readouterr()
+    from_adapter = asked(capsys, adapter, *question)
+    assert from_adapter == asked(capsys, tmp_path, *question) != asked(capsys, CHECKPOINT, *question)
+
+
+def test_base_separators_and_processor_of_an_adapter(adapter, tmp_path):
+    """--base stands in for a lost base; separators are the adapter's; the processor is the base's if it has none."""
+    for path in adapter.glob("adapter_*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/away"}))
+    name = SEPARATORS[0]
+    trained = {name: load_file(CHECKPOINT / "model.safetensors")[name].float() + 1}
+    save_file(trained, tmp_path / SEPARATORS_FILE)
+    with pytest.raises(ask.InputError, match="gone/away can't be loaded .*give --base"):
+        ask.load(ask.parse_arguments([str(tmp_path)]))
+    processor, model = ask.load(ask.parse_arguments([str(tmp_path), "--base", str(CHECKPOINT), "--num_crops", "3"]))
+    torch.testing.assert_close(model.get_base_model().get_parameter(name).data, trained[name])
+    assert processor.image_processor.num_crops == 3
+
+
+def test_four_bits_leave_out_head_and_vision(adapter, capsys, monkeypatch):
+    arguments = [str(adapter), "--load_in_4bit", "--question", QUESTION, "--max_new_tokens", "3"]
+    _, model = ask.load(ask.parse_arguments(arguments))
+    kinds = {name: type(module).__name__ for name, module in model.get_base_model().named_modules()}
+    four = {name for name, kind in kinds.items() if kind == "Linear4bit"}
+    assert any("qkv_proj" in name for name in four)
+    assert not any("lm_head" in name or "vision" in name for name in four)
+    assert asked(capsys, *arguments).strip()
+
+
+def test_precision_by_default_and_on_request(monkeypatch):
+    assert ask.parse_arguments([str(CHECKPOINT)]).dtype == "fp32"
+    assert ask.load(ask.parse_arguments([str(CHECKPOINT), "--dtype", "bf16"]))[1].dtype == torch.bfloat16
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert ask.parse_arguments([str(CHECKPOINT)]).dtype == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
+    assert ask.parse_arguments([str(CHECKPOINT)]).dtype == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "folder"),
+        (["CHECKPOINT", "--question", " "], "--question is ' ', must be a text"),
+        (["CHECKPOINT", "--question", "see <|image_1|>"], "--question holds '<|image_1|>'"),
+        (["CHECKPOINT", "--colour"], "unrecognized arguments: --colour"),
+        (["CHECKPOINT", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
+        (["CHECKPOINT", "--num_crops", "0"], "--num_crops 0"),
+        (["CHECKPOINT", "--max_new_tokens", "5000", "--question", "a"], "more than the model's 4096"),
+        (["CHECKPOINT", "--dtype", "fp16"], "--dtype fp16 needs a GPU: on a CPU use --dtype bf16"),
+        (["CHECKPOINT", "--attn_implementation", "flash_attention_2"], "flash attention needs an Ampere GPU"),
+        (["CHECKPOINT", "--base", "x"], "--base x is for an adapter"),
+        (["CHECKPOINT", "nowhere.png", "--question", "a"], "nowhere.png can't be read as an image"),
+        (["README.md", "CHECKPOINT"], "README.md is no folder: the model's folder comes first"),
+        (["nowhere"], "nowhere is no folder"),
+        (["demo"], "demo can't be loaded"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(arguments, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ask.InputError) as error:
+        ask.main([str(CHECKPOINT) if argument == "CHECKPOINT" else argument for argument in arguments])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_lacks_weights(adapter, tmp_path):
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    base.mkdir()
+    for path in CHECKPOINT.iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    weights = load_file(base / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ask.InputError, match="lacks the weights lm_head.weight"):
+        ask.main([str(base)])
+    with pytest.raises(ask.InputError, match="lacks the weights lm_head.weight"):
+        merge_tool.main([str(adapter), str(merged), "--base", str(base)])
+    assert not merged.exists()
+
+
+@pytest.mark.slow
+def test_from_the_terminal(images):
+    """Only the answer on standard output; an error is one line and status 2."""
+    command = [sys.executable, ROOT / "tools" / "ask.py", CHECKPOINT]
+    good = subprocess.run([*command, images[0]], input=f"{QUESTION}\n", capture_output=True, text=True)
+    assert good.returncode == 0 and len(good.stdout.splitlines()) == 1, good.stderr
+    bad = subprocess.run([*command, "nowhere.png"], input="", capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stderr.splitlines()[-1].startswith("error: nowhere.png can't be read") and "Traceback" not in bad.stderr

@@ -1,0 +1,109 @@
+"""FLOPs and memory computed from a model's modules, compared with what torch counts at the real size."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import real_size_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from phi3v.model.packing import pack
+from phi3v.training.measuring import Costs, load_of_packing
+
+
+def micro_batch(examples) -> dict:
+    """Examples of (grids, text tokens, supervised tokens, what their images are called) in one row."""
+    encoded = []
+    for grids, text, supervised, images in examples:
+        n = sum((h * w + 1) * 144 + 1 + (h + 1) * 12 for h, w in grids)
+        ids = torch.cat([torch.full((n,), -1), torch.arange(text) + 3 + len(encoded)])
+        labels = torch.full_like(ids, -100)
+        labels[len(ids) - supervised :] = ids[len(ids) - supervised :]
+        tiles = torch.zeros(sum(h * w for h, w in grids), 336, 336, 3, dtype=torch.uint8)
+        encoded.append(
+            {"input_ids": ids, "labels": labels, "pixel_values": tiles, "grids": list(grids), "images": images}
+        )
+    row = pack(encoded, 4096, True)
+    grids = row["packing"].grids
+    row["image_sizes"] = torch.tensor(grids).view(-1, 2) * 336
+    row["packing"] = replace(row["packing"], mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+    return row
+
+
+BATCHES = {
+    "3x4": [([(3, 4)], 43, 32, None)],
+    "two": [([(1, 2)], 60, 5, None), ([(2, 2), (1, 1)], 700, 600, None)],
+    "shared": [([(2, 2)], 50, 10, "page"), ([(2, 2)], 70, 20, "page"), ([(2, 2)], 60, 3, "page")],
+}
+
+
+def to(row: dict, device) -> dict:
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in row.items()}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "decoder", "all"])
+@pytest.mark.parametrize("mode", ["full", "frozen", "frozen+projector", "lora", "lora+frozen"])
+def test_flops_at_real_size(mode, checkpointing):
+    """Attention is counted in full there: every query with every key of its call. QLoRA computes as LoRA does."""
+    row = micro_batch(BATCHES["two"])
+    model = real_size_model(mode, torch.bfloat16, checkpointing)
+    with FlopCounterMode(display=False) as counter:
+        model(**to(row, "meta")).loss.backward()
+    counted = counter.get_total_flops()
+    costs, load = Costs(model, checkpointing), load_of_packing(row["packing"], causal=False)
+    assert costs.flops(load, again=True) == pytest.approx(counted, rel=0.01)
+    # What is reported counts a query with the keys before it alone.
+    assert 0.95 * counted < costs.flops(load_of_packing(row["packing"]), again=True) < counted
+
+
+CASES = [
+    ("full", torch.bfloat16, "none", "3x4"),
+    ("full", torch.float32, "none", "3x4"),
+    ("full", torch.bfloat16, "none", "two"),
+    ("full", torch.bfloat16, "none", "shared"),
+    ("full", torch.bfloat16, "decoder", "two"),
+    ("full", torch.bfloat16, "all", "3x4"),
+    ("full under autocast", torch.float32, "none", "two"),
+    ("frozen", torch.bfloat16, "none", "3x4"),
+    ("frozen", torch.bfloat16, "all", "shared"),
+    ("lora", torch.float32, "none", "3x4"),
+    ("lora under autocast", torch.bfloat16, "none", "3x4"),
+    ("lora under autocast", torch.bfloat16, "decoder", "two"),
+    ("lora+frozen under autocast", torch.bfloat16, "none", "two"),
+]
+
+
+@pytest.mark.parametrize(("mode", "dtype", "checkpointing", "batch"), CASES)
+def test_kept_tensors_at_real_size(mode, dtype, checkpointing, batch, monkeypatch):
+    """On fake CPU tensors, where attention is the fused kernel's, as on a GPU; on the meta device it is not."""
+    monkeypatch.setattr("phi3v.model.modeling_phi3v.Phi3VModel._check_images", lambda *args: None)  # looks at values
+    row = micro_batch(BATCHES[batch])
+    model = real_size_model(mode.split()[0], dtype, checkpointing)
+    autocast, kept = mode.endswith("autocast"), {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+            for name, p in module._buffers.items():
+                module._buffers[name] = torch.empty(p.shape, dtype=p.dtype)
+        inputs = {key: fake.from_tensor(value) if torch.is_tensor(value) else value for key, value in row.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(**inputs)
+    for p in model.parameters():
+        kept.pop(p.untyped_storage()._cdata, None)
+    found = sum(storage.nbytes() for storage in kept.values())
+    costs = Costs(model, checkpointing, dtype.itemsize, 2 if autocast else dtype.itemsize)
+    expected = costs.kept_bytes(load_of_packing(row["packing"]))
+    if autocast:  # it keeps copies of the weights that train
+        expected += sum(2 * p.numel() for p in model.parameters() if p.requires_grad and p.dim() > 1)
+    assert expected == pytest.approx(found, rel=0.1)

@@ -1,0 +1,70 @@
+"""What --estimate prints, and the memory that it expects."""
+
+import json
+
+import pytest
+import torch
+from helpers import ROOT, real_size_model
+
+import finetune_hf_trainer_ucf101 as ucf101
+from phi3v.data.conversations import Size
+from phi3v.errors import InputError
+from phi3v.training.measuring import Estimate
+
+
+def test_an_estimate(capfd, tmp_path):
+    """What --estimate prints for the real size; memory falls with checkpointing, and time with the number of GPUs."""
+    sizes = [Size(2443, 2400, 17, 10, 0)] * 3
+    model = real_size_model("full", torch.bfloat16)
+    estimates = [Estimate(model, sizes, n, 2, {"zero_optimization": {"stage": 2}}) for n in (1, 8)]
+    load = estimates[0].largest_load(1)
+    peaks = [estimates[1].memory(load, kind).peak for kind in ("none", "decoder", "all")]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] < estimates[0].memory(load, "none").peak
+    text = estimates[1].describe(load, 2)
+    assert "4,146,621,440, of which 4,134,023,168 train" in text and "V100 32 GB" in text
+    assert estimates[1].flops("none") == pytest.approx(77.9e12, rel=0.1)  # the recipe's own count is 77.9 TFLOP
+    plan = estimates[1].plan(64, 1, "auto", None, 72e9)
+    assert plan.tokens >= 2443 and plan.memory.peak <= 72e9
+
+
+def test_memory_under_deepspeed():
+    """What DeepSpeed 0.19 keeps for the whole model: states, buckets of 5e8 in pairs, gathered parameters."""
+    model, sizes = real_size_model("full", torch.bfloat16), [Size(2443, 2400, 17, 10, 0)]
+    whole, trained, largest = 4146621440, 4134023168, 32064 * 3072
+
+    def memory(name, n):
+        config = json.loads((ROOT / "ds_config" / f"{name}.json").read_text())
+        estimate = Estimate(model, sizes, n, 2, config)
+        load = estimate.largest_load(1)
+        found = estimate.memory(load, "all")
+        return found, found.passes - estimate.costs["all"].peak_bytes(load)
+
+    found, buffers = memory("zero2", 8)
+    assert (found.gradients, found.optimizer, found.update) == (trained / 4, trained * 1.5, trained * 0.75)
+    assert buffers == pytest.approx(2e9 + trained / 4)  # with the gradients of the micro-batch at hand
+    found, buffers = memory("zero2_offload", 8)
+    assert (found.gradients, found.optimizer, found.update) == (2 * largest, 0, 0)
+    assert buffers == pytest.approx(2e9)
+    assert memory("zero2_offload", 1)[0] == found  # all that is divided is on the host
+    found, buffers = memory("zero3", 8)
+    assert (found.weights, found.gradients, found.optimizer) == (whole / 4, trained / 4, trained * 1.5)
+    assert buffers == pytest.approx(2 * 3072**2 + 2e9)  # the bucket as the Trainer fills it in
+    assert memory("zero3", 1)[0].update == 6e9  # a group of parameters after the other
+
+
+def test_an_estimate_is_for_a_machine_elsewhere(tmp_path):
+    """fp16 and flash attention, which a CPU lacks, and eager attention, which keeps its weights."""
+    common = ["--data_dir", str(tmp_path), "--model_name_or_path", str(ROOT / "demo" / "base_checkpoint"), "--estimate"]
+
+    def estimate(*flags):
+        args, training_args = ucf101.parse_arguments([*common, *flags])
+        estimated = ucf101.estimate_run(args, training_args, [Size(200, 26, 4, 5, 0)])
+        return estimated.memory(estimated.largest_load(1), "none").peak
+
+    half = estimate("--bf16")
+    assert estimate("--fp16", "--use_flash_attention") == estimate() == half < estimate("--fp32")
+    assert estimate("--attn_implementation", "eager") > half
+    with pytest.raises(InputError, match="--bf16 and --fp16 contradict"):
+        estimate("--bf16", "--fp16")
+    with pytest.raises(InputError, match="auto is by the memory of a GPU"):
+        estimate("--max_tokens_per_gpu", "auto")

@@ -1,0 +1,54 @@
+"""Answers that are generated for an evaluation, and the model that evaluates best."""
+
+import json
+
+import torch
+from helpers import CHECKPOINT, SHORT, arguments
+
+import finetune_hf_trainer_ucf101 as script
+from phi3v import Phi3VForCausalLM
+from phi3v.data.conversations import Collator, ConversationDataset
+from phi3v.training.evaluation import Evaluation, generate_answers
+
+
+def test_answers_come_in_order_whatever_the_batch(processor, toy_examples):
+    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    data = ConversationDataset(toy_examples[:9], processor, for_generation=True)
+    wanted = []
+    for i in range(len(data)):  # one at a time, by transformers' generate alone
+        encoded = {k: v for k, v in Collator(processor, "left")([data[i]]).items() if k != "labels"}
+        ids = model.generate(**encoded, do_sample=False, max_new_tokens=12)
+        new = ids[0, encoded["input_ids"].shape[1] :]
+        wanted.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert len(set(wanted)) > 1
+    for batch_size in (1, 4, 16):
+        assert generate_answers(model, processor, data, batch_size, 12, disable_tqdm=True) == wanted
+
+
+# --keep_best
+
+
+def test_the_best_model_is_kept(toy_data, tmp_path, monkeypatch):
+    values, weights = iter([0.25, 0.75, 0.5, 0.75]), []
+    report = Evaluation.report
+
+    def scripted(self, model, args, **kwargs):
+        weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return report(self, model, args, **kwargs) | {"accuracy": next(values)}
+
+    monkeypatch.setattr(Evaluation, "report", scripted)
+    flags = [*SHORT, "--max_steps", "3", "--eval_steps", "1", "--keep_best", "--no_eval_before"]
+    script.main(arguments(toy_data, tmp_path, *flags))
+    record = json.loads((tmp_path / "best" / "evaluation.json").read_text())
+    assert (record["step"], record["accuracy"]) == (2, 0.75)
+    kept = Phi3VForCausalLM.from_pretrained(tmp_path / "best", dtype=torch.float32).state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in weights[1].items())
+    assert not all(torch.equal(kept[name], tensor) for name, tensor in weights[2].items())
+
+
+def test_a_kept_model_is_evaluated_with_its_own_crops(toy_data, tmp_path):
+    flags = [*SHORT, "--no_eval_before", "--eval_steps", "1", "--keep_best", "--num_crops", "2"]
+    script.main(arguments(toy_data, tmp_path / "out", *flags))
+    best = ["--model_name_or_path", str(tmp_path / "out" / "best"), "--evaluate_only"]
+    flags = [flag for flag in arguments(toy_data, tmp_path / "e", *best) if flag not in ("--num_crops", "4")]
+    assert script.parse_arguments(flags)[0].num_crops == 2

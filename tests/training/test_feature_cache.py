@@ -1,0 +1,144 @@
+"""Cached vision features: the training of a frozen vision model is the same, and its tower is run once an image."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import CHECKPOINT, SIX_STEPS, train_losses
+from PIL import Image
+
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
+from phi3v.data.annotations import read_conversations
+from phi3v.data.conversations import ConversationDataset, all_sizes
+from phi3v.errors import InputError
+from phi3v.model.modeling_phi3v import Phi3VImageEmbedding
+from phi3v.training import feature_cache
+from phi3v.training.checkpoints import Interrupted
+
+FROZEN = [*SIX_STEPS, "--freeze_vision_model", "--deepspeed", "none", "--max_eval_samples", "1"]
+
+
+@pytest.fixture
+def always_pays(monkeypatch):
+    monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 0.0)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many crops have gone through the tower in training, in a list that grows."""
+    counted, encode = [], Phi3VImageEmbedding.encode_crops
+
+    def counting(self, crops):
+        counted.append(len(crops))
+        return encode(self, crops)
+
+    monkeypatch.setattr(Phi3VImageEmbedding, "encode_crops", counting)
+    return counted
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_lora"], ["--batch_size_per_gpu", "4", "--no_share_images"]])
+def test_training_is_the_same_with_cached_features(toy_data, tmp_path, always_pays, encoded, flags):
+    plain = train_losses(toy_data, tmp_path / "plain", *FROZEN, *flags)
+    without = sum(encoded)
+    cache = ["--cache_vision_features", str(tmp_path / "cache")]
+    cached = train_losses(toy_data, tmp_path / "cached", *FROZEN, *flags, *cache)
+    assert cached[0] == pytest.approx(plain[0], rel=1e-6)
+    assert cached == pytest.approx(plain, rel=2e-5)  # steps this large magnify what is rounded otherwise
+    again_from = sum(encoded)
+    again = train_losses(toy_data, tmp_path / "again", *FROZEN, *flags, *cache)
+    assert again == cached
+    in_evaluation = sum(encoded) - again_from  # after training; nothing is computed for training
+    assert in_evaluation < without / 4
+
+
+def dataset_of(toy_data, **options):
+    processor = Phi3VProcessor.from_pretrained(CHECKPOINT, num_crops=4)
+    conversations = read_conversations(toy_data / "ucf101_train.jsonl", toy_data / "images")
+    dataset = ConversationDataset(conversations, processor, **options)
+    all_sizes(dataset, "sizes", disable_tqdm=True)
+    return dataset
+
+
+def cache(model, dataset, folder, limit=2**30, **options):
+    message = feature_cache.cache_features(
+        model, dataset, folder, limit, torch.device("cpu"), torch.float32, disable_tqdm=True, **options
+    )
+    return message, dataset.features
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Phi3VForCausalLM.from_pretrained(CHECKPOINT)
+
+
+def test_features_are_those_of_the_image_and_of_the_model(toy_data, tmp_path, always_pays, model):
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    message, first = cache(model, dataset_of(data), tmp_path / "cache")
+    assert "images are new there" in message
+    files = set(first.folder.iterdir())
+    message, _ = cache(model, dataset_of(data), tmp_path / "cache")
+    assert " 0 images are new" in message
+    changed = next(path for path in sorted((data / "images" / "train").iterdir()))
+    with Image.open(changed) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(changed, pnginfo=None, compress_level=0)
+    message, _ = cache(model, dataset_of(data), tmp_path / "cache")
+    assert " 1 images are new" in message and files < set(first.folder.iterdir())
+    other = Phi3VForCausalLM.from_pretrained(CHECKPOINT)
+    with torch.no_grad():
+        other.model.vision_embed_tokens.img_projection[2].bias[3] += 1e-3
+    assert cache(other, dataset_of(data), tmp_path / "cache")[1].folder != first.folder
+
+
+def test_a_run_goes_on_with_features_as_it_began(toy_data, tmp_path, monkeypatch, model):
+    monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 100.0)
+    dataset = dataset_of(toy_data)
+    assert "are read from" in cache(model, dataset, tmp_path, decided=True)[0] and dataset.features
+    monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 0.0)
+    dataset = dataset_of(toy_data)
+    assert "as in the run that is gone on with" in cache(model, dataset, tmp_path, decided=False)[0]
+    assert dataset.features is None
+    with pytest.raises(InputError, match="--cache_vision_gib.* had them"):
+        cache(model, dataset_of(toy_data), tmp_path, limit=10_000, decided=True)
+
+
+def test_caching_stops_at_a_signal(toy_data, tmp_path, always_pays, model):
+    with pytest.raises(Interrupted):
+        cache(model, dataset_of(toy_data), tmp_path, is_stopped=lambda: True)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+def test_a_folder_without_room_or_without_gain_is_not_used(toy_data, tmp_path, monkeypatch, encoded, model):
+    dataset = dataset_of(toy_data)
+    message, features = cache(model, dataset, tmp_path, limit=10_000)
+    assert features is None and "--cache_vision_gib" in message
+    monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 100.0)
+    before = sum(encoded)
+    message, features = cache(model, dataset, tmp_path)
+    assert features is None and "times as long" in message
+    assert sum(encoded) - before <= feature_cache.TIMED * 5 < sum(size.crops for size in dataset.sizes)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_damaged_features_are_named(toy_data, tmp_path, always_pays, model):
+    dataset = dataset_of(toy_data)
+    _, features = cache(model, dataset, tmp_path)
+    for path in features.folder.iterdir():
+        path.write_bytes(path.read_bytes()[:-5])
+    with_images = next(i for i, size in enumerate(dataset.sizes) if size.crops)
+    with pytest.raises(InputError, match="safetensors, the features of .*delete the file"):
+        dataset[with_images]
+
+
+def test_an_unreadable_image_is_left_out_as_without_a_cache(toy_data, tmp_path, always_pays, model):
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    damaged = next(path for path in sorted((data / "images" / "train").iterdir()))
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=damaged.name):
+        cache(model, dataset_of(data), tmp_path / "cache")
+    dataset = dataset_of(data, skip_bad=True)
+    cache(model, dataset, tmp_path / "cache")
+    problems = [example["problem"] for example in map(dataset.__getitem__, range(len(dataset))) if "problem" in example]
+    assert problems and all(damaged.name in problem for problem in problems)

@@ -1,0 +1,85 @@
+"""An output folder holds the results of one run: what an earlier run left there is set aside or kept."""
+
+import json
+import shutil
+
+import pytest
+from helpers import (
+    RESUMABLE_MODES,
+    SHORT,
+    arguments,
+    copy_up_to_checkpoint,
+    train_resumable,
+)
+
+import finetune_hf_trainer_ucf101 as script
+from phi3v.errors import InputError
+from phi3v.training import checkpoints
+
+
+def test_a_finished_run_is_left_as_it_is(toy_data, finished_run, capfd):
+    before = {path: path.stat().st_mtime_ns for path in finished_run("full").rglob("*")}
+    assert (
+        train_resumable(toy_data, finished_run("full"), *RESUMABLE_MODES["full"], "--resume_from_checkpoint", "auto")
+        is None
+    )
+    assert "finished run" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished_run("full").rglob("*")} == before
+
+
+def test_going_another_way_sets_later_checkpoints_aside(toy_data, finished_run, tmp_path):
+    out = tmp_path / "out"
+    copy_up_to_checkpoint(finished_run("full"), out, 10)
+    flags = ["--resume_from_checkpoint", out / "checkpoint-4", "--max_steps", "6", "--save_total_limit", "1"]
+    train_resumable(toy_data, out, *RESUMABLE_MODES["full"], *flags, "--resume_anyway")
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6"}
+    assert {path.name for path in out.glob("abandoned-*")} == {f"abandoned-checkpoint-{n}" for n in (6, 8, 10)}
+
+
+def test_no_room_for_checkpoints_is_said_at_the_start(toy_data, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="has 0.0 GiB of room, and needs about"):
+        train_resumable(toy_data, tmp_path, *RESUMABLE_MODES["full"])
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_this_ones(toy_data, tmp_path):
+    flags = [*SHORT, "--no_eval_before"]
+    script.main(arguments(toy_data, tmp_path, *flags, "--use_lora", "--train_separators"))
+    best = tmp_path / "best"
+    best.mkdir()
+    (best / "evaluation.json").write_text('{"step": 1, "anls": 0.9, "num_examples": 6}')
+    (tmp_path / "mine.txt").write_text("kept")
+    script.main(arguments(toy_data, tmp_path, *flags, "--eval_steps", "1", "--keep_best"))
+    names = {path.name for path in tmp_path.iterdir()}
+    earlier = {path.name for path in (tmp_path / "earlier-1").iterdir()}
+    assert {"adapter_model.safetensors", "separators.safetensors", "best", "README.md", "tokenizer.json"} <= earlier
+    assert not names & {"adapter_config.json", "adapter_model.safetensors", "separators.safetensors"}
+    assert {"model.safetensors", "mine.txt"} <= names
+    assert "accuracy" in json.loads((best / "evaluation.json").read_text())
+
+
+def test_a_best_model_alone_is_set_aside_too(toy_data, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "evaluation.json").write_text('{"step": 1, "anls": 0.9, "num_examples": 6}')
+    script.main(arguments(toy_data, tmp_path, *SHORT, "--no_eval_before", "--eval_steps", "1", "--keep_best"))
+    assert (tmp_path / "earlier-1" / "best" / "evaluation.json").is_file()
+    assert "accuracy" in json.loads((tmp_path / "best" / "evaluation.json").read_text())
+
+
+def test_a_checkpoint_of_another_folder_does_not_mix_results(toy_data, saved_run, tmp_path):
+    flags = [*SHORT, "--no_eval_before", "--save_steps", "1"]
+    script.main(arguments(toy_data, tmp_path / "a", *flags))
+    shutil.copytree(saved_run("lora"), tmp_path / "b")
+    resume = ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-1")]
+    script.main(arguments(toy_data, tmp_path / "b", *flags, *resume))
+    assert (tmp_path / "b" / "earlier-1" / "adapter_config.json").is_file()
+    assert not (tmp_path / "b" / "adapter_config.json").exists() and (tmp_path / "b" / "model.safetensors").is_file()
+
+
+def test_a_base_is_not_moved_away_by_its_own_training(toy_data, saved_run, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(saved_run("full"), folder)
+    with pytest.raises(InputError, match="choose another --output_dir"):
+        script.main(arguments(toy_data, folder, "--model_name_or_path", str(folder)))
+    assert (folder / "model.safetensors").is_file() and not (folder / "earlier-1").exists()
