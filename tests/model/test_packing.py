@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import BitsAndBytesConfig
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from phi3v.data.conversations import Collator, ConversationDataset, PackingCollator
+from phi3v.data.collate import Collator, PackingCollator
+from phi3v.data.conversations import ConversationDataset
 from phi3v.model.adapters import add_adapter
 from phi3v.model.packing import Group
 

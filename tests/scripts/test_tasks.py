@@ -2,7 +2,7 @@
 
 import datasets
 import pytest
-from helpers import CHECKPOINT, cauldron_features, png_cell, texts_cell
+from helpers import CHECKPOINT, cauldron_features, parse_command, png_cell, texts_cell
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as memes
@@ -15,7 +15,7 @@ from phi3v.errors import InputError
 
 def load(script, toy_tables, tmp_path, *flags):
     argv = ["--data_dir", str(toy_tables), "--output_dir", str(tmp_path), "--model_name_or_path", str(CHECKPOINT)]
-    args, _ = script.parse_arguments([*argv, *flags])
+    args, _ = parse_command(script, [*argv, *flags])
     return script.load_data(args)
 
 

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from phi3v.model.packing import pack
-from phi3v.training.measuring import Costs, load_of_packing
+from phi3v.training.costs import Costs
+from phi3v.training.workload import workload_of_packing
 
 
 def micro_batch(examples) -> dict:
@@ -51,10 +52,10 @@ def test_flops_at_real_size(mode, checkpointing):
     with FlopCounterMode(display=False) as counter:
         model(**to(row, "meta")).loss.backward()
     counted = counter.get_total_flops()
-    costs, load = Costs(model, checkpointing), load_of_packing(row["packing"], causal=False)
+    costs, load = Costs(model, checkpointing), workload_of_packing(row["packing"], causal=False)
     assert costs.flops(load, again=True) == pytest.approx(counted, rel=0.01)
     # What is reported counts a query with the keys before it alone.
-    assert 0.95 * counted < costs.flops(load_of_packing(row["packing"]), again=True) < counted
+    assert 0.95 * counted < costs.flops(workload_of_packing(row["packing"]), again=True) < counted
 
 
 CASES = [
@@ -103,7 +104,7 @@ def test_kept_tensors_at_real_size(mode, dtype, checkpointing, batch, monkeypatc
         kept.pop(p.untyped_storage()._cdata, None)
     found = sum(storage.nbytes() for storage in kept.values())
     costs = Costs(model, checkpointing, dtype.itemsize, 2 if autocast else dtype.itemsize)
-    expected = costs.kept_bytes(load_of_packing(row["packing"]))
+    expected = costs.kept_bytes(workload_of_packing(row["packing"]))
     if autocast:  # it keeps copies of the weights that train
         expected += sum(2 * p.numel() for p in model.parameters() if p.requires_grad and p.dim() > 1)
     assert expected == pytest.approx(found, rel=0.1)

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers import ROOT, real_size_model
+from helpers import ROOT, parse_command, real_size_model
 
 import finetune_hf_trainer_ucf101 as ucf101
-from phi3v.data.conversations import Size
+from phi3v.data.sizes import Size
 from phi3v.errors import InputError
-from phi3v.training.measuring import Estimate
+from phi3v.training.estimate import Estimate
 
 
 def test_an_estimate(capfd, tmp_path):
@@ -57,7 +57,7 @@ def test_an_estimate_is_for_a_machine_elsewhere(tmp_path):
     common = ["--data_dir", str(tmp_path), "--model_name_or_path", str(ROOT / "demo" / "base_checkpoint"), "--estimate"]
 
     def estimate(*flags):
-        args, training_args = ucf101.parse_arguments([*common, *flags])
+        args, training_args = parse_command(ucf101, [*common, *flags])
         estimated = ucf101.estimate_run(args, training_args, [Size(200, 26, 4, 5, 0)])
         return estimated.memory(estimated.largest_load(1), "none").peak
 

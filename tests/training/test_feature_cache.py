@@ -9,11 +9,12 @@ from PIL import Image
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.data.annotations import read_conversations
-from phi3v.data.conversations import ConversationDataset, all_sizes
+from phi3v.data.conversations import ConversationDataset
+from phi3v.data.sizes import all_sizes
 from phi3v.errors import InputError
 from phi3v.model.modeling_phi3v import Phi3VImageEmbedding
 from phi3v.training import feature_cache
-from phi3v.training.checkpoints import Interrupted
+from phi3v.training.stopping import Interrupted
 
 FROZEN = [*SIX_STEPS, "--freeze_vision_model", "--deepspeed", "none", "--max_eval_samples", "1"]
 

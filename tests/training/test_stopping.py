@@ -12,7 +12,8 @@ import pytest
 from helpers import LAUNCH_TWO_RANKS, RESUMABLE, RESUMABLE_MODES, ROOT, digest_of_weights, environment, train_resumable
 
 from phi3v.training import checkpoints
-from phi3v.training.checkpoints import PREEMPTED, damage
+from phi3v.training.checkpoints import damage
+from phi3v.training.stopping import PREEMPTED
 
 
 def test_a_signal_that_comes_twice_is_one(monkeypatch):
