@@ -10,7 +10,7 @@ from PIL import Image
 
 from phi3v.report.page import write_html_report
 from phi3v.report.statistics import confidence_interval, sign_test
-from phi3v.report.templates import number
+from phi3v.report.templates import format_number
 
 VOID = {"meta", "link", "img", "input", "br"}
 SVG = {"path", "rect", "circle", "polyline"}
@@ -226,7 +226,7 @@ def test_curves(tmp_path):
     html, page = report(tmp_path, history=history)
     titles = [a["aria-label"].partition(" over")[0] for a in page.all("svg", role="img")]
     assert titles == ["Loss", "Gradient norm", "MFU", "eval_accuracy"]
-    assert "1 values that are not finite are left out" in page.text and "30% at step 10" in page.text
+    assert "1 values are NaN or infinite and are left out" in page.text and "30% at step 10" in page.text
     for line in page.all("polyline"):
         points = [tuple(map(float, point.split(","))) for point in line["points"].split()]
         assert len(points) == len(line["data-steps"].split()) == len(line["data-values"].split())
@@ -256,6 +256,6 @@ def test_statistics():
         confidence_interval([])
     assert sign_test(0, 0) == 1 and sign_test(3, 3) == 1
     assert sign_test(1, 9) == pytest.approx(22 / 1024) and sign_test(5000, 100) < 1e-6
-    assert list(map(number, (0, 4e-5, 0.123456, 999, 21573.4, 3.2e7))) == [
+    assert list(map(format_number, (0, 4e-5, 0.123456, 999, 21573.4, 3.2e7))) == [
         "0", "4e-05", "0.1235", "999", "21,573", "32M"
     ]  # fmt: skip
