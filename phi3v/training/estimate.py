@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpointing import DESCRIPTIONS, KINDS
+from .activation_checkpointing import DESCRIPTIONS, KINDS
 from .costs import Costs
 from .hardware import GPUS, USABLE_SHARE, device_memory, peak_flops, published_peak
 from .workload import Workload, workload_of_example
@@ -255,7 +255,7 @@ class Plan(NamedTuple):
     """How a run will use its memory.
 
     tokens: the most that a micro-batch has; None if micro-batches have a fixed number of examples.
-    checkpointing: the kind of activation checkpointing, one of `checkpointing.KINDS`.
+    checkpointing: the kind of activation checkpointing, one of `activation_checkpointing.KINDS`.
     workload: the largest micro-batch that can come.
     memory: what is expected with that one.
     budget: bytes that each process can have.
