@@ -71,7 +71,8 @@ def toy_examples(toy_data) -> list[dict]:
 def toy_batch(toy_data, toy_examples):
     """Four examples of the toy data, padded on the right."""
     from phi3v import Phi3VProcessor
-    from phi3v.data.conversations import Collator, ConversationDataset
+    from phi3v.data.collate import Collator
+    from phi3v.data.conversations import ConversationDataset
 
     processor = Phi3VProcessor.from_pretrained(helpers.CHECKPOINT, num_crops=4)
     data = ConversationDataset(toy_examples, processor)

@@ -15,6 +15,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+from phi3v.arguments import parse_arguments
+
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "demo" / "base_checkpoint"
 GOLDEN = ROOT / "tests" / "golden"
@@ -59,6 +61,11 @@ MODES = {
     "qlora, all in 4 bits": "--use_qlora --lora_rank 4 --quantize_vision",
 }
 MODES_COMMON = [*BASE, "--num_crops", "4", "--deepspeed", "none", "--max_new_tokens", "4", "--max_eval_samples", "2"]
+
+
+def parse_command(script, argv: list[str]):
+    """The flags of a script and its TrainingArguments, as its `main` gets them."""
+    return parse_arguments(script.RecipeArguments, script.TRAINING, script.PRESETS, script.__doc__, argv)
 
 
 def arguments(data, out, *flags, common=COMMON) -> list[str]:
@@ -114,6 +121,7 @@ def digest_of_weights(out: Path) -> str:
 DRIVER = """
 import hashlib, json, os, sys
 import finetune_hf_trainer_ucf101 as script
+from phi3v.errors import exit_on_input_error
 
 
 def run():
@@ -128,7 +136,7 @@ def run():
         json.dump({"weights": digest.hexdigest(), "losses": losses, "engine": engine}, file)
 
 
-script.exit_on_input_error(run)
+exit_on_input_error(run)
 """
 LAUNCH_TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

@@ -1,6 +1,7 @@
 """What a command line sets: the presets of the published results."""
 
 import pytest
+from helpers import parse_command
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
@@ -26,7 +27,7 @@ PUBLISHED = [  # as published: script, preset, what is set
 
 @pytest.mark.parametrize("task, preset, wanted", PUBLISHED)
 def test_a_preset_has_the_published_settings(tmp_path, task, preset, wanted):
-    args, training_args = task.parse_arguments(["--output_dir", str(tmp_path), "--preset", preset])
+    args, training_args = parse_command(task, ["--output_dir", str(tmp_path), "--preset", preset])
     values = training_args.to_dict() | vars(args) | {"alpha": args.lora_alpha_ratio * args.lora_rank}
     assert {name: values[name] for name in wanted} == wanted and args.batch_size == 64
     assert (training_args.deepspeed is None) == args.use_lora
@@ -34,11 +35,11 @@ def test_a_preset_has_the_published_settings(tmp_path, task, preset, wanted):
 
 def test_flags_go_before_a_preset(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--preset", "lora", "--learning_rate", "1e-4", "--batch_size", "8"]
-    args, training_args = docvqa.parse_arguments(flags)
+    args, training_args = parse_command(docvqa, flags)
     assert (training_args.learning_rate, args.batch_size, args.lora_rank) == (1e-4, 8, 32)
 
 
 @pytest.mark.parametrize("task, preset, said", [(nlvr2, "lora", "must be full, frozen"), (script, "full", "no result")])
 def test_an_unknown_preset_is_an_error(tmp_path, task, preset, said):
     with pytest.raises(InputError, match=f"--preset.*{said}"):
-        task.parse_arguments(["--output_dir", str(tmp_path), "--data_dir", str(tmp_path), "--preset", preset])
+        parse_command(task, ["--output_dir", str(tmp_path), "--data_dir", str(tmp_path), "--preset", preset])

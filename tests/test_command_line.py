@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from helpers import parse_command
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
@@ -14,7 +15,7 @@ import finetune_hf_trainer_ucf101 as script
 def test_help_is_grouped_and_fits_80_columns(task, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
-        task.parse_arguments(["--help"])
+        parse_command(task, ["--help"])
     out = capsys.readouterr().out
     titles = re.findall(r"^(\S.*):$", out, re.MULTILINE)
     expected = ["data", "model", "what is trained", "optimisation", "evaluation", "the run"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from phi3v.data.conversations import Collator, encode_conversation
+from phi3v.data.collate import Collator
+from phi3v.data.conversations import encode_conversation
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from phi3v.data.conversations import Size
 from phi3v.data.sampler import StepSampler
+from phi3v.data.sizes import Size
 from phi3v.errors import InputError
 
 

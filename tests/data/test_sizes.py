@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 
-from phi3v.data.conversations import ConversationDataset, all_sizes, fingerprint
+from phi3v.data.conversations import ConversationDataset
+from phi3v.data.sizes import all_sizes, fingerprint
 
 
 def test_a_size_is_what_the_encoded_example_takes(processor, toy_examples):

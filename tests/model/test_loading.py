@@ -7,7 +7,6 @@ import torch
 from helpers import CHECKPOINT, RESUMABLE_MODES, train_losses, train_resumable
 from safetensors.torch import load_file, save_file
 
-import finetune_hf_trainer_ucf101 as script
 from phi3v.errors import InputError
 from phi3v.model import loading
 
@@ -20,7 +19,7 @@ def test_a_model_that_lacks_something_is_refused(toy_data, tmp_path):
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
 
     def fails(message):
-        with pytest.raises(script.InputError, match=message):
+        with pytest.raises(InputError, match=message):
             train_losses(toy_data, tmp_path / "out", "--deepspeed", "none", "--model_name_or_path", str(broken))
 
     fails("lacks model.vision_embed_tokens.img_projection.0.weight")

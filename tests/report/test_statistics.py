@@ -2,7 +2,8 @@
 
 import pytest
 
-from phi3v.report.page import confidence_interval, number, sign_test
+from phi3v.report.statistics import confidence_interval, sign_test
+from phi3v.report.templates import number
 
 
 def test_statistics():

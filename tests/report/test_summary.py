@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
-from helpers import SHORT, arguments
+from helpers import SHORT, arguments, parse_command
 
 import finetune_hf_trainer_ucf101 as script
-from phi3v.data.conversations import Size
+from phi3v.data.sizes import Size
 from phi3v.report import summary
 
 # What is said before training
@@ -40,11 +40,13 @@ def args_steps(training_args) -> int:
     ],
 )
 def test_settings_known_to_go_wrong_are_doubted(toy_data, tmp_path, flags, said):
-    args, training_args = script.parse_arguments(arguments(toy_data, tmp_path, "--learning_rate", "4e-5", *flags))
-    found = summary.doubts(args, training_args, 4_000_000_000, [Size(10, 0, 0, 3, 0)], args_steps(training_args))
+    args, training_args = parse_command(script, arguments(toy_data, tmp_path, "--learning_rate", "4e-5", *flags))
+    found = summary.questionable_settings(
+        args, training_args, 4_000_000_000, [Size(10, 0, 0, 3, 0)], args_steps(training_args)
+    )
     assert [text.startswith(f"warning: {said}") for text in found] == ([True] if said else [])
 
 
 def test_the_rates_of_small_models_are_not_doubted(toy_data, tmp_path):
-    args, training_args = script.parse_arguments(arguments(toy_data, tmp_path, "--learning_rate", "1e-3"))
-    assert summary.doubts(args, training_args, 1_000_000, [Size(10, 0, 0, 3, 0)], steps=40) == []
+    args, training_args = parse_command(script, arguments(toy_data, tmp_path, "--learning_rate", "1e-3"))
+    assert summary.questionable_settings(args, training_args, 1_000_000, [Size(10, 0, 0, 3, 0)], steps=40) == []

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import MODES, arguments_of_mode
+from helpers import MODES, arguments_of_mode, parse_command
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v.model.modeling_phi3v import Phi3VImageEmbedding
@@ -24,7 +24,7 @@ def should_train(mode, name):
 
 def gradients(mode, checkpointing, toy_batch, toy_data, out, use_reentrant=False):
     """The model of a mode after one backward pass."""
-    args, training_args = script.parse_arguments(arguments_of_mode(mode, toy_data, out))
+    args, training_args = parse_command(script, arguments_of_mode(mode, toy_data, out))
     model = script.load_model(args, training_args).train()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -89,7 +89,7 @@ def test_nothing_else_moves(mode, checkpointing, toy_data, tmp_path):
 
 @pytest.mark.parametrize("mode", ["frozen", "lora, frozen"])
 def test_a_frozen_tower_is_left_out_of_the_backward_pass(mode, toy_batch, toy_data, tmp_path):
-    args, training_args = script.parse_arguments(arguments_of_mode(mode, toy_data, tmp_path))
+    args, training_args = parse_command(script, arguments_of_mode(mode, toy_data, tmp_path))
     model = script.load_model(args, training_args).train()
     model.activation_checkpointing_enable({"use_reentrant": False})
     features = []

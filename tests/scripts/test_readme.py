@@ -7,7 +7,7 @@ import shlex
 import sys
 
 import pytest
-from helpers import CHECKPOINT, ROOT
+from helpers import CHECKPOINT, ROOT, parse_command
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "demo" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
@@ -82,7 +82,7 @@ def test_a_command_is_accepted(program, words, tmp_path, monkeypatch):
         words = [str(CHECKPOINT) if word == "OUT" else word for word in words]
     else:
         words = [*words, "--model_name_or_path", str(CHECKPOINT)]
-    module.parse_arguments(words)
+    parse_command(module, words)
 
 
 @pytest.mark.parametrize("page", TEXTS)

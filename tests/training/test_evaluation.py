@@ -3,11 +3,12 @@
 import json
 
 import torch
-from helpers import CHECKPOINT, SHORT, arguments
+from helpers import CHECKPOINT, SHORT, arguments, parse_command
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM
-from phi3v.data.conversations import Collator, ConversationDataset
+from phi3v.data.collate import Collator
+from phi3v.data.conversations import ConversationDataset
 from phi3v.training.evaluation import Evaluation, generate_answers
 
 
@@ -51,4 +52,4 @@ def test_a_kept_model_is_evaluated_with_its_own_crops(toy_data, tmp_path):
     script.main(arguments(toy_data, tmp_path / "out", *flags))
     best = ["--model_name_or_path", str(tmp_path / "out" / "best"), "--evaluate_only"]
     flags = [flag for flag in arguments(toy_data, tmp_path / "e", *best) if flag not in ("--num_crops", "4")]
-    assert script.parse_arguments(flags)[0].num_crops == 2
+    assert parse_command(script, flags)[0].num_crops == 2

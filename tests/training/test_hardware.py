@@ -1,6 +1,6 @@
 """The published peak speeds of GPUs are found by their names."""
 
-from phi3v.training.measuring import GPUS, published_peak
+from phi3v.training.hardware import GPUS, published_peak
 
 
 def test_names_of_gpus():

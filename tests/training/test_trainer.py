@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.data.annotations import read_conversations
-from phi3v.data.conversations import Collator, ConversationDataset
+from phi3v.data.collate import Collator
+from phi3v.data.conversations import ConversationDataset
 from phi3v.training.evaluation import generate_answers
 
 
