@@ -42,7 +42,7 @@ def run(name: str):
     from transformers import BitsAndBytesConfig
 
     from phi3v import Phi3VConfig, Phi3VForCausalLM
-    from phi3v.command_line import read_deepspeed_config
+    from phi3v.arguments import read_deepspeed_config
     from phi3v.data.sizes import Size
     from phi3v.model.adapters import add_adapter
     from phi3v.model.image_processing_phi3v import num_image_tokens

@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import logging as python_logging
 import math
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +12,9 @@ import deepspeed
 import torch
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import logging
 
 from . import Phi3VConfig, Phi3VForCausalLM
+from .console import quiet_console, say
 from .data.check import check_data
 from .data.conversations import ConversationDataset
 from .data.preview import render_example
@@ -279,25 +277,3 @@ def estimate_run(args, training_args: TrainingArguments, sizes: list[Size], choo
         not_quantized(args.quantize_vision) if args.use_qlora else None,
         on_gpu=args.estimate or torch.accelerator.is_available(),
     )
-
-
-def say(*lines: str):
-    """Prints on rank 0 alone."""
-    if is_first():
-        for line in lines:
-            print(line, flush=True)
-
-
-def quiet_console(no_bars: bool):
-    """Leaves progress bars and warnings to rank 0, and silences two warnings that mean nothing here."""
-    # Libraries call functions of one another under names that have since changed.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # DeepSpeed's config takes the number of accumulated micro-batches from the Trainer, so the two can't differ.
-    accelerate = python_logging.getLogger("accelerate.accelerator")
-    accelerate.addFilter(lambda record: "Gradient accumulation steps mismatch" not in record.getMessage())
-    if no_bars:
-        logging.disable_progress_bar()
-    if not is_first():
-        warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()

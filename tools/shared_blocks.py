@@ -1,18 +1,29 @@
-"""The blocks between `# shared: NAME` and `# end shared` that must be the same in all four scripts.
+"""Keeps equal the blocks between `# shared: NAME` and `# end shared`, which several training scripts have.
 
-`make shared`, which runs this program, copies them from the first script, finetune_hf_trainer_docvqa.py, to the others
+`make shared`, which runs this program, rewrites each block from the first script that has it. That is
+finetune_hf_trainer_docvqa.py, or for a block that it lacks (`score`) the next script in alphabetical order.
 """
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(ROOT.glob("finetune_hf_trainer_*.py"))
-BLOCK = re.compile(r"^ *# shared: (\w+)\n.*?^ *# end shared\n", re.DOTALL | re.MULTILINE)
+FIRST = ROOT / "finetune_hf_trainer_docvqa.py"
+SCRIPTS = [FIRST, *sorted(set(ROOT.glob("finetune_hf_trainer_*.py")) - {FIRST})]
+BLOCK = re.compile(r"^ *# shared: (\w+)\b[^\n]*\n.*?^ *# end shared\n", re.DOTALL | re.MULTILINE)
 
 
 def blocks(source: str) -> dict[str, str]:
+    """The text of each block, markers included, by name."""
     return {match[1]: match[0] for match in BLOCK.finditer(source)}
+
+
+def source_blocks(sources: list[str]) -> dict[str, str]:
+    """For each name, the block of the first source that has it."""
+    found = {}
+    for source in sources:
+        found = blocks(source) | found
+    return found
 
 
 def with_blocks(source: str, wanted: dict[str, str]) -> str:
@@ -20,13 +31,12 @@ def with_blocks(source: str, wanted: dict[str, str]) -> str:
 
 
 def main():
-    first, *others = SCRIPTS
-    wanted = blocks(first.read_text(encoding="utf-8"))
-    for script in others:
+    wanted = source_blocks([script.read_text(encoding="utf-8") for script in SCRIPTS])
+    for script in SCRIPTS:
         source = script.read_text(encoding="utf-8")
         if (rewritten := with_blocks(source, wanted)) != source:
             script.write_text(rewritten, encoding="utf-8")
-            print(f"{script.name}: rewritten from {first.name}")
+            print(f"{script.name}: shared blocks rewritten")
 
 
 if __name__ == "__main__":
