@@ -121,6 +121,7 @@ def digest_of_weights(out: Path) -> str:
 DRIVER = """
 import hashlib, json, os, sys
 import finetune_hf_trainer_ucf101 as script
+from phi3v.errors import exit_on_input_error
 
 
 def run():
@@ -135,7 +136,7 @@ def run():
         json.dump({"weights": digest.hexdigest(), "losses": losses, "engine": engine}, file)
 
 
-script.exit_on_input_error(run)
+exit_on_input_error(run)
 """
 LAUNCH_TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

@@ -20,7 +20,7 @@ def test_problems_are_counted_and_the_first_shown():
     assert len(problems) == 3
     with pytest.raises(InputError) as error:
         problems.raise_if_any("x")
-    assert str(error.value) == ("x: 3 problems, of which these are the first 2\n  x:1: bad\\x1b[31m\\n\n  x:2: worse")
+    assert str(error.value) == ("x: 3 problems; these are the first 2\n  x:1: bad\\x1b[31m\\n\n  x:2: worse")
 
 
 @pytest.mark.parametrize("prefix", ["", "Caught InputError in worker\nTraceback:\n  line\nphi3v.errors.InputError: "])

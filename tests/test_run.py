@@ -115,11 +115,12 @@ def test_a_dry_run_sees_that_the_saved_model_is_another(toy_data, tmp_path, monk
 ODD_RANK = """
 import os, sys
 import finetune_hf_trainer_ucf101 as script
+from phi3v.errors import exit_on_input_error
 
 flags = sys.argv[1:]
 if os.environ["RANK"] == "1":
     flags += FLAGS
-script.exit_on_input_error(lambda: script.main(flags))
+exit_on_input_error(lambda: script.main(flags))
 """
 
 
@@ -128,7 +129,7 @@ script.exit_on_input_error(lambda: script.main(flags))
     "odd, said",
     [
         (["--no_eval_before"], "processes 0 and 1 were started with other flags: no_eval_before: false, true"),
-        (["--data_dir", "OTHER"], "processes 0 and 1 have different data: 24 and 20 examples"),
+        (["--data_dir", "OTHER"], "processes 0 and 1 have different data (24 and 20 examples)"),
     ],
 )
 def test_ranks_that_were_started_otherwise_end_at_once(toy_data, tmp_path, odd, said):

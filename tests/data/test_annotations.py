@@ -40,7 +40,7 @@ def changed(**turn):
         (changed(assistant="yes<|end|>"), "conversations[0].assistant holds '<|end|>'"),
         (changed(user="a </s> b"), "conversations[0].user holds '</s>'"),
         (changed(user="a <|placeholder1|>"), "conversations[0].user holds '<|placeholder1|>'"),
-        (changed(user="half \ud83d"), "no valid Unicode"),
+        (changed(user="half \ud83d"), "not valid Unicode"),
         (changed(images="a.png"), "conversations[0].images is 'a.png', must be a list"),
         (changed(images=[1]), "conversations[0].images is [1], must be a list"),
         (changed(images=["b.png"]), "b.png does not exist"),
@@ -101,7 +101,11 @@ def test_unusual_annotations_are_read(name, folder):
 
 
 def test_a_file_that_is_no_file(folder):
-    for path, message in (("nowhere.jsonl", "does not exist"), ("images", "no regular"), ("images/pipe", "no regular")):
+    for path, message in (
+        ("nowhere.jsonl", "does not exist"),
+        ("images", "not a regular"),
+        ("images/pipe", "not a regular"),
+    ):
         with pytest.raises(InputError, match=message):
             read_conversations(folder / path, folder / "images")
 

@@ -80,7 +80,7 @@ def test_check_data(workers, toy_data, processor, tmp_path, capsys):
     with pytest.raises(InputError) as error:
         check_data(examples + bad, bad[:1], processor, None, workers, disable_tqdm=True)
     lines = str(error.value).split("\n")
-    assert lines[0] == f"data: {len(bad) + 1} problems, of which these are the first 10" and len(lines) == 11
+    assert lines[0] == f"data: {len(bad) + 1} problems; these are the first 10" and len(lines) == 11
     assert lines[1].startswith("  training data, example bad-0: ") and "empty.png" in lines[1]
     out = capsys.readouterr().out
     assert f"{len(bad)} problems in {len(bad)} examples: bad-0, bad-1" in out and "Traceback" not in out

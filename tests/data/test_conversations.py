@@ -45,7 +45,7 @@ def test_the_sequence_is_the_chat_template_with_images_numbered_through(processo
         "<|user|>\n<s>\nAndthis?<|end|>\n<|assistant|>True<|end|>\n<|endoftext|>"
     )
     assert encoded["grids"] == [(1, 1)] * 3
-    assert encoded["pixel_values"].shape == (3, 56, 56, 3) and encoded["pixel_values"].dtype == torch.uint8
+    assert encoded["tiles"].shape == (3, 56, 56, 3) and encoded["tiles"].dtype == torch.uint8
 
 
 def test_the_loss_covers_every_answer_and_its_end(processor):
@@ -70,12 +70,12 @@ def test_evaluation_sees_the_ids_that_stand_before_the_answer_in_training(proces
         assert torch.equal(train["input_ids"][:n], prompt["input_ids"])
         # All that follows is the last answer: the first id after the prompt is its first target.
         assert (train["labels"][n:] != -100).all() and train["labels"][n - 1] == -100
-        assert torch.equal(train["pixel_values"], prompt["pixel_values"])
+        assert torch.equal(train["tiles"], prompt["tiles"])
 
 
 def test_text_only(processor):
     encoded = encode_conversation(processor, [{"images": [], "user": "Hello?", "assistant": "yes"}])
-    assert encoded["pixel_values"].shape == (0, 56, 56, 3) and encoded["grids"] == []
+    assert encoded["tiles"].shape == (0, 56, 56, 3) and encoded["grids"] == []
 
 
 def test_a_damaged_image_is_named(processor, tmp_path):

@@ -40,13 +40,13 @@ def test_bad_images_are_named(name, as_bytes, processor, tmp_path):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (None, "an image can't be read as an image (there is none)"),
-        ({"bytes": None, "path": None}, "an image of the table can't be read as an image (there is none)"),
+        (None, "an image can't be read as an image (the image is missing)"),
+        ({"bytes": None, "path": None}, "an image of the table can't be read as an image (the image is missing)"),
         ({"bytes": b"", "path": "a.png"}, "a.png can't be read as an image (the file is empty)"),
         ({"path": "nowhere.png"}, "nowhere.png can't be read as an image (the file does not exist)"),
         ("nowhere.png", "nowhere.png can't be read as an image (the file does not exist)"),
-        ("/", "/ can't be read as an image (no regular file)"),
-        (os.devnull, f"{os.devnull} can't be read as an image (no regular file)"),
+        ("/", "/ can't be read as an image (not a regular file)"),
+        (os.devnull, f"{os.devnull} can't be read as an image (not a regular file)"),
         ("a\0.png", "can't be read as an image (the file does not exist)"),
         (7, "an image can't be read as an image ("),
         (Image.new("La", (9, 9)), "an image, of mode La, can't be converted to RGB (conversion from La"),
@@ -62,7 +62,7 @@ def test_what_is_no_image(image, message, processor):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
         open_image(tmp_path / "pipe")
 
 

@@ -128,6 +128,7 @@ def test_a_packed_row_is_its_examples(share_images, mode, implementation, checkp
     assert [len(group.branches) for group in groups] == ([3, 0, 2, 0, 0, 0] if share_images else [0] * 9)
     assert [group.is_long for group in groups][-2:] == [True, False]  # the same image, but other rotary factors
     assert len(batch["image_sizes"]) == 5  # each encoded once
+    assert "tiles" in batch and "pixel_values" not in batch
     expected, n = alone(model, data, indices)
     assert len(batch["labels"]) == n
     assert_equal(gradients(model, [batch], n), expected)

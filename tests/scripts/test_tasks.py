@@ -29,7 +29,7 @@ def test_hateful_memes(toy_tables, tmp_path, capsys):
         [("Meme 500?", "no", 1)],
         [("Meme 502?", "no", 1)],
     ]
-    assert "1 of 3 training rows left out: their images are evaluated on" in capsys.readouterr().out
+    assert "1 of 3 training rows left out: their images are in the evaluation set" in capsys.readouterr().out
     assert evaluation[3]["id"] == "3-0" and turns(evaluation[3]) == [("Meme 3?", "yes", 1)]
 
 
@@ -72,7 +72,7 @@ def test_docvqa_full_asks_as_evaluation_does(toy_tables, tmp_path):
 def test_images_of_a_table_are_encoded(toy_tables, tmp_path):
     train, _ = load(nlvr2, toy_tables, tmp_path)
     encoded = ConversationDataset(train[:1], Phi3VProcessor.from_pretrained(CHECKPOINT))[0]
-    assert encoded["pixel_values"].shape == (2, 56, 56, 3)
+    assert encoded["tiles"].shape == (2, 56, 56, 3)
 
 
 def test_folders_can_be_moved(toy_tables, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from helpers import COMMON, ROOT, arguments, parse_command, train_losses
 
 import finetune_hf_trainer_ucf101 as script
-from phi3v import command_line
+from phi3v import arguments as arguments_module
 from phi3v.errors import InputError, exit_on_input_error
 
 WRONG = [
@@ -98,7 +98,7 @@ def test_keep_best_needs_evaluations(toy_data, tmp_path):
 
 @pytest.mark.parametrize("name, value", [("MIXED_PRECISION", "bf16"), ("USE_DEEPSPEED", "true"), ("USE_FSDP", "true")])
 def test_accelerates_own_settings_are_refused(toy_data, tmp_path, monkeypatch, name, value):
-    monkeypatch.setitem(command_line.LAUNCHED, f"ACCELERATE_{name}", value)
+    monkeypatch.setitem(arguments_module.LAUNCHER, f"ACCELERATE_{name}", value)
     with pytest.raises(InputError, match="accelerate launch: "):
         parse_command(script, arguments(toy_data, tmp_path))
 

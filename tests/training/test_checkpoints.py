@@ -141,12 +141,12 @@ def test_a_full_disk(tmp_path, monkeypatch):
         lambda: torch.save(torch.ones(10**6), "/dev/full"),
     ):
         with pytest.raises(InputError, match="disk is full.*--resume_from_checkpoint auto"):
-            with checkpoints.naming_full_disk(folder):
+            with checkpoints.disk_full_as_input_error(folder):
                 write()
     assert not folder.exists()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="disk is full"):
-        with checkpoints.naming_full_disk(Path("unfinished/checkpoint-3")):
+        with checkpoints.disk_full_as_input_error(Path("unfinished/checkpoint-3")):
             torch.save(torch.ones(10**6), "/dev/full")
-    with pytest.raises(RuntimeError, match="something else"), checkpoints.naming_full_disk(folder):
+    with pytest.raises(RuntimeError, match="something else"), checkpoints.disk_full_as_input_error(folder):
         raise RuntimeError("something else")

@@ -1,7 +1,5 @@
 """FLOPs and memory computed from a model's modules, compared with what torch counts at the real size."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers import real_size_model
@@ -22,13 +20,10 @@ def micro_batch(examples) -> dict:
         labels = torch.full_like(ids, -100)
         labels[len(ids) - supervised :] = ids[len(ids) - supervised :]
         tiles = torch.zeros(sum(h * w for h, w in grids), 336, 336, 3, dtype=torch.uint8)
-        encoded.append(
-            {"input_ids": ids, "labels": labels, "pixel_values": tiles, "grids": list(grids), "images": images}
-        )
-    row = pack(encoded, 4096, True)
+        encoded.append({"input_ids": ids, "labels": labels, "tiles": tiles, "grids": list(grids), "images_key": images})
+    row = pack(encoded, 4096, True, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
     grids = row["packing"].grids
     row["image_sizes"] = torch.tensor(grids).view(-1, 2) * 336
-    row["packing"] = replace(row["packing"], mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
     return row
 
 
@@ -52,10 +47,10 @@ def test_flops_at_real_size(mode, checkpointing):
     with FlopCounterMode(display=False) as counter:
         model(**to(row, "meta")).loss.backward()
     counted = counter.get_total_flops()
-    costs, load = Costs(model, checkpointing), workload_of_packing(row["packing"], causal=False)
-    assert costs.flops(load, again=True) == pytest.approx(counted, rel=0.01)
+    costs, workload = Costs(model, checkpointing), workload_of_packing(row["packing"], causal=False)
+    assert costs.flops(workload, with_recomputation=True) == pytest.approx(counted, rel=0.01)
     # What is reported counts a query with the keys before it alone.
-    assert 0.95 * counted < costs.flops(workload_of_packing(row["packing"]), again=True) < counted
+    assert 0.95 * counted < costs.flops(workload_of_packing(row["packing"]), with_recomputation=True) < counted
 
 
 CASES = [
@@ -104,7 +99,7 @@ def test_kept_tensors_at_real_size(mode, dtype, checkpointing, batch, monkeypatc
         kept.pop(p.untyped_storage()._cdata, None)
     found = sum(storage.nbytes() for storage in kept.values())
     costs = Costs(model, checkpointing, dtype.itemsize, 2 if autocast else dtype.itemsize)
-    expected = costs.kept_bytes(workload_of_packing(row["packing"]))
+    expected = costs.activation_bytes(workload_of_packing(row["packing"]))
     if autocast:  # it keeps copies of the weights that train
         expected += sum(2 * p.numel() for p in model.parameters() if p.requires_grad and p.dim() > 1)
     assert expected == pytest.approx(found, rel=0.1)

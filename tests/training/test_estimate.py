@@ -9,6 +9,7 @@ from helpers import ROOT, parse_command, real_size_model
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v.data.sizes import Size
 from phi3v.errors import InputError
+from phi3v.run import estimate_run
 from phi3v.training.estimate import Estimate
 
 
@@ -17,12 +18,14 @@ def test_an_estimate(capfd, tmp_path):
     sizes = [Size(2443, 2400, 17, 10, 0)] * 3
     model = real_size_model("full", torch.bfloat16)
     estimates = [Estimate(model, sizes, n, 2, {"zero_optimization": {"stage": 2}}) for n in (1, 8)]
-    load = estimates[0].largest_load(1)
-    peaks = [estimates[1].memory(load, kind).peak for kind in ("none", "decoder", "all")]
-    assert peaks == sorted(peaks, reverse=True) and peaks[0] < estimates[0].memory(load, "none").peak
-    text = estimates[1].describe(load, 2)
+    workload = estimates[0].largest_workload(1)
+    peaks = [estimates[1].memory(workload, kind).peak for kind in ("none", "decoder", "all")]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] < estimates[0].memory(workload, "none").peak
+    text = estimates[1].describe(workload, 2)
     assert "4,146,621,440, of which 4,134,023,168 train" in text and "V100 32 GB" in text
-    assert estimates[1].flops("none") == pytest.approx(77.9e12, rel=0.1)  # the recipe's own count is 77.9 TFLOP
+    assert estimates[1].flops_per_example("none") == pytest.approx(
+        77.9e12, rel=0.1
+    )  # the recipe's own count is 77.9 TFLOP
     plan = estimates[1].plan(64, 1, "auto", None, 72e9)
     assert plan.tokens >= 2443 and plan.memory.peak <= 72e9
 
@@ -35,9 +38,9 @@ def test_memory_under_deepspeed():
     def memory(name, n):
         config = json.loads((ROOT / "ds_config" / f"{name}.json").read_text())
         estimate = Estimate(model, sizes, n, 2, config)
-        load = estimate.largest_load(1)
-        found = estimate.memory(load, "all")
-        return found, found.passes - estimate.costs["all"].peak_bytes(load)
+        workload = estimate.largest_workload(1)
+        found = estimate.memory(workload, "all")
+        return found, found.passes - estimate.costs["all"].peak_bytes(workload)
 
     found, buffers = memory("zero2", 8)
     assert (found.gradients, found.optimizer, found.update) == (trained / 4, trained * 1.5, trained * 0.75)
@@ -58,8 +61,8 @@ def test_an_estimate_is_for_a_machine_elsewhere(tmp_path):
 
     def estimate(*flags):
         args, training_args = parse_command(ucf101, [*common, *flags])
-        estimated = ucf101.estimate_run(args, training_args, [Size(200, 26, 4, 5, 0)])
-        return estimated.memory(estimated.largest_load(1), "none").peak
+        estimated = estimate_run(args, training_args, [Size(200, 26, 4, 5, 0)], ucf101.choose_trained)
+        return estimated.memory(estimated.largest_workload(1), "none").peak
 
     half = estimate("--bf16")
     assert estimate("--fp16", "--use_flash_attention") == estimate() == half < estimate("--fp32")

@@ -64,7 +64,7 @@ def cache(model, dataset, folder, limit=2**30, **options):
     message = feature_cache.cache_features(
         model, dataset, folder, limit, torch.device("cpu"), torch.float32, disable_tqdm=True, **options
     )
-    return message, dataset.features
+    return message, dataset.feature_cache
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +76,31 @@ def test_features_are_those_of_the_image_and_of_the_model(toy_data, tmp_path, al
     data = tmp_path / "data"
     shutil.copytree(toy_data, data)
     message, first = cache(model, dataset_of(data), tmp_path / "cache")
-    assert "images are new there" in message
+    assert "newly computed images: " in message
     files = set(first.folder.iterdir())
     message, _ = cache(model, dataset_of(data), tmp_path / "cache")
-    assert " 0 images are new" in message
+    assert "newly computed images: 0" in message
     changed = next(path for path in sorted((data / "images" / "train").iterdir()))
     with Image.open(changed) as image:
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(changed, pnginfo=None, compress_level=0)
     message, _ = cache(model, dataset_of(data), tmp_path / "cache")
-    assert " 1 images are new" in message and files < set(first.folder.iterdir())
+    assert "newly computed images: 1" in message and files < set(first.folder.iterdir())
     other = Phi3VForCausalLM.from_pretrained(CHECKPOINT)
     with torch.no_grad():
         other.model.vision_embed_tokens.img_projection[2].bias[3] += 1e-3
     assert cache(other, dataset_of(data), tmp_path / "cache")[1].folder != first.folder
 
 
-def test_a_run_goes_on_with_features_as_it_began(toy_data, tmp_path, monkeypatch, model):
+def test_a_resumed_run_uses_cached_features_if_it_has_used_them_before(toy_data, tmp_path, monkeypatch, model):
     monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 100.0)
     dataset = dataset_of(toy_data)
-    assert "are read from" in cache(model, dataset, tmp_path, decided=True)[0] and dataset.features
+    assert "are read from" in cache(model, dataset, tmp_path, earlier_choice=True)[0] and dataset.feature_cache
     monkeypatch.setattr(feature_cache, "reading_seconds", lambda path: 0.0)
     dataset = dataset_of(toy_data)
-    assert "as in the run that is gone on with" in cache(model, dataset, tmp_path, decided=False)[0]
-    assert dataset.features is None
-    with pytest.raises(InputError, match="--cache_vision_gib.* had them"):
-        cache(model, dataset_of(toy_data), tmp_path, limit=10_000, decided=True)
+    assert "the run that is resumed has not used" in cache(model, dataset, tmp_path, earlier_choice=False)[0]
+    assert dataset.feature_cache is None
+    with pytest.raises(InputError, match="--cache_vision_gib.*the run that is resumed has used"):
+        cache(model, dataset_of(toy_data), tmp_path, limit=10_000, earlier_choice=True)
 
 
 def test_caching_stops_at_a_signal(toy_data, tmp_path, always_pays, model):
@@ -117,7 +117,7 @@ def test_a_folder_without_room_or_without_gain_is_not_used(toy_data, tmp_path, m
     before = sum(encoded)
     message, features = cache(model, dataset, tmp_path)
     assert features is None and "times as long" in message
-    assert sum(encoded) - before <= feature_cache.TIMED * 5 < sum(size.crops for size in dataset.sizes)
+    assert sum(encoded) - before <= feature_cache.TIMED_IMAGES * 5 < sum(size.crops for size in dataset.sizes)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

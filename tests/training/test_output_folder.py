@@ -14,7 +14,7 @@ from helpers import (
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v.errors import InputError
-from phi3v.training import checkpoints
+from phi3v.training import output_folder
 
 
 def test_a_finished_run_is_left_as_it_is(toy_data, finished_run, capfd):
@@ -38,7 +38,7 @@ def test_going_another_way_sets_later_checkpoints_aside(toy_data, finished_run, 
 
 def test_no_room_for_checkpoints_is_said_at_the_start(toy_data, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match="has 0.0 GiB of room, and needs about"):
         train_resumable(toy_data, tmp_path, *RESUMABLE_MODES["full"])
 

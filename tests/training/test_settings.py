@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v.errors import InputError
-from phi3v.training import checkpoints
+from phi3v.training import settings
 
 CHANGES = [
     (["--learning_rate", "2e-3"], "learning_rate: 0.001 then, 0.002 now", False),
@@ -52,8 +52,8 @@ def test_other_settings_are_refused(flags, message, can_go_on, toy_data, finishe
 def test_a_base_that_has_changed_under_its_name_is_noticed(toy_data, finished_run, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(CHECKPOINT, base)
-    assert checkpoints.model_fingerprint(str(base)) == checkpoints.model_fingerprint(str(CHECKPOINT))
-    assert checkpoints.model_fingerprint("someone/model") is None
+    assert settings.model_fingerprint(str(base)) == settings.model_fingerprint(str(CHECKPOINT))
+    assert settings.model_fingerprint("someone/model") is None
     flags = [*RESUMABLE_MODES["full"], "--model_name_or_path", str(base)]
     train_resumable(toy_data, tmp_path / "out", *flags, "--max_steps", "4")
     (tmp_path / "out" / "finished.json").unlink()

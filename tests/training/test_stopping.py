@@ -11,7 +11,7 @@ import time
 import pytest
 from helpers import LAUNCH_TWO_RANKS, RESUMABLE, RESUMABLE_MODES, ROOT, digest_of_weights, environment, train_resumable
 
-from phi3v.training import checkpoints
+from phi3v.training import stopping
 from phi3v.training.checkpoints import damage
 from phi3v.training.stopping import PREEMPTED
 
@@ -19,12 +19,12 @@ from phi3v.training.stopping import PREEMPTED
 def test_a_signal_that_comes_twice_is_one(monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     try:
-        preemption, left = checkpoints.Preemption(), []
-        monkeypatch.setattr(checkpoints.os, "_exit", left.append)
+        preemption, left = stopping.Preemption(), []
+        monkeypatch.setattr(stopping.os, "_exit", left.append)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert preemption.requested() and not left
-        preemption.first -= checkpoints.REPEATS
+        preemption.last_signal -= stopping.SAME_SIGNAL
         os.kill(os.getpid(), signal.SIGTERM)
         assert left == [128 + signal.SIGTERM]
     finally:
