@@ -69,5 +69,5 @@ def test_an_estimate_is_for_a_machine_elsewhere(tmp_path):
     assert estimate("--attn_implementation", "eager") > half
     with pytest.raises(InputError, match="--bf16 and --fp16 contradict"):
         estimate("--bf16", "--fp16")
-    with pytest.raises(InputError, match="auto is by the memory of a GPU"):
+    with pytest.raises(InputError, match="auto depends on a GPU's memory"):
         estimate("--max_tokens_per_gpu", "auto")
