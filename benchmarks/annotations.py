@@ -1,11 +1,12 @@
-"""Seconds and peak memory of reading and checking a file of conversations.
+"""Time and memory that it takes to read and check a file of conversations.
 
     python benchmarks/annotations.py [--lines 100000] [--images 8] [--repetitions 3]
 
-A synthetic file as convert_ucf101.py writes it: a video a line, with its frames in 101 folders. The frames are empty
-files, for the reader never opens them. Each repetition is a process of its own that first imports the package; the
-seconds are the reader's alone, the memory is the growth of the process's peak. For comparison the same lines through
-nothing but json.loads, and with one look-up (stat) of each file besides. A last case has an error in every line.
+The file is like those of convert_ucf101.py: each line is a video, with its frames in one of 101 folders. The frames are
+empty files, since the reader never opens them. Each repetition runs in a process of its own, which imports the package
+first. The seconds are those of the reader alone; the memory is how much the peak of the process grows. For comparison,
+the same lines are also read with json.loads alone, and with json.loads and a stat of each file. In the last case every
+line has an error.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def write_data(folder: Path, lines: int, images: int):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lines", type=int, default=100_000)
-    parser.add_argument("--images", type=int, default=8, help="a line")
+    parser.add_argument("--images", type=int, default=8, help="images per line (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=3)
     args = parser.parse_args()
     print(f"Python {platform.python_version()}, {args.lines:,} lines of {args.images} images")

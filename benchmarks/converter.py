@@ -1,12 +1,12 @@
-"""Speed of convert_ucf101.py against a plain loop that decodes one video after the other.
+"""The speed of convert_ucf101.py against a plain loop that decodes one video after the other.
 
     python benchmarks/converter.py [--videos 60] [--repetitions 5]
 
-Real XviD clips of 320x240 pixels and 25 to 180 frames, a third of them with B-frames, are made in a temporary folder.
-The plain loop decodes all frames of a video, with PyAV's default threads, into a list of images, picks 8 and saves
-them with the converter's JPEG quality, into files with the same bytes, which is checked. Each case is a process of its
-own, so that all times include the start of Python, and the converter's those of its workers. The cases take turns;
-wall-clock seconds are shown.
+XviD clips of 320x240 pixels and 25 to 180 frames, a third of them with B-frames, are made in a temporary folder. The
+plain loop decodes all frames of a video, with PyAV's default threads, into a list of images, and saves 8 of them with
+the converter's JPEG quality. Both write the same bytes, which is checked. Each case runs in a process of its own, so
+that all times include the start of Python, and those of the converter also the start of its workers. The cases take
+turns. The seconds are wall-clock time.
 """
 
 import argparse
@@ -41,7 +41,7 @@ for video in sorted(source.glob("train/*/*.avi")):
 
 
 def write_clip(path: Path, n: int, rng: np.random.Generator, b_frames: bool):
-    """`n` frames of a window that moves over a picture of smooth random blobs."""
+    """Writes a clip of `n` frames: a window that moves over a picture of smooth random blobs."""
     coarse = rng.integers(0, 256, (24, 32, 3)).astype(np.uint8)
     picture = av.VideoFrame.from_ndarray(coarse).reformat(width=640, height=480).to_ndarray(format="rgb24")
     with av.open(str(path), "w", format="avi") as container:
@@ -85,7 +85,7 @@ def main():
                 subprocess.run(command, check=True, capture_output=True)
                 if repetition:
                     seconds[name].append(time.perf_counter() - start)
-                else:  # warms up the file cache
+                else:  # the first round fills the file cache and is not timed
                     expected = expected or jpegs(out_dir)
                     assert jpegs(out_dir) == expected and len(expected) == 8 * args.videos
                 shutil.rmtree(out_dir)

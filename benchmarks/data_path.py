@@ -1,29 +1,27 @@
-"""Image to the tower's input: uint8 tiles made in a worker and normalised later, against padded fp32 crops.
+"""From an image to the tower's input: uint8 tiles that are normalised later, against padded fp32 crops.
 
     python benchmarks/data_path.py [--repetitions 9]
 
-One CPU thread. The plain way: resize, pad, normalise and cut in the worker, in the official layout of 1 + num_crops
-crops in fp32. Ours: tiles as uint8 in the worker; the global crop and the normalisation afterwards, here on the CPU
-too. Times are CPU milliseconds an image, medians; bytes are what a worker sends.
+One CPU thread. The plain way resizes, pads, normalises and cuts the image in the worker, and sends the official layout
+of 1 + num_crops crops in fp32. Our way sends uint8 tiles; the global crop and the normalisation are computed
+afterwards, in training on the GPU, here on the CPU. The times are CPU milliseconds per image, as medians; the bytes are
+those that a worker sends.
 """
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
-from phi3v import Phi3VImageProcessor  # noqa: E402
+from phi3v import Phi3VImageProcessor
 
 
 def straightforward(processor: Phi3VImageProcessor, image: Image.Image) -> torch.Tensor:
-    """(1 + num_crops, 3, S, S) fp32, step by step as the paper describes it."""
+    """The crops (1 + num_crops, 3, S, S) in fp32, computed step by step as the paper describes it."""
     size, (h, w) = processor.image_size, processor.crop_grid(*image.size)
     width, height = processor.resized_size(*image.size)
     upright = image.width < image.height

@@ -1,11 +1,11 @@
-"""What fits on common GPUs, and how fast it would be: the estimate of `--estimate` in tables. Nothing is measured.
+"""Tables of what fits on common GPUs and how fast it would be, by the estimate of --estimate. Nothing is measured.
 
     python benchmarks/hardware.py [--model_name_or_path FOLDER]
 
-Of the model only config and tokenizer are read. An example is a page of 1700x2200 pixels at 16 crops with a question
-and a short answer, a step has 64 of them. For each GPU and mode stands what `--max_tokens_per_gpu auto` would choose:
-how many examples a micro-batch holds, what activation checkpointing computes again, and images/s of all GPUs together
-at the assumed share of their peak.
+Only the model's config and tokenizer are read. An example is a page of 1700x2200 pixels at 16 crops with a question and
+a short answer; a step has 64 examples. For each GPU and mode, the tables show what `--max_tokens_per_gpu auto` would
+choose: how many examples a micro-batch has, what activation checkpointing computes again, and the images/s of all GPUs
+together at the assumed fraction of their peak.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # phi3v and the scripts, where they are not installed
-with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints, too
+sys.path.append(str(ROOT))  # the scripts, which are not part of the installed package
+with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints lines when it is imported
     import finetune_hf_trainer_docvqa as docvqa
     from phi3v import Phi3VProcessor
     from phi3v.arguments import parse_arguments
@@ -39,8 +39,9 @@ MODES = {
     "LoRA": ["--use_lora"],
     "QLoRA": ["--use_qlora"],
 }
-BEFORE_AMPERE = ("V100", "RTX 8000")  # neither bf16 nor flash attention
-# Columns of each table: number of GPUs, mode. With offload nothing is divided, and n GPUs do n times what one does.
+BEFORE_AMPERE = ("V100", "RTX 8000")  # these have neither bf16 nor flash attention
+# Columns of each table: (number of GPUs, mode). Offload is not repeated for 2 and 4 GPUs: it divides nothing between
+# them, so that n GPUs are n times as fast as one.
 TABLES = [
     [(1, mode) for mode in MODES] + [(n, mode) for n in (2, 4) for mode in ("full", "ZeRO-3")],
     [(8, mode) for mode in MODES],

@@ -1,11 +1,11 @@
-"""Whole runs of a script on the demo's data: the plain way against ours, and one process against two.
+"""Whole runs of a script on the demo's data: plain settings against ours, and one process against two.
 
     make demo TASK=docvqa; python benchmarks/runs.py
 
-The plain way is one example at a time, in training and evaluation, with activation checkpointing throughout and pages
-read anew for every question, as the published recipe's defaults have it. Every run trains on the same 512 questions,
-in fp32 without DeepSpeed, and evaluates on 200. Seconds are wall-clock time, of the training loop and of the
-evaluation after it; imports and loading are left out. On GPUs the same program measures them.
+The plain settings are the defaults of the published recipe: one example at a time, in training and evaluation, with
+activation checkpointing of all layers, and a page is read again for every question. Every run trains on the same 512
+questions, in fp32 without DeepSpeed, and evaluates on 200. The seconds are wall-clock time of the training loop and of
+the evaluation after it, without imports and loading. On a machine with GPUs, this program measures runs on the GPUs.
 """
 
 import os
@@ -33,7 +33,7 @@ RUNS = {
 
 
 def run(processes: int, flags: str) -> tuple[float, float, float]:
-    """(seconds of training, seconds of evaluation, largest GiB of a process)."""
+    """Returns (seconds of training, seconds of evaluation, GiB of the process that took most memory)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command += ["finetune_hf_trainer_docvqa.py", *COMMON, *flags.split(), "--output_dir", folder]

@@ -1,4 +1,4 @@
-"""The handwritten digits behind the demo, how they are split, and how one is drawn."""
+"""The handwritten digits of the demo: loading them, splitting them, and drawing one."""
 
 import gzip
 from pathlib import Path
@@ -11,10 +11,10 @@ SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
 def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (n, 8, 8) with values 0 to 16, and labels int (n,), of one of the splits train, val and test.
+    """Images, uint8 (n, 8, 8) with values 0 to 16, and labels, int (n,), of the split train, val or test.
 
-    Everything in the demo splits by digit image, here and nowhere else: a digit image of `val` or `test` is never
-    seen in training, neither by the base checkpoint nor by a task.
+    This is the only place where the demo splits its data. It splits the digit images, so that neither the base
+    checkpoint nor a task ever trains on a digit image of `val` or `test`.
     """
     with gzip.open(DIGITS, "rt") as file:
         rows = np.loadtxt(file, delimiter=",").astype(np.uint8)
@@ -26,7 +26,10 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(canvas: Image.Image, digit: np.ndarray, center: tuple[float, float], side: float, ink: float = 1.0):
-    """Draws a digit (8, 8) dark on a light grey-scale canvas; `center` and `side` in pixels, `ink` from 0 to 1."""
+    """Draws a dark digit (8, 8) on a light grey-scale canvas.
+
+    center, side: in pixels; ink: how dark it is, from 0 to 1.
+    """
     side = max(2, round(side))
     strength = Image.fromarray((digit.astype(float) * (255 / 16) * ink).astype(np.uint8))
     strength = strength.resize((side, side), Image.Resampling.BICUBIC)

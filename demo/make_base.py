@@ -2,37 +2,34 @@
 
     python demo/make_base.py [--out_dir demo/base_checkpoint]
 
-First the tower learns to see digits, then the decoder to answer questions and to judge statements about them: which
-they are, where they stand, how large and how dark they are, in one image or in each of several. Only training digits
-are used. The tasks that the demo fine-tunes for are never shown: no page, no caption, no video, and of statements about
-two images only those on size and darkness, never on the numbers. On one machine the result is the same on every run.
+First the tower learns to see digits. Then the decoder learns to answer questions and to judge statements about digits
+in one or several images: which digits they are, where they are, how large and how dark. All digits are from the
+training split. The model never sees the demo's tasks: no pages, captions or videos, and its statements about two images
+are about size and darkness, never about the numbers. On one machine the result is the same on every run.
 """
 
 import argparse
 import json
 import random
 import string
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from digits import draw, load_digits
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
+from phi3v.data.collate import Collator
+from phi3v.data.conversations import ConversationDataset
+from phi3v.model.packing import IGNORE_INDEX
+from phi3v.training.evaluation import generate_answers
+
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # phi3v, where it is not installed
-
-from digits import draw, load_digits  # noqa: E402
-
-from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor  # noqa: E402
-from phi3v.data.collate import Collator  # noqa: E402
-from phi3v.data.conversations import ConversationDataset  # noqa: E402
-from phi3v.model.packing import IGNORE_INDEX  # noqa: E402
-from phi3v.training.evaluation import generate_answers  # noqa: E402
 
 # ---- tokenizer
 
@@ -42,7 +39,7 @@ CHAT_TEMPLATE = (
     "{%- for turn in messages -%}{{ '<|' ~ turn.role ~ '|>\\n' ~ turn.content ~ '<|end|>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt and messages[-1].role != 'assistant' -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
 )
-# The words of the base's own questions and of the demo's tasks: each of them becomes a token or two.
+# The words of the questions here and of the demo's tasks. Each word becomes one or two tokens.
 TEXTS = [
     "Describe the image. Describe image 1. Which digits are shown?",
     "Which digit is shown? Which digit is on the left? Which digit is on the right?",
@@ -59,11 +56,11 @@ TEXTS = [
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE of at most VOCABULARY tokens that falls back to bytes, structured as the real model's."""
+    """A BPE tokenizer of at most VOCABULARY tokens with byte fallback, built like the real model's."""
     byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
     learner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    # The text is cut only while merges are learned: no merge will join words, digits or punctuation.
+    # Only training cuts the text here, so that no merge joins words, digits or punctuation.
     learner.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[A-Z]?[a-z]+|."), "isolated")
     learner.train_from_iterator(
         TEXTS,
@@ -76,7 +73,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     learned = json.loads(learner.to_str())
     learned["pre_tokenizer"] = None
-    # The trainer marks byte tokens as special, which decoding would leave out.
+    # The trainer marks the byte tokens as special, and decoding leaves out special tokens.
     learned["added_tokens"] = learned["added_tokens"][:3]
     bpe = Tokenizer.from_str(json.dumps(learned))
     bpe.decoder = decoders.Sequence(
@@ -100,11 +97,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 # ---- model
 
-IMAGE_SIZE = 56  # pixels: 4 x 4 patches, 2 x 2 image tokens a crop
+IMAGE_SIZE = 56  # pixels of a crop's side: 4 x 4 patches, 2 x 2 image tokens
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Phi3VForCausalLM:
-    """A model of 0.65M parameters; the tower's last layer is never run, as in the real model. All widths are multiples
+    """A model of 0.65M parameters. As in the real model, the tower's last layer is never run. All widths are multiples
     of 64, the block size of 4-bit quantisation."""
     config = Phi3VConfig(
         hidden_size=128,
@@ -114,7 +111,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Phi3VForCausalLM:
         vocab_size=VOCABULARY,
         max_position_embeddings=4096,
         sliding_window=None,
-        initializer_range=0.09,  # 1 / sqrt(hidden_size): about what 0.02 is to the real width of 3072
+        initializer_range=0.09,  # 1 / sqrt(hidden_size), as 0.02 is for the real width of 3072
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -134,7 +131,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Phi3VForCausalLM:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     embeddings = model.model.vision_embed_tokens.img_processor.vision_model.embeddings
     with torch.no_grad():
-        # Filters that sum to zero answer to strokes alone: otherwise the white paper drowns the patch's position.
+        # Filters that sum to zero respond only to strokes. Otherwise the white paper would hide the patch's position.
         filters = embeddings.patch_embedding.weight.normal_(std=0.1)
         filters -= filters.mean((2, 3), keepdim=True)
         embeddings.position_embedding.weight.normal_(std=0.5)
@@ -143,16 +140,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Phi3VForCausalLM:
 
 # ---- questions
 
-WIDTH, HEIGHT = 160, 120  # half of the videos' size, for speed: crops are smaller still
+WIDTH, HEIGHT = 160, 120  # half the size of the videos, for speed; crops are even smaller
 COLUMNS, ROWS = ("left", "middle", "right"), ("top", "middle", "bottom")
 SIDES = {"small": (25, 42), "middling": (52, 72), "large": (82, 108)}  # pixels
 INKS = {"faint": (0.15, 0.3), "grey": (0.45, 0.6), "dark": (0.8, 1.0)}
-# The words that describe one digit, and those that describe two.
+# The possible words at each place of a description: five places for one digit, two for a pair of digits.
 FACTS = [list(INKS), list(SIDES), string.digits, ROWS, COLUMNS, string.digits, string.digits]
 
 
 def one_digit(digits, rng: random.Random) -> tuple[Image.Image, str, dict[str, str]]:
-    """An image of one digit, its description, and answers by the beginning of the question."""
+    """An image of one digit, its description, and the answer to each question without its question mark."""
     images, labels = digits
     i, column, row = rng.randrange(len(images)), rng.randrange(3), rng.randrange(3)
     size, ink = rng.choice(list(SIDES)), rng.choice(list(INKS))
@@ -173,7 +170,7 @@ def one_digit(digits, rng: random.Random) -> tuple[Image.Image, str, dict[str, s
 
 
 def two_digits(digits, rng: random.Random) -> tuple[Image.Image, str, dict[str, str]]:
-    """An image of two digits side by side; the rest as in `one_digit`."""
+    """The same as `one_digit` for an image of two digits side by side."""
     images, labels = digits
     left, right = rng.randrange(len(images)), rng.randrange(len(images))
     image = Image.new("L", (WIDTH, HEIGHT), 255)
@@ -188,7 +185,7 @@ def two_digits(digits, rng: random.Random) -> tuple[Image.Image, str, dict[str, 
 
 
 def judgements(descriptions, rng: random.Random) -> list[tuple[str, str]]:
-    """Two statements about how dark and how large the digits of two images are, each as often true as not."""
+    """A statement on how dark and one on how large the digits of two images are; half of all statements are true."""
     inks, sizes = zip(*(description.split()[:2] for description in descriptions), strict=True)
     turns = []
     for values, order in (inks, list(INKS)), (sizes, list(SIDES)):
@@ -212,7 +209,7 @@ def judgements(descriptions, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def make_conversation(digits, rng: random.Random) -> list[dict]:
-    """Three or four turns about one image of two digits, or about one to four images of one digit each."""
+    """Three or four turns about one image of two digits, or about one to four images of one digit."""
     if rng.random() < 0.25:
         image, _, answers = two_digits(digits, rng)
         shown, turns = [image], [(f"{question}?", answer) for question, answer in answers.items()]
@@ -238,7 +235,7 @@ def make_conversation(digits, rng: random.Random) -> list[dict]:
 
 
 class Conversations:
-    """`n` conversations about the digits of a split, number i the same on every run; `turns` of each, or all."""
+    """`n` conversations about the digits of a split, the same on every run, with at most `turns` turns each."""
 
     def __init__(self, split: str, n: int, turns: int | None = None):
         self.split, self.n, self.turns, self.digits = split, n, turns, load_digits(split)
@@ -252,7 +249,7 @@ class Conversations:
 
 
 class Crops(Dataset):
-    """`n` images of the training digits: the crop (3, S, S), and what it shows as an index for each of FACTS."""
+    """`n` images of training digits: the crop (3, S, S), and its description as an index into each of FACTS."""
 
     def __init__(self, processor, n: int):
         self.image_processor, self.n, self.digits = processor.image_processor, n, load_digits("train")
@@ -273,7 +270,7 @@ class Crops(Dataset):
 
 
 def fit(parameters, batches: DataLoader, loss_of, learning_rate: float, name: str):
-    """One step of AdamW for each batch, down the gradient of `loss_of(batch)`."""
+    """Trains with AdamW to reduce `loss_of(batch)`, one step for each batch."""
     parameters = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -291,10 +288,10 @@ def fit(parameters, batches: DataLoader, loss_of, learning_rate: float, name: st
 
 
 def train_tower(model, processor, steps: int, batch_size: int, learning_rate: float):
-    """Trains tower and projector to tell what a crop shows, with a linear head that is then thrown away.
+    """Trains the tower and the projector to classify what a crop shows. Their linear head is thrown away afterwards.
 
-    Answers in words alone are a weak signal for a tower that starts from nothing: with them, digits were still read
-    at chance when the time was up.
+    A tower with random weights learns too slowly from answers in words: in a trial, the model still only guessed the
+    digits when the time was used up.
     """
     vision = model.model.vision_embed_tokens
     head = torch.nn.Linear(vision.grid**2 * model.config.hidden_size, sum(map(len, FACTS)))
@@ -310,7 +307,7 @@ def train_tower(model, processor, steps: int, batch_size: int, learning_rate: fl
 
 
 def train_decoder(model, processor, steps: int, batch_size: int, learning_rate: float):
-    """Trains the rest to answer questions about what the tower sees; the tower, already good, is left alone."""
+    """Trains the decoder to answer questions about images; the trained vision model stays frozen."""
     model.model.vision_embed_tokens.requires_grad_(False)
     data = ConversationDataset(Conversations("train", steps * batch_size), processor)
     batches = DataLoader(data, batch_size, num_workers=1, collate_fn=Collator(processor, "right"))
@@ -319,7 +316,7 @@ def train_decoder(model, processor, steps: int, batch_size: int, learning_rate: 
 
 
 def count_right(model, processor, n: int) -> dict[str, tuple[int, int]]:
-    """For each question, how many of how many answers about held-out digits are wholly right; n answers in all."""
+    """Asks n questions about held-out digits. Returns (right answers, all answers) for each kind of question."""
     conversations = Conversations("val", n, turns=1)
     data = ConversationDataset(conversations, processor, for_generation=True)
     answers = generate_answers(model, processor, data, 64, max_new_tokens=32, disable_tqdm=True)
@@ -339,14 +336,14 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--decoder_steps", type=int, default=4000)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the order of sums, and with it the result, depends on it
+    torch.set_num_threads(1)  # the result depends on the number of threads, because the order of sums does
     tokenizer = make_tokenizer()
     processor = Phi3VProcessor(Phi3VImageProcessor(num_crops=1, image_size=IMAGE_SIZE), tokenizer)
     model = make_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     train_tower(model, processor, args.tower_steps, batch_size=64, learning_rate=2e-3)
     train_decoder(model, processor, args.decoder_steps, batch_size=32, learning_rate=1e-3)
-    model.to(torch.bfloat16)  # as the real checkpoint
+    model.to(torch.bfloat16)  # as the real checkpoint is
     model.save_pretrained(args.out_dir)
     processor.save_pretrained(args.out_dir)
     for question, (right, asked) in count_right(model, processor, 2000).items():

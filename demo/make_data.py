@@ -1,18 +1,19 @@
-"""Writes the demo's data: a small analogue of a task's real data set, drawn from handwritten digits.
+"""Writes the demo's data for a task: a small imitation of the real data set, made from handwritten digits.
 
     python demo/make_data.py --task ucf101|docvqa|hateful_memes|nlvr2 --out_dir DIR
 
-Laid out as the real data sets are on the Hub, and byte for byte the same on every run:
+The files have the layout of the real data sets on the Hub, and are the same on every run, to the byte:
 
-ucf101: DIR/UCF101_subset.tar.gz, XviD videos of a digit that moves, in eight classes of motion.
-docvqa: DIR/docvqa_1200_examples and DIR/the_cauldron/docvqa, forms with a number in each row; what is in row B?
-hateful_memes: DIR/the_cauldron/hateful_memes, a digit and the caption "an even number" or "an odd number"; do they
-    match? Nothing hateful.
-nlvr2: DIR/the_cauldron/nlvr2, two digits and statements about them; true or false?
+ucf101: DIR/UCF101_subset.tar.gz has XviD videos of a digit that moves, in eight classes of motion.
+docvqa: DIR/docvqa_1200_examples and DIR/the_cauldron/docvqa have forms with a number in each row, and questions such
+    as "What is the number in row B?"
+hateful_memes: DIR/the_cauldron/hateful_memes has pictures of a digit with the caption "an even number" or "an odd
+    number"; the question is whether they match. Nothing is hateful.
+nlvr2: DIR/the_cauldron/nlvr2 has pairs of digits and statements about them, which are true or false.
 
-`datasets.load_dataset` reads the folders as it reads the Hub's repositories of these names. Digit images that are
-evaluated on are seen in no training part: the test split of docvqa_1200_examples, and the first 500 rows of
-hateful_memes and nlvr2, which have no split of their own and which the recipe holds out.
+`datasets.load_dataset` reads these folders like the Hub's repositories of the same names. No digit image of an
+evaluation is in the training data. The evaluations use the test split of docvqa_1200_examples, and the first 500 rows
+of hateful_memes and nlvr2: these have no test split, and the recipe holds out these rows.
 """
 
 import argparse
@@ -39,7 +40,7 @@ MOTIONS = ("FadeIn", "FadeOut", "GrowLarge", "ShrinkSmall", "SlideDown", "SlideL
 
 
 def motion_frames(motion: str, digit: np.ndarray, rng: np.random.Generator) -> list[Image.Image]:
-    """16 to 40 grey frames of WIDTH x HEIGHT pixels."""
+    """The 16 to 40 grey frames, WIDTH x HEIGHT pixels, of a video in which the digit makes this motion."""
     n = int(rng.integers(16, 41))
     x, y = WIDTH / 2 + rng.uniform(-25, 25), HEIGHT / 2 + rng.uniform(-15, 15)
     side, reach, frames = rng.uniform(110, 140), rng.uniform(0.8, 1.0), []
@@ -76,9 +77,9 @@ def encode_avi(frames: list[Image.Image]) -> bytes:
 
 
 def make_ucf101(out_dir: Path, videos: dict[str, int]):
-    """Writes the archive, whole or not at all. `videos`: how many of each split.
+    """Writes the archive, which appears only when it is complete.
 
-    Raises ValueError for a number that the classes can't share.
+    videos: how many videos each split has. Raises ValueError for a number that is not a multiple of the classes.
     """
     if bad := [f"{split} {n}" for split, n in videos.items() if n < 1 or n % len(MOTIONS)]:
         raise ValueError(f"numbers of videos must be positive multiples of {len(MOTIONS)}: {', '.join(bad)}")
@@ -108,7 +109,7 @@ def make_ucf101(out_dir: Path, videos: dict[str, int]):
     print(path)
 
 
-# ---- data sets of the Hub: a README with the features, and parquet files with the images in them
+# ---- data sets in the Hub's form: a README with the features, and parquet files that contain the images
 
 TEXT = Value("string")
 FEATURES = {
@@ -127,19 +128,19 @@ FEATURES = {
         {"images": List(ImageFeature()), "texts": List({"user": TEXT, "assistant": TEXT, "source": TEXT})}
     ),
 }
-SOURCE = "handwritten digits"  # in the place of the real data set's name
+SOURCE = "handwritten digits"  # instead of the real data set's name
 
 
 def png(image: Image.Image) -> dict:
-    """The image as `datasets` keeps it in a table."""
+    """The image as `datasets` stores it in a table."""
     buffer = io.BytesIO()
     image.save(buffer, "png")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def write_parquet(folder: Path, parts: dict[str, list[dict]]):
-    """Writes rows to `folder/{path}-00000-of-00001.parquet` for each path, all of them whole or none, and a README
-    that names the folder's configurations: those just written and those that are there."""
+    """Writes the rows of each path to `folder/{path}-00000-of-00001.parquet`, and a README that names all
+    configurations in the folder, new and old. The files appear only when all of them are complete."""
     features = FEATURES[folder.name]
     with ExitStack() as stack:
         finished = {}
@@ -173,7 +174,7 @@ def write_parquet(folder: Path, parts: dict[str, list[dict]]):
 
 # ---- docvqa
 
-ROW_SIDE, ROWS = 160, "ABC"  # pixels; one row fills one crop of --num_crops 3
+ROW_SIDE, ROWS = 160, "ABC"  # pixels; with --num_crops 3, one row fills one crop
 QUERY = {
     "de": "Wie lautet die Zahl in Zeile {}?",
     "en": "What is the number in row {}?",
@@ -184,7 +185,7 @@ QUERY = {
 
 
 def draw_form(digits, rng) -> tuple[Image.Image, list[str]]:
-    """A page with a letter and a number of two digits in each of ROWS, and the numbers."""
+    """A page with a letter and a number of two digits in each row, and the numbers."""
     images, labels = digits
     page = Image.new("L", (ROW_SIDE, ROW_SIDE * len(ROWS)), 255)
     numbers = []
@@ -239,12 +240,12 @@ def make_docvqa(out_dir: Path, n_train: int, n_eval: int):
 
 # ---- hateful_memes and nlvr2
 
-# Ten captions to match instead of two parities would take the demo's small model minutes to make sense of.
+# With ten captions, one for each digit, the demo's small model would need minutes of training.
 PARITIES = ("an even number", "an odd number")
 
 
 def draw_digit(digits, label: int, rng) -> Image.Image:
-    """A picture of one digit that reads `label`."""
+    """A picture of one digit whose label is `label`."""
     images, labels = digits
     picture = Image.new("L", (160, 120), 255)
     center = 80 + rng.uniform(-8, 8), 60 + rng.uniform(-5, 5)
@@ -257,7 +258,7 @@ def make_hateful_memes(out_dir: Path, n_train: int, n_eval: int):
     for seed, split, n in ((4, "val", n_eval), (5, "train", n_train)):
         digits, rng = load_digits(split), np.random.default_rng(seed)
         for i in rng.permutation(n):
-            shown, said = i & 1, i >> 1 & 1  # every other picture is odd, and so is every other caption
+            shown, said = i & 1, i >> 1 & 1  # half of the pictures are odd, and half of the captions
             picture = draw_digit(digits, 2 * rng.integers(5) + shown, rng)
             user = f'The caption says "{PARITIES[said]}". Does the caption match the picture?'
             texts = [{"user": user, "assistant": "yes" if shown == said else "no", "source": SOURCE}]
@@ -270,9 +271,11 @@ def make_nlvr2(out_dir: Path, n_train: int, n_eval: int):
     for seed, split, n in ((6, "val", n_eval), (7, "train", n_train)):
         digits, rng = load_digits(split), np.random.default_rng(seed)
         for i in rng.permutation(n):
-            larger, found, is_so = (bool(i >> k & 1) for k in range(3))  # the answers: each is true every other time
+            larger, found, is_so = (
+                bool(i >> k & 1) for k in range(3)
+            )  # the three answers; each is true half of the time
             wanted, side = rng.integers(2, size=2)
-            # Of pairs drawn at random, three in four show the wanted parity: so they are drawn until one fits.
+            # Three quarters of all random pairs show the wanted parity, so draw until a pair fits.
             while True:
                 pair = sorted(rng.choice(10, size=2, replace=False), reverse=larger)
                 if found == (wanted in (pair[0] % 2, pair[1] % 2)):
@@ -283,7 +286,7 @@ def make_nlvr2(out_dir: Path, n_train: int, n_eval: int):
                 (f"At least one image shows {PARITIES[wanted]}.", found),
                 (f"The {('left', 'right')[side]} image shows {PARITIES[claimed]}.", is_so),
             ]
-            first = i // 8 % 3  # only the first is evaluated
+            first = i // 8 % 3  # the evaluation uses only the first statement
             texts = [
                 {"user": statement, "assistant": str(answer), "source": SOURCE}
                 for statement, answer in statements[first:] + statements[:first]
@@ -307,14 +310,19 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--task", choices=["ucf101", *SIZES], required=True)
     parser.add_argument("--out_dir", type=Path, required=True)
     parser.add_argument(
-        "--videos", type=int, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="ucf101 (default: 480 96 64)"
+        "--videos",
+        type=int,
+        nargs=3,
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="number of videos for ucf101 (default: 480 96 64)",
     )
     parser.add_argument(
         "--rows",
         type=int,
         nargs=2,
         metavar=("TRAIN", "EVAL"),
-        help="the others (default: 2000 500; docvqa 1000 200). The recipe evaluates on 500 of the Cauldron's, always",
+        help="number of rows for the other tasks (default: 2000 500; for docvqa 1000 200). The recipe always evaluates "
+        "on 500 rows of hateful_memes and nlvr2",
     )
     args = parser.parse_args(argv)
     unused = "rows" if args.task == "ucf101" else "videos"

@@ -1,10 +1,11 @@
-"""Asks a model about images: a full or merged one, or an adapter on its base. Answers appear as they are generated.
+"""Asks a model questions about images, and prints the answers while they are generated.
 
     python tools/ask.py output/ cat.jpg --question "What is shown?"
-    python tools/ask.py output/ left.jpg right.jpg      # questions from the keyboard, each a follow-up of the last
-    python tools/ask.py output/ < questions.txt         # no images; a question a line
+    python tools/ask.py output/ left.jpg right.jpg      # a conversation: type the questions
+    python tools/ask.py output/ < questions.txt         # a conversation without images, one question per line
 
-The images stand before the first question. An empty line or Ctrl-D ends the conversation.
+The folder holds a whole model, or an adapter whose base model is loaded too. The images come before the first
+question. An empty line or Ctrl-D ends the conversation.
 """
 
 import argparse
@@ -33,12 +34,16 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("folder", help="output of a run, a merged model, or a repository on the Hub")
-    parser.add_argument("images", nargs="*", help="image files, in the order of their numbers")
-    parser.add_argument("--question", help="ask this alone; default: questions from standard input, a line each")
-    parser.add_argument("--base", help="an adapter's base model, if it is no longer where the adapter says")
-    parser.add_argument("--load_in_4bit", action="store_true", help="NF4 as in QLoRA: a third of the memory, slower")
-    parser.add_argument("--num_crops", type=int, help="at most so many crops an image; default: as it was trained")
+    parser.add_argument("folder", help="output folder of a run, a merged model, or a repository on the Hub")
+    parser.add_argument("images", nargs="*", help="image files, in the order in which the model sees them")
+    parser.add_argument("--question", help="ask only this; default: questions from standard input, one per line")
+    parser.add_argument("--base", help="the adapter's base model, if it is not where adapter_config.json says")
+    parser.add_argument(
+        "--load_in_4bit",
+        action="store_true",
+        help="load the model in NF4, as QLoRA does: a third of the memory, slower",
+    )
+    parser.add_argument("--num_crops", type=int, help="at most this many crops per image; default: as in training")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU that has it, else fp16; fp32 on a CPU")
     parser.add_argument("--attn_implementation", choices=ATTENTION, help="default: the best that is installed")
@@ -48,23 +53,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.question is not None:
         check_text(args.question, "--question")
     if not Path(args.folder).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", args.folder):
-        raise InputError(f"{args.folder} is no folder: the model's folder comes first, then the images")
+        raise InputError(f"{args.folder} is not a folder: give the model's folder first, then the images")
     args.adapter = Path(args.folder) if (Path(args.folder) / "adapter_config.json").is_file() else None
     if args.base and not args.adapter:
-        raise InputError(f"--base {args.base} is for an adapter: {args.folder} holds no adapter_config.json")
+        raise InputError(f"--base {args.base} is only for an adapter, but {args.folder} has no adapter_config.json")
     if args.dtype is None and torch.accelerator.is_available():
         old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "fp16" if old else "bf16"
     try:
         args.dtype = choose_precision(args.dtype == "bf16", args.dtype == "fp16", args.dtype == "fp32")
         args.attn_implementation = choose_attention(args.attn_implementation, False, args.dtype)
-    except InputError as e:  # it speaks of the training scripts' flags
+    except InputError as e:  # the message names the flags of the training scripts
         raise InputError(re.sub(r"--(bf16|fp16|fp32)\b", r"--dtype \1", str(e))) from None
     return args
 
 
 def load(args: argparse.Namespace):
-    """The processor, with which all images are tried, and then the model, which takes longer."""
+    """The processor and the model.
+
+    Before the model is loaded, which takes long, all images are read. Raises InputError for what can't be loaded.
+    """
     dtype = DTYPES[args.dtype]
     place = args.base or base_and_adapter(args.folder)[0]
     try:
@@ -82,19 +90,20 @@ def load(args: argparse.Namespace):
         return processor, (load_adapter(model, args.adapter) if args.adapter else model).eval()
     except InputError:
         raise
-    except Exception as e:  # each library that reads a part of the folder has errors of its own
+    except Exception as e:  # the libraries that read the folder raise errors of many classes
         hint = ": give --base" if place != args.folder else ""
         raise InputError(f"{place} can't be loaded ({' '.join(f'{e!r}'.split())[:300]}){hint}") from None
 
 
 def encode(processor: Phi3VProcessor, turns: list[dict]) -> dict[str, torch.Tensor]:
+    """The model's inputs for the conversation up to its last question."""
     batch = Collator(processor, "left")([encode_conversation(processor, turns, for_generation=True)])
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
 @torch.inference_mode()
 def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: int) -> str:
-    """The greedy answer to the last turn, printed while it is generated."""
+    """The greedy answer to the last question, which is printed while it is generated."""
     batch = {key: value.to(model.device) for key, value in encode(processor, turns).items()}
     length, limit = batch["input_ids"].shape[1], model.config.max_position_embeddings
     if length + max_new_tokens > limit:
@@ -105,7 +114,7 @@ def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: 
     ids = model.generate(**batch, **ends, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
     if not tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip():
         print("(the answer is empty)", file=sys.stderr)
-    # A tag that the model spelled out would stand for an image in the next turn.
+    # If the answer has an image tag in it, the next turn would take it for an image.
     return IMAGE_TAG.sub("", tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip())
 
 

@@ -1,16 +1,17 @@
-"""Turns common formats of image conversations into what finetune_hf_trainer_ucf101.py trains on.
+"""Converts common formats of image conversations into the format that finetune_hf_trainer_ucf101.py trains on.
 
     python tools/convert_conversations.py --source questions.csv --images_dir photos --out_dir DATA
     python tools/convert_conversations.py --source llava.json --images_dir coco --out_dir DATA
     python tools/convert_conversations.py --source messages.jsonl --images_dir images --out_dir DATA
 
-- `.csv` with the columns image, question and answer, or `.tsv`; several images of a question are divided by `;`;
+It reads
+- `.csv` or `.tsv` with the columns image, question and answer; several images of a question are separated by `;`;
 - LLaVA's json: a list of {"id", "image", "conversations": [{"from": "human"|"gpt", "value"}, …]};
 - jsonl with {"messages": [{"role": "user"|"assistant", "content"}, …], "images": […]}, where content is a text or a
-  list of {"type": "text", "text"} and {"type": "image"}, as transformers' chat templates have it.
+  list of {"type": "text", "text"} and {"type": "image"}, as in transformers' chat templates.
 
-Images are linked or copied, the text of a turn stands after its images, and a system message before the first question.
-A share of the examples, chosen by their number, is kept for evaluation.
+Images are linked, or copied if OUT_DIR is on another disk. The images of a turn come before its text, and a system
+message comes before the first question. Every n-th example is kept for evaluation, with n = 1 / --val_share.
 """
 
 import argparse
@@ -32,6 +33,7 @@ IMAGE_PLACE = re.compile(r"\s*<image>\s*|\s*<\|image_\d+\|>\s*")
 
 
 def rows_of_table(path: Path) -> Iterator[tuple[str, list[dict]]]:
+    """Yields for each row of a table where it stands and its conversation of one turn."""
     delimiter = "\t" if path.suffix == ".tsv" else ","
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
@@ -45,6 +47,7 @@ def rows_of_table(path: Path) -> Iterator[tuple[str, list[dict]]]:
 
 
 def rows_of_json(path: Path) -> Iterator[tuple[str, list[dict]]]:
+    """Yields for each object of a json or jsonl file where it stands and its conversation."""
     for where, example in objects(path):
         if "messages" in example:
             images = example.get("images") or []
@@ -61,7 +64,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict]]:
-    """Of a json list or a jsonl, where each object stands and what it is."""
+    """Yields each object of a json list or a jsonl file, with where it stands in the file."""
     text = path.read_text(encoding="utf-8-sig")
     is_list = text.lstrip().startswith("[")
     try:
@@ -83,7 +86,10 @@ def objects(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def turns(where: str, messages: list[tuple], images: list) -> list[dict]:
-    """Messages → turns of a question and an answer. Images that no message has a place for stand in the first."""
+    """Turns of a question and an answer, made of messages as (role, content).
+
+    Images for which no message has a place go to the first turn. Raises InputError if the messages do not alternate.
+    """
     made, rest, system, question = [], list(images), "", None
     for role, content in messages:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -103,27 +109,27 @@ def turns(where: str, messages: list[tuple], images: list) -> list[dict]:
             made.append({**question, "assistant": text})
             question = None
         else:
-            raise InputError(f"{where}: a message of {role!r} is out of turn, or has an image that it can't have")
+            raise InputError(f"{where}: a message of {role!r} is out of turn, or has an image where none can be")
     if not made or question is not None:
         raise InputError(f"{where}: the last message must be an answer")
     made[0]["images"] = rest + made[0]["images"]
     return made
 
 
-def place(name, images_dir: Path, target: Path, where: str) -> str:
-    """Links or copies an image below `target`, and returns its name there."""
+def link_image(name, images_dir: Path, target: Path, where: str) -> str:
+    """Links or copies an image into the folder `target` and returns its name there."""
     if not isinstance(name, str) or not name:
         raise InputError(f"{where}: image is {name!r:.80}, must be a file name")
     source = (images_dir / name).resolve()
     if not source.is_relative_to(images_dir.resolve()) or not source.is_file():
-        raise InputError(f"{where}: image {name} is no file below {images_dir}: see --images_dir")
+        raise InputError(f"{where}: image {name} is not a file below {images_dir}: see --images_dir")
     name = str(source.relative_to(images_dir.resolve()))
     copy = target / name
     copy.parent.mkdir(parents=True, exist_ok=True)
     if not copy.exists():
         try:
             os.link(source, copy)
-        except OSError:  # another disk
+        except OSError:  # a link to another disk is not possible
             shutil.copyfile(source, copy)
     return name
 
@@ -132,10 +138,12 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--source", type=Path, required=True, help=".csv, .tsv, .json or .jsonl")
     parser.add_argument(
-        "--images_dir", type=Path, help="folder that image names are relative to; default: the source's"
+        "--images_dir", type=Path, help="folder that the image names are relative to; default: the folder of --source"
     )
     parser.add_argument("--out_dir", type=Path, required=True, help="a new folder")
-    parser.add_argument("--val_share", type=float, default=0.1, help="share kept for evaluation (default: %(default)s)")
+    parser.add_argument(
+        "--val_share", type=float, default=0.1, help="fraction of the examples for evaluation (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if not args.source.is_file():
         raise InputError(f"--source {args.source} does not exist")
@@ -151,7 +159,9 @@ def main(argv: list[str] | None = None):
         with replacing_folder(args.out_dir) as partial:
             for number, (where, conversation) in enumerate(tqdm(rows, desc="converting", unit="example")):
                 for turn in conversation:
-                    turn["images"] = [place(name, images_dir, partial / "images", where) for name in turn["images"]]
+                    turn["images"] = [
+                        link_image(name, images_dir, partial / "images", where) for name in turn["images"]
+                    ]
                     for role in ("user", "assistant"):
                         if problem := text_problem(turn[role]):
                             raise InputError(f"{where}: the {role}'s text {problem}")

@@ -1,11 +1,11 @@
-"""Merges a LoRA adapter into its base model: a checkpoint that loads anywhere, under the Hub's tensor names.
+"""Merges a LoRA adapter into its base model and saves a whole model, with the Hub's tensor names.
 
     python tools/merge_adapter.py output/ merged/
     python tools/merge_adapter.py output/ merged/ --dequantize    # after QLoRA: exactly the model that was trained
 
-An adapter trained with --use_qlora has learned beside a base rounded to 4 bits. By default it is merged into the
-base as it was before rounding, which is what most users of QLoRA do; --dequantize merges it into the rounded one,
-with --dtype as in the run.
+An adapter from --use_qlora was trained on a base model that was rounded to 4 bits. By default, it is merged into the
+base model as it was before rounding, which is what most users of QLoRA do. With --dequantize it is merged into the
+rounded base model; then --dtype must be the precision of the run.
 """
 
 import argparse
@@ -24,14 +24,18 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("adapter", type=Path, help="output folder of a run with --use_lora or --use_qlora")
     parser.add_argument("output_dir", type=Path, help="new folder for the merged model and the processor")
-    parser.add_argument("--base", help="the base model, if it is no longer where the adapter says")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the merged weights (default: %(default)s)")
-    parser.add_argument("--dequantize", action="store_true", help="merge into the base as QLoRA rounded it")
-    parser.add_argument("--quantize_vision", action="store_true", help="if the run had it; needs --dequantize")
+    parser.add_argument("--base", help="the base model, if it is not where adapter_config.json says")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="dtype of the merged weights (default: %(default)s)"
+    )
+    parser.add_argument("--dequantize", action="store_true", help="merge into the base model as QLoRA rounded it")
+    parser.add_argument(
+        "--quantize_vision", action="store_true", help="give this if the run had it; needs --dequantize"
+    )
     args = parser.parse_args(argv)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (args.adapter / name).is_file():
-            raise InputError(f"{args.adapter} holds no {name}: give the output folder of a LoRA run")
+            raise InputError(f"{args.adapter} has no {name}: give the output folder of a LoRA run")
     if args.quantize_vision and not args.dequantize:
         parser.error("--quantize_vision has no effect without --dequantize")
     if args.output_dir.is_file():
@@ -40,7 +44,8 @@ def main(argv: list[str] | None = None):
         raise InputError(f"{args.output_dir} is not empty: choose a new folder")
     base = args.base or base_and_adapter(str(args.adapter))[0]
     quantization = nf4_config(torch.float32, args.quantize_vision) if args.dequantize else None
-    # Merged in fp32 and then rounded once; but what was rounded to 4 bits was the base in the run's precision.
+    # Merging in fp32 rounds only once. With --dequantize the base model is loaded in the precision of the run, because
+    # the run rounded it to 4 bits from there.
     dtype = DTYPES[args.dtype] if args.dequantize else torch.float32
     try:
         model = load_saved(base, dtype=dtype, quantization=quantization)
@@ -49,7 +54,8 @@ def main(argv: list[str] | None = None):
     merged = merge_adapter(model, args.adapter).to(DTYPES[args.dtype])
     merged.save_pretrained(args.output_dir)
     Phi3VProcessor.from_pretrained(args.adapter).save_pretrained(args.output_dir)
-    print(f"{args.output_dir}: {base} with {args.adapter}, {sum(p.numel() for p in merged.parameters()):,} parameters")
+    n_parameters = sum(p.numel() for p in merged.parameters())
+    print(f"{args.output_dir}: {base} merged with {args.adapter}, {n_parameters:,} parameters")
 
 
 if __name__ == "__main__":

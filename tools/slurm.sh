@@ -1,6 +1,6 @@
 #!/bin/bash
-# Fine-tunes on the nodes of a SLURM job, and goes on in a new job when the time is up. From the repository's folder,
-# which all nodes must see, as they must OUT:
+# Fine-tunes on the nodes of a SLURM job, and resumes in a new job when the time limit is reached. Start it in the
+# repository's folder; all nodes must see this folder and OUT:
 #
 #     sbatch --nodes=4 --time=12:00:00 tools/slurm.sh finetune_hf_trainer_nlvr2.py OUT --bf16 --batch_size 64
 #
@@ -10,23 +10,23 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-# To this shell alone, which passes it on, 300 s before the time is up: a step and a checkpoint must fit into that.
+# SLURM sends SIGUSR1 to this shell alone, 300 s before the time limit. This must be enough for a step and a checkpoint.
 #SBATCH --signal=B:USR1@300
-# Also after a node has failed.
+# SLURM also starts the job again after a node has failed.
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
 
 program=${1:?usage: sbatch tools/slurm.sh SCRIPT OUTPUT_DIR FLAG…} output_dir=${2:?OUTPUT_DIR is missing}
 shift 2
-export PATH="$PWD/.venv/bin:$PATH" # where `make install` puts everything
+export PATH="$PWD/.venv/bin:$PATH" # `make install` installs everything there
 
-# The first node's torchrun is where the others meet. Jobs that share a node get ports of their own.
+# All torchruns connect to the one on the first node. The port depends on the job, since jobs can share a node.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
-# A torchrun a node. No shell stands before it: SLURM signals every process, and a shell would end at that.
-# When one torchrun fails, SLURM ends the others, which otherwise could wait for as long as --ddp_timeout.
+# srun starts one torchrun per node, without a shell around it: SLURM signals every process, and the signal would end
+# the shell. When one torchrun fails, SLURM ends the others, which otherwise could wait as long as --ddp_timeout.
 srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
     torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" \
     --rdzv_backend=c10d --rdzv_endpoint="$head:$port" --rdzv_id="$SLURM_JOB_ID" \
@@ -38,12 +38,12 @@ stopped=
 trap 'stopped=1; kill -USR1 "$step"' USR1
 wait "$step"
 status=$?
-if [ "$stopped" ]; then # the signal has ended the waiting, and not yet the training
+if [ "$stopped" ]; then # the signal ended the first wait, but not yet the training
     wait "$step"
     status=$?
 fi
 
-# torchrun ends with 1 whether training was stopped (status 75) or has failed: only what was stopped is started again.
+# torchrun ends with status 1 both if training was stopped (status 75) and if it failed. Only a stopped job is requeued.
 if [ "$stopped" ] && [ ! -f "$output_dir/finished.json" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

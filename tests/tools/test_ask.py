@@ -158,10 +158,10 @@ def test_precision_by_default_and_on_request(monkeypatch):
         (["CHECKPOINT", "--max_new_tokens", "5000", "--question", "a"], "more than the model's 4096"),
         (["CHECKPOINT", "--dtype", "fp16"], "--dtype fp16 needs a GPU: on a CPU use --dtype bf16"),
         (["CHECKPOINT", "--attn_implementation", "flash_attention_2"], "flash attention needs an Ampere GPU"),
-        (["CHECKPOINT", "--base", "x"], "--base x is for an adapter"),
+        (["CHECKPOINT", "--base", "x"], "--base x is only for an adapter"),
         (["CHECKPOINT", "nowhere.png", "--question", "a"], "nowhere.png can't be read as an image"),
-        (["README.md", "CHECKPOINT"], "README.md is no folder: the model's folder comes first"),
-        (["nowhere"], "nowhere is no folder"),
+        (["README.md", "CHECKPOINT"], "README.md is not a folder: give the model's folder first"),
+        (["nowhere"], "nowhere is not a folder"),
         (["demo"], "demo can't be loaded"),
     ],
 )

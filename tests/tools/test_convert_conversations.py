@@ -69,8 +69,8 @@ def test_formats(name, images, tmp_path):
 
 BAD = [
     ("a.csv", "image,question\na.png,What?\n", "there is no column answer"),
-    ("a.csv", "image,question,answer\nnone.png,What?,A cat.\n", r"a.csv:2: image none.png is no file below"),
-    ("a.csv", "image,question,answer\n../a.csv,What?,A cat.\n", "is no file below"),
+    ("a.csv", "image,question,answer\nnone.png,What?,A cat.\n", r"a.csv:2: image none.png is not a file below"),
+    ("a.csv", "image,question,answer\n../a.csv,What?,A cat.\n", "is not a file below"),
     ("a.csv", "image,question,answer\na.png,What?,\n", "the assistant's text is '', must be a text"),
     ("a.csv", "image,question,answer\na.png,What?,A cat.\n", "too few"),
     ("a.json", "[1]", "object 1 must be an object"),
