@@ -1,18 +1,22 @@
-"""Videos → frames and conversations in jsonl, ready for finetune_hf_trainer_ucf101.py.
+"""Converts videos into frames and conversations in jsonl, which finetune_hf_trainer_ucf101.py trains on.
 
     python convert_ucf101.py --out_dir /path/to/converted_ucf101               # the Hub's UCF101 subset
     python convert_ucf101.py --source my_videos --out_dir my_data              # my_videos/{train,val,test}/Class/*.avi
     python convert_ucf101.py --source UCF101_subset.tar.gz --out_dir my_data   # the same tree, packed
 
-Of a video with n frames, frame floor(i * n / num_frames) is taken for i = 0, 1, …, so that a video with fewer frames
-repeats the nearest ones. OUT_DIR gets `images/{split}/{Class}/{video}.{i}.jpg` (JPEG quality 95, not resized),
-`ucf101_{split}.jsonl`, and `conversion.json`, which says how it was made. It appears whole or not at all, and is the
-same on every run. Ids number the videos found, so that leaving out a bad one renumbers no other.
+From a video with n frames, the converter takes frame floor(i * n / num_frames) for i = 0, 1, …; a video with fewer
+than num_frames frames repeats some of them. It writes `images/{split}/{Class}/{video}.{i}.jpg` (JPEG quality 95, not
+resized), `ucf101_{split}.jsonl`, and `conversion.json`, which records the settings. OUT_DIR appears only when it is
+complete, and is the same on every run. Every video that is found gets an id, so that leaving out a bad video does not
+change the ids of the others.
 
-A video is bad, and left out with a message, if it has no frames, if its decoder is missing or stops with an error, or
-if an .avi is shorter than its header says: the frames that are left would not be spread over the whole clip. Damage
-that the decoder patches up with a warning is no reason: old XviD clips have some, and any player shows them. A cut .mkv
-or .webm decodes as a shorter video and is not noticed.
+A video is bad, and is left out with a message, if it has no frames, if its decoder is missing or stops with an error,
+or if an .avi is shorter than its header says: its remaining frames would not be spread over the whole clip. A video
+whose damage the decoder repairs with a warning is not bad: many old XviD clips have such damage, and any player shows
+them. A truncated .mkv or .webm decodes as a shorter video and is not noticed.
+
+This file needs only the packages av, pillow and tqdm, and huggingface_hub for a download. It imports nothing of phi3v,
+because that would load torch and transformers, which takes seconds, and a machine that converts may not have them.
 """
 
 import argparse
@@ -47,17 +51,17 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InputError(ValueError):
-    """Something a user gave is wrong: one line that says what, and what to do."""
+    """Something that the user gave is wrong. The message is one line that says what, and what to do."""
 
 
 def convert_video(video: Path, stem: Path, num_frames: int) -> str | None:
-    """Writes the video's frames to `{stem}.{i}.jpg`; returns what is wrong with the video, or None.
+    """Writes the video's frames to `{stem}.{i}.jpg`. Returns what is wrong with the video, or None if it is good.
 
-    Raises OSError if the frames can't be written, which is not the video's fault.
+    Raises OSError if the frames can't be written.
     """
     try:
         jpegs = sample_jpegs(video, num_frames)
-    except Exception as e:  # whatever a decoder makes of a strange file, the other videos are still good
+    except Exception as e:  # whatever a decoder raises for a broken file, the other videos are still good
         return " ".join(str(getattr(e, "strerror", None) or e or type(e).__name__).split())
     for i, jpeg in enumerate(jpegs):
         Path(f"{stem}.{i}.jpg").write_bytes(jpeg)
@@ -67,9 +71,9 @@ def convert_video(video: Path, stem: Path, num_frames: int) -> str | None:
 def sample_jpegs(video: Path, num_frames: int) -> list[bytes]:
     """The wanted frames as JPEG files. Raises ValueError, OSError or av.FFmpegError if the video is bad.
 
-    All frames are decoded in order: what a container says about their number is not reliable, and seeking finds
-    other frames. The number is known only at the end, so frames are kept until they fill KEPT_BYTES. A video that
-    has more is decoded a second time, and needs the memory of one frame however long it is.
+    All frames are decoded in order, because the number of frames in a container's header is not reliable, and seeking
+    does not find the same frames. The number is known only at the end, so frames are kept until they fill KEPT_BYTES. A
+    longer video is decoded twice instead, and needs the memory of only one frame.
     """
     if is_cut_avi(video):
         raise ValueError("the file is shorter than its header says")
@@ -94,45 +98,45 @@ def sample_jpegs(video: Path, num_frames: int) -> list[bytes]:
 
 
 def is_cut_avi(video: Path) -> bool:
-    """Whether an .avi is shorter than its header says: cut between two frames, it would decode as a shorter video."""
+    """Whether an .avi is shorter than its header says. If it was cut between two frames, decoding would not notice."""
     end = 0
     with open(video, "rb") as file:
-        while (head := file.read(8))[:4] == b"RIFF":  # an .avi of more than 1 GB has several
+        while (head := file.read(8))[:4] == b"RIFF":  # an .avi of more than 1 GB has several such headers
             size = int.from_bytes(head[4:], "little")
-            if size == 2**32 - 1:  # written to a pipe: the size was not known
+            if size == 2**32 - 1:  # the file was written to a pipe, and the size was not known
                 return False
             end = file.seek(size, os.SEEK_CUR)
     return end > video.stat().st_size
 
 
 def decoded(video: Path):
-    """The frames of the first video stream, in order."""
+    """Yields the frames of the first video stream, in order."""
     with av.open(str(video)) as container:
         if not container.streams.video:
             raise ValueError("the file has no video stream")
         stream = container.streams.video[0]
-        stream.thread_count = 1  # videos are decoded beside one another instead
+        stream.thread_count = 1  # each process decodes a video of its own instead
         yield from container.decode(stream)
 
 
 def find_videos(root: Path, source: Path) -> dict[str, list[Path]]:
     """The videos of each split below `root`, sorted by class and file name.
 
-    Raises InputError, which names `source`, for another layout or for names that the output can't hold.
+    Raises InputError, which names `source`, if the layout is another one or if the output can't have these names.
     """
-    if not any((root / split).is_dir() for split in SPLITS):  # an archive may hold a folder around the splits
+    if not any((root / split).is_dir() for split in SPLITS):  # an archive may have one folder that holds the splits
         inner = [path for path in root.iterdir() if any((path / split).is_dir() for split in SPLITS)]
         if len(inner) != 1:
             raise InputError(f"{source} holds none of the folders train, val and test: expected {LAYOUT}")
         root = inner[0]
     videos, classes = {}, {}
     for split in SPLITS:
-        # Not glob, which passes over a folder that may not be read.
+        # Not glob, which silently skips a folder that this user must not read.
         folders = [path for path in (root / split).iterdir() if path.is_dir()] if (root / split).is_dir() else []
         found = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
         found = [path for path in found if path.is_file() and not path.name.startswith(".")]
         if not found:
-            print(f"note: no videos for {split}, so no ucf101_{split}.jsonl")
+            print(f"note: there are no videos for {split}, so ucf101_{split}.jsonl is not written")
             continue
         videos[split] = sorted(found, key=lambda path: (path.parent.name, path.name))
         classes[split] = {path.parent.name for path in found}
@@ -151,13 +155,14 @@ def find_videos(root: Path, source: Path) -> dict[str, list[Path]]:
 
 
 def end_with_parent(read_end: int, write_end: int):
-    """Makes a worker end when its parent does, even by SIGKILL: then nobody holds the pipe's write end any more."""
+    """Ends this worker when its parent ends, even by SIGKILL: reading from the pipe returns when the parent is gone."""
     os.close(write_end)
     threading.Thread(target=lambda: os.read(read_end, 1) or os._exit(1), daemon=True).start()
 
 
 @contextmanager
 def worker_pool(num_workers: int):
+    """A pool of processes that end when the block is left by an exception, or when this process is killed."""
     pipe = os.pipe()
     fork = multiprocessing.get_context("fork")  # the workers inherit the pipe and the lock
     pool = ProcessPoolExecutor(num_workers, fork, initializer=end_with_parent, initargs=pipe)
@@ -165,7 +170,7 @@ def worker_pool(num_workers: int):
         yield pool
     except BaseException:
         for process in multiprocessing.active_children():
-            process.kill()  # a worker that goes on would write into a folder that is being removed
+            process.kill()  # otherwise a worker would write into a folder that is being removed
         raise
     finally:
         pool.shutdown()
@@ -179,13 +184,13 @@ def write_conversion(videos: dict[str, list[Path]], out: Path, num_frames: int, 
     for split, path, _ in jobs:
         (out / "images" / split / path.parent.name).mkdir(parents=True, exist_ok=True)
     with worker_pool(min(num_workers, len(jobs))) as pool:
-        # Workers, which start here, inherit that signals are blocked: this process ends them. And Python would lose a
-        # signal during a fork, because it ignores what handlers raise there.
+        # The workers start here. They inherit that signals are blocked, since this process ends them. Python itself
+        # would lose a signal during a fork, because it ignores exceptions that a signal handler raises there.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        # Not pool.map: it cancels futures, and a pool whose workers were killed prints a traceback for those.
+        # Not pool.map, which cancels futures: for those, a pool whose workers were killed prints a traceback.
         futures = [pool.submit(convert_video, path, out / "images" / name, num_frames) for _, path, name in jobs]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        # disable=None: no bar in a log file
+        # disable=None shows no progress bar in a log file
         problems = [future.result() for future in tqdm(futures, desc="converting", unit="video", disable=None)]
     classes = sorted({path.parent.name for _, path, _ in jobs})
     prompt = f"Classify the video into one of the following classes: {', '.join(classes)}."
@@ -206,24 +211,24 @@ def write_conversion(videos: dict[str, list[Path]], out: Path, num_frames: int, 
 
 
 def unpack(archive: Path, folder: Path):
-    """Unpacks into `folder`. Raises InputError for an archive that is damaged or reaches out of the folder."""
+    """Unpacks into `folder`. Raises InputError if the archive is damaged or has paths outside of the folder."""
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-            # tarfile stops at the first block that is no header. Behind it is the checksum, verified only if read.
+            # tarfile stops at the first block that is not a header. gzip checks the checksum only if the rest is read.
             while rest := tar.fileobj.read(2**20):
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("data after its end")
     except tarfile.FilterError as e:
         raise InputError(f"{archive} is not safe to unpack: {e}") from None
     except (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError, OSError) as e:
-        if getattr(e, "errno", None):  # the system's fault, not the archive's
+        if getattr(e, "errno", None):  # an error of the system, such as a full disk, not of the archive
             raise
         raise InputError(f"{archive} can't be unpacked ({e}): is it complete, and a .tar.gz?") from None
 
 
 def find_source(source: str | None) -> Path:
-    """The local folder or archive to convert; without one, the Hub's archive is downloaded."""
+    """The local folder or archive to convert. If none is given, downloads the archive from the Hub."""
     if source:
         if not Path(source).exists():
             raise InputError(f"--source {source} does not exist: give a folder {LAYOUT} or a .tar.gz of one")
@@ -232,16 +237,16 @@ def find_source(source: str | None) -> Path:
 
     try:
         return Path(hf_hub_download(HUB_DATASET, HUB_ARCHIVE, repo_type="dataset"))
-    except Exception as e:  # the download's errors have no class in common
+    except Exception as e:  # the errors of a download have no class in common
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{HUB_DATASET} can't be downloaded ({reason}): pass a local copy with --source") from None
 
 
 def fingerprint(root: Path, files: list[Path]) -> str:
-    """SHA-256 over names and contents: cheap beside decoding, and sees a file repaired in place, which sizes don't."""
+    """SHA-256 of names and contents: cheap compared with decoding, and unlike sizes it notices a repaired file."""
     digest = hashlib.sha256()
     for path in files:
-        content = b"unreadable"  # a bad video, which will be left out
+        content = b"unreadable"  # a bad video, which is left out later
         with suppress(OSError), open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").digest()
         digest.update(os.fsencode(path.relative_to(root)) + b"\0" + content)
@@ -249,7 +254,7 @@ def fingerprint(root: Path, files: list[Path]) -> str:
 
 
 def finished_result(out: Path, settings: dict) -> dict | None:
-    """The result of an earlier conversion in `out`, None if there is nothing. Raises InputError for anything else."""
+    """The result of an earlier conversion in `out`; None if `out` is missing or empty. Else raises InputError."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out_dir {out} is a file")
     manifest = out / "conversion.json"
@@ -269,17 +274,17 @@ def finished_result(out: Path, settings: dict) -> dict | None:
 
 @contextmanager
 def locked(out: Path):
-    """Makes this the only conversion that writes to `out`; the lock ends with its processes, however they end."""
+    """Makes sure that no other conversion writes to `out`. The lock ends when this process ends, however it ends."""
     path = out.parent / f".{out.name}.lock"
-    with open(path, "w") as lock:  # a file, because NFS can't lock a folder
+    with open(path, "w") as lock:  # a file, because NFS can't lock folders
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The file may be gone, with the conversion that held it, since it was opened.
+            # Another conversion may have ended and removed the file after it was opened here.
             mine = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
         except BlockingIOError:
             mine = False
         if not mine:
-            raise InputError(f"another conversion is writing --out_dir {out}: wait for its end")
+            raise InputError(f"another conversion is writing --out_dir {out}: wait until it ends")
         try:
             yield
         finally:
@@ -288,7 +293,7 @@ def locked(out: Path):
 
 @contextmanager
 def fresh_folder(path: Path):
-    """An empty folder in place of what a killed run left, removed at the end unless it was renamed."""
+    """Makes an empty folder, in place of what a killed run left, and removes it at the end unless it was renamed."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     try:
@@ -305,11 +310,11 @@ def convert(args: argparse.Namespace) -> int:
     sha256 = fingerprint(source, [path for paths in videos.values() for path in paths] if videos else [source])
     settings = {"source_sha256": sha256, "num_frames": args.num_frames, "jpeg_quality": JPEG_QUALITY}
     if result := finished_result(out, settings):
-        print(f"{out} is converted already; remove it to convert again")
+        print(f"{out} is already converted; remove it to convert again")
         return summarise(out, result, args.skip_bad_videos)
     if os.path.ismount(out):
-        raise InputError(f"--out_dir {out} is a mount point, which can't appear whole: name a folder in it")
-    # Named after the output, so that the next run finds and removes what a killed one left.
+        raise InputError(f"--out_dir {out} is a mount point, which can't be replaced: give a folder below it")
+    # Both are named after the output, so that the next run finds and removes what a killed run has left.
     partial = out.parent / f".{out.name}.partial"
     unpacked = Path(args.tmp_dir or out.parent) / f".{out.name}.{hashlib.md5(os.fsencode(out)).hexdigest()}.unpacked"
     made = [folder for folder in out.parents if not folder.exists()]
@@ -322,30 +327,32 @@ def convert(args: argparse.Namespace) -> int:
             result = write_conversion(videos, partial, args.num_frames, args.num_workers)
             manifest = json.dumps({"settings": settings, **result}, indent=2, ensure_ascii=False)
             (partial / "conversion.json").write_text(manifest + "\n", encoding="utf-8")
-            partial.rename(out)  # onto an empty folder, or none
+            partial.rename(out)  # `out` is an empty folder or does not exist
     except OSError as e:
-        raise InputError(f"--out_dir {out} can't be made ({e}): nothing is left of it") from None
+        raise InputError(f"--out_dir {out} can't be written ({e}): nothing of it was kept") from None
     finally:
-        for folder in made:  # still empty if the conversion failed
+        for folder in made:  # these are still empty if the conversion failed
             with suppress(OSError):
                 folder.rmdir()
     return summarise(out, result, args.skip_bad_videos)
 
 
 def summarise(out: Path, result: dict, skip_bad_videos: bool) -> int:
+    """Prints what was converted and left out; returns the exit status."""
     for problem in result["bad"]:
         print(f"left out: {problem}", file=sys.stderr)
     counts = ", ".join(f"{n} {split}" for split, n in result["videos"].items())
     print(f"{out}: {counts} videos" + (f"; {len(result['bad'])} left out" if result["bad"] else ""))
     if result["bad"] and not skip_bad_videos:
-        print("the good videos are written; --skip_bad_videos accepts this with status 0", file=sys.stderr)
+        print("the good videos are written; with --skip_bad_videos the exit status would be 0", file=sys.stderr)
         return 1
     return 0
 
 
 def stop(number, _frame):
+    """The handler of STOP_SIGNALS."""
     for other in STOP_SIGNALS:
-        signal.signal(other, signal.SIG_IGN)  # a second Ctrl-C must not end the cleaning up
+        signal.signal(other, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the removal of partial folders
     raise KeyboardInterrupt(number)
 
 
@@ -366,17 +373,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--source", help=f"folder {LAYOUT} or a .tar.gz of one; default: {HUB_DATASET} on the Hub")
     parser.add_argument("--out_dir", default="./ucf101", help="new or empty folder (default: %(default)s)")
-    parser.add_argument("--tmp_dir", help="where an archive is unpacked for the time being; default: beside the output")
-    parser.add_argument("--num_frames", type=positive, default=8, help="frames a video (default: %(default)s)")
-    parser.add_argument("--num_workers", type=positive, default=cpus, help="processes; default: one per CPU")
-    parser.add_argument("--skip_bad_videos", action="store_true", help="status 0 although videos had to be left out")
+    parser.add_argument(
+        "--tmp_dir", help="folder in which an archive is unpacked meanwhile; default: beside the output"
+    )
+    parser.add_argument("--num_frames", type=positive, default=8, help="frames per video (default: %(default)s)")
+    parser.add_argument("--num_workers", type=positive, default=cpus, help="number of processes; default: one per CPU")
+    parser.add_argument(
+        "--skip_bad_videos", action="store_true", help="end with status 0 even if bad videos were left out"
+    )
     try:
         return convert(parser.parse_args(argv))
     except KeyboardInterrupt as e:
         number = e.args[0] if e.args else signal.SIGINT
         message, status = f"stopped by {signal.Signals(number).name}", 128 + number
     except BrokenProcessPool:
-        message, status = "a worker process was killed: with too little memory, try fewer --num_workers", 2
+        message, status = "a worker process was killed, perhaps for lack of memory: try fewer --num_workers", 2
     except (InputError, OSError) as e:
         message, status = " ".join(str(e).split()), 2
     print(f"error: {message}", file=sys.stderr)

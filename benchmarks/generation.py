@@ -1,53 +1,41 @@
-"""Greedy generation at batch 8 against one prompt at a time, in one run.
+"""Greedy generation at batch 8 against one prompt at a time.
 
     python benchmarks/generation.py [--new_tokens 128] [--threads 1]
 
-On a CPU, fp32, the 51M-parameter model of benchmarks/step.py with random weights; eight prompts, each with an
-image of 1x2 crops and text of its own length; every answer has the same number of new tokens. Seconds are CPU
-seconds of one thread.
+On a CPU, in fp32, the model of 51M parameters in benchmarks/common.py with random weights. Each of the eight prompts
+has an image of 1x2 crops and a text of its own length; every answer has the same number of new tokens. With one thread
+the seconds are CPU seconds.
 """
 
 import argparse
-import sys
 import time
-from pathlib import Path
 
-import step as base
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
-from phi3v import Phi3VConfig, Phi3VForCausalLM  # noqa: E402
+from common import make_example, make_model, pad_examples
 
 
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--new_tokens", type=int, default=128, help="tokens of each answer (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="with more than one, seconds are wall-clock time")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter
     torch.manual_seed(0)
-    model = Phi3VForCausalLM(Phi3VConfig(**base.DECODER, vision_config=base.VISION)).eval()
-    prompts = []
-    for n in range(8):
-        batch = base.image_batch(1, 2)
-        batch.pop("labels")
-        batch["input_ids"] = batch["input_ids"][:, : len(batch["input_ids"][0]) - 3 * n]
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        prompts.append(batch)
-    length = max(p["input_ids"].shape[1] for p in prompts)
-    together = {key: torch.cat([p[key] for p in prompts]) for key in ("pixel_values", "image_sizes")}
-    for key, value in (("input_ids", 0), ("attention_mask", 0)):
-        rows = [torch.nn.functional.pad(p[key], (length - p[key].shape[1], 0), value=value) for p in prompts]
-        together[key] = torch.cat(rows)
+    model = make_model().eval()
+    examples = [make_example([(1, 2)], text_tokens=43 - 3 * n, supervised=1) for n in range(8)]
+    prompts = [pad_examples([example]) for example in examples]
+    together = pad_examples(examples, side="left")
+    for batch in (*prompts, together):
+        del batch["labels"]
 
     def generate(batch):
         n = batch["input_ids"].shape[1]
         options = {"do_sample": False, "min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
         return model.generate(**batch, **options, pad_token_id=0)[:, n:]
 
-    generate(prompts[0])  # warms up
+    generate(prompts[0])  # a first call is slower than all later ones
     start = clock()
     for batch in (*prompts, together):
         model(**batch, logits_to_keep=1)

@@ -1,11 +1,11 @@
-"""Resident memory of training steps on a CPU against what is expected of them.
+"""The resident memory of training steps on a CPU against the memory that is expected of them.
 
     python benchmarks/memory.py
 
-Every case is a process of its own, with the 51M-parameter model of benchmarks/step.py, fp32, one thread: three steps of
-two micro-batches with AdamW. Measured is the largest resident size, less that after the imports, with glibc told to
-give every freed block of 64 KiB or more back at once: by itself it keeps many, up to 70% more where layers are
-computed again.
+Every case runs in a process of its own, with the model of 51M parameters in benchmarks/common.py, fp32, one thread:
+three steps of two micro-batches with AdamW. Measured is the largest resident size of the process, less its resident
+size after the imports. glibc is told to give every freed block of 64 KiB or more back to the system at once: by default
+it keeps many of them, which takes up to 70% more memory with activation checkpointing.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # phi3v, where it is not installed
-
+ROOT = Path(__file__).resolve().parents[1]
 # name: mode, grids of each example's image (None: text of 512 tokens), activation checkpointing, DeepSpeed
 CASES = {
     "full, 3x4": ("full", [(3, 4)], "none", False),
@@ -33,19 +33,19 @@ CASES = {
 }
 
 
-def run(name: str):
+def measure(name: str):
+    """Runs a case in this process and prints what it took, as JSON in bytes."""
+    # The process that starts the cases needs none of this.
     import deepspeed
-    import step as base
     import torch
-    from packing import packed
+    from common import make_example, make_model, pack_examples
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig
 
-    from phi3v import Phi3VConfig, Phi3VForCausalLM
+    from phi3v import Phi3VForCausalLM
     from phi3v.arguments import read_deepspeed_config
     from phi3v.data.sizes import Size
     from phi3v.model.adapters import add_adapter
-    from phi3v.model.image_processing_phi3v import num_image_tokens
+    from phi3v.model.loading import nf4_config, not_quantized
     from phi3v.ranks import start_alone
     from phi3v.training.estimate import Estimate
     from phi3v.training.workload import workload_of_packing
@@ -53,24 +53,15 @@ def run(name: str):
     mode, grids, checkpointing, zero = CASES[name]
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    examples = []
-    for i, grid in enumerate(grids):
-        n = 0 if grid is None else num_image_tokens(*grid, 12)
-        text, supervised = (512, 511) if grid is None else (43, 32)
-        ids = torch.cat([torch.full((n,), -1), torch.randint(3, 32000, (text,))])
-        labels = torch.full_like(ids, -100)
-        labels[-supervised:] = ids[-supervised:]
-        tiles = torch.randint(0, 256, (0 if grid is None else grid[0] * grid[1], 336, 336, 3), dtype=torch.uint8)
-        own = [] if grid is None else [grid]
-        examples.append({"input_ids": ids, "labels": labels, "tiles": tiles, "grids": own, "images_key": i})
-    batch = packed(examples)
-    if not batch["packing"].grids:
-        batch["tiles"] = None
-    config = Phi3VConfig(**base.DECODER, vision_config=base.VISION)
+    examples = [
+        make_example([grid], images_key=i) if grid else make_example([], images_key=i, text_tokens=512, supervised=511)
+        for i, grid in enumerate(grids)
+    ]
+    batch = pack_examples(examples)
     deepspeed_config = None
     if zero:
         start_alone()
-        deepspeed_config = read_deepspeed_config(Path(__file__).resolve().parents[1] / "ds_config" / "zero2.json")
+        deepspeed_config = read_deepspeed_config(ROOT / "ds_config" / "zero2.json")
         zero_options = {k: v for k, v in deepspeed_config["zero_optimization"].items() if v != "auto"}
         deepspeed_config = {
             "train_micro_batch_size_per_gpu": 1,
@@ -78,37 +69,27 @@ def run(name: str):
             "zero_optimization": zero_options,
         }
         deepspeed.init_distributed("gloo")
-    skip = ["lm_head", ".*vision_embed_tokens"] if mode == "qlora" else None
+    skip = not_quantized(quantize_vision=False) if mode == "qlora" else None
     targets = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 
     def build(device):
         with torch.device(device):
-            model = Phi3VForCausalLM(config).train()
+            model = make_model()
         if mode == "frozen":
             model.model.vision_embed_tokens.requires_grad_(False)
         return model
 
     outline = build("meta")
     if "lora" in mode:
-        outline = add_adapter(outline, LoraConfig(r=64, target_modules=targets))  # which imports more
+        outline = add_adapter(outline, LoraConfig(r=64, target_modules=targets))  # imports more modules
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     model = build("cpu")
     if mode == "qlora":
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            model = Phi3VForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                quantization_config=BitsAndBytesConfig(
-                    load_in_4bit=True,
-                    bnb_4bit_quant_type="nf4",
-                    bnb_4bit_use_double_quant=True,
-                    llm_int8_skip_modules=skip,
-                ),
-            ).train()
+            options = {"dtype": torch.float32, "quantization_config": nf4_config(torch.float32)}
+            model = Phi3VForCausalLM.from_pretrained(folder, **options).train()
     if "lora" in mode:
         model = add_adapter(model, LoraConfig(r=64, target_modules=targets))
     if checkpointing != "none":
@@ -136,10 +117,10 @@ def run(name: str):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=CASES, help="one alone, measured in this process")
+    parser.add_argument("--case", choices=CASES, help="measure this case alone, in this process")
     args = parser.parse_args()
     if args.case:
-        return run(args.case)
+        return measure(args.case)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     print(f"{'case':34}{'measured GiB':>14}{'expected':>10}{'difference':>12}")
     for name in CASES:

@@ -27,7 +27,7 @@ from .ranks import is_first
 from .report.card import write_model_card
 from .report.page import write_page
 from .report.summary import describe_run, describe_sizes, questionable_settings
-from .training import checkpointing
+from .training import activation_checkpointing
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.estimate import Estimate
 from .training.evaluation import Evaluation
@@ -132,7 +132,7 @@ class Run:
             args.batch_size,
             args.batch_size_per_gpu,
             micro_batch_tokens(args.max_tokens_per_gpu, self.checkpoint, self.stored_settings),
-            checkpointing.kind_from_flag(training_args.activation_checkpointing),
+            activation_checkpointing.kind_from_flag(training_args.activation_checkpointing),
             device_memory(),
         )
         if args.estimate:
@@ -175,7 +175,7 @@ class Run:
         self.training_args = replace(
             training_args,
             gradient_accumulation_steps=self.sampler.accumulation,
-            activation_checkpointing=checkpointing.flag_for_trainer(self.plan.checkpointing),
+            activation_checkpointing=activation_checkpointing.flag_for_trainer(self.plan.checkpointing),
         )
         return self.training_args
 
@@ -188,7 +188,7 @@ class Run:
         """Says what will happen, shows an example, warns of questionable settings, and caches vision features."""
         args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
         model, train_dataset = trainer.model, trainer.train_dataset
-        checkpointing.set_tower_checkpointing(model, plan.checkpointing)
+        activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
         self.about = {"memory": str(plan), "data": describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))}
         facts = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
         facts |= {"steps": self.steps, "n_parameters": estimate.parameters}

@@ -1,4 +1,4 @@
-"""The model card that a run leaves: README.md in its output folder."""
+"""The model card of a run: README.md in its output folder."""
 
 import sys
 from pathlib import Path
@@ -13,10 +13,12 @@ from .templates import environment
 
 
 def write_model_card(args, training_args, about: dict, before: dict | None, after: dict, precision: str):
-    """Writes `README.md` beside the model, whole or not at all: base model, data, settings, metric, and how to load it.
+    """Writes `README.md` beside the model: base model, data, settings, metric, and how to load the model.
 
-    args: the recipe's flags; about: what a page tells of the run, with "data" as `describe_sizes` gives it; before,
-    after: reports of the evaluations.
+    args: the recipe's flags; training_args: the run's TrainingArguments.
+    about: "data" as `describe_sizes` returns it, "epochs" and "steps" as they were trained.
+    before, after: contents of `eval_before.json`, None if there is none, and of `eval_after.json`.
+    precision: "bf16", "fp16" or "fp32".
     """
     folder, script = Path(training_args.output_dir), Path(sys.argv[0]).name
     task = Path(sys.argv[0]).stem.removeprefix("finetune_hf_trainer_")
@@ -41,11 +43,11 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         **about["data"],
         "epochs": about["epochs"],
         "steps": about["steps"],
-        "examples a step": args.batch_size,
+        "examples per step": args.batch_size,
         "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type.value}",
         "weight decay": args.wd,
         "precision": precision,
-        "crops an image, at most": args.num_crops,
+        "crops per image, at most": args.num_crops,
         **(
             {"adapter": f"rank {args.lora_rank}, alpha {args.lora_alpha_ratio * args.lora_rank:g}"}
             if args.use_lora

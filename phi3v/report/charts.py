@@ -1,17 +1,18 @@
-"""The curves of a run's report: coordinates and labels for the template to draw."""
+"""The curves of a run's report: the coordinates and labels that the template draws."""
 
 import math
 import re
 
 import numpy as np
 
-from .templates import number
+from .templates import format_number
 
-MOST_POINTS = 300  # a curve
-WIDTH, HEIGHT, LEFT, RIGHT_EDGE, TOP, BOTTOM = 360, 180, 48, 340, 8, 158  # of a chart and the area in it, in SVG units
-CHART_AREA = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT_EDGE, "top": TOP, "bottom": BOTTOM}
+MOST_POINTS = 300  # of one curve
+# A chart, and the edges of the area for the curve in it, in SVG units.
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 180, 48, 340, 8, 158
+CHART_AREA = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
 
-# key in the history: title, whether the axis starts at 0. Other keys follow under their own names.
+# Key in the history: (title, whether the axis starts at 0). Charts of other keys come after these, titled by their key.
 CHARTS = {
     "loss": ("Loss", False),
     "learning_rate": ("Learning rate", True),
@@ -25,33 +26,38 @@ NO_CHART = re.compile(r"step|epoch|total_flos|train_.*|eval_(runtime|.*_per_seco
 
 
 def charts_of(history: list[dict]) -> list[dict]:
+    """A chart for every key of the history that has numbers; those of `CHARTS` come first."""
     others = dict.fromkeys(k for entry in history for k in entry if k not in CHARTS and not NO_CHART.fullmatch(k))
     charts = [_chart(history, key, *CHARTS.get(key, (key, False))) for key in [*CHARTS, *others]]
     return [chart for chart in charts if chart]
 
 
 def _chart(history: list[dict], key: str, title: str, from_zero: bool) -> dict | None:
-    """Coordinates and labels of one curve; None where the history has no such numbers."""
+    """Coordinates and labels of one curve; None if the history has no finite numbers under `key`."""
     logged = [(e["step"], e[key]) for e in history if "step" in e and isinstance(e.get(key), int | float)]
     points = [point for point in logged if math.isfinite(point[1])]
     if not points:
         return None
-    note = f"{len(logged) - len(points)} values that are not finite are left out. " if len(points) < len(logged) else ""
+    note = (
+        f"{len(logged) - len(points)} values are NaN or infinite and are left out. "
+        if len(points) < len(logged)
+        else ""
+    )
     if len(points) > MOST_POINTS:
         parts = np.array_split(np.array(points, dtype=float), MOST_POINTS)
         points = [(round(part[-1, 0].item()), part[:, 1].mean().item()) for part in parts]
-        note += f"Means over up to {len(parts[0])} logged values each."
+        note += f"Each point is the mean of up to {len(parts[0])} logged values."
     steps, values = zip(*points, strict=True)
     (x0, x1), (y0, y1) = _range(steps), _range(values, from_zero)
 
     def x(step):
-        return round(LEFT + (step - x0) / (x1 - x0) * (RIGHT_EDGE - LEFT), 2)
+        return round(LEFT + (step - x0) / (x1 - x0) * (RIGHT - LEFT), 2)
 
     def y(value):
         return round(BOTTOM - (value - y0) / (y1 - y0) * (BOTTOM - TOP), 2)
 
     def label(value):
-        return f"{value * 100:.3g}%" if key == "mfu" else number(value)
+        return f"{value * 100:.3g}%" if key == "mfu" else format_number(value)
 
     return {
         "title": title,
@@ -67,7 +73,7 @@ def _chart(history: list[dict], key: str, title: str, from_zero: bool) -> dict |
 
 
 def _range(values, from_zero: bool = False) -> tuple[float, float]:
-    """Ends of an axis that are never equal."""
+    """The lower and upper end of an axis for these values; the two are never equal."""
     low, high = min(values), max(values)
     if from_zero and low >= 0:
         return 0, high or 1
@@ -76,7 +82,7 @@ def _range(values, from_zero: bool = False) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Two to five round numbers between the two."""
+    """Two to five round numbers from `low` to `high`."""
     span = (high - low) / 5
     step = 10 ** math.floor(math.log10(span))
     step = next(step * factor for factor in (1, 2, 5, 10) if step * factor >= span * (1 - 1e-9))

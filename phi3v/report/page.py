@@ -1,4 +1,4 @@
-"""The report of a run as one HTML file: what was learned, how training went, with what, and what the model answers."""
+"""The report of a run as one HTML file: results, curves of the training, settings, and examples with the answers."""
 
 import base64
 import io
@@ -13,11 +13,11 @@ from PIL import Image
 from ..files import replacing
 from .charts import CHART_AREA, charts_of
 from .secrets import SECRET, masked_command, masked_rows
-from .statistics import RIGHT, paired_change, paired_rows, result_of
+from .statistics import RIGHT_SCORE, paired_change, paired_rows, result_of
 from .summary import versions
 from .templates import environment
 
-MOST_IMAGES = 16  # an example
+MOST_IMAGES = 16  # shown of one example
 
 
 def write_page(
@@ -67,18 +67,18 @@ def write_html_report(
     examples: Callable[[int], dict],
     max_examples: int = 500,
 ):
-    """Writes a page to `path`, whole or not at all. Equal input gives equal bytes.
+    """Writes the page to `path`; if that fails, an older page stays as it was. Equal input gives equal bytes.
 
-    summary: what to tell of the run: the command under "command", versions, seed, data, settings. Numbers and texts
-        form a first table, each dict in it one of its own. Values under names like TOKEN, KEY or PASSWORD are masked.
-    history: the Trainer's `state.log_history`: dicts with "step" and numbers under any of the keys of `CHARTS`, where
-        "mfu" is a share of 1 and "peak_memory_gib" in GiB. None where nothing trained; there is only `after` then.
-    before, after: contents of `eval_before.json` and `eval_after.json`; None where there was no such evaluation.
-    examples: called with the position of a prediction in `after`, or else in `before`; returns `{"images": […],
-        "question": text}` with PIL images, paths or undecoded images of `datasets`. What it raises, and an image that
-        can't be read, is said in the page.
-    max_examples: show at most so many, evenly spaced over the evaluation set.
-    Raises OSError where the file can't be written.
+    summary: facts about the run. "command" is shown on its own, other numbers and texts form a first table, and each
+        dict becomes a table of its own. Values under names like TOKEN, KEY or PASSWORD are masked.
+    history: the Trainer's `state.log_history`: dicts with "step" and numbers under the keys of `CHARTS` or others;
+        "mfu" is a fraction of 1. None if nothing was trained; then only `after` is given.
+    before, after: contents of `eval_before.json` and `eval_after.json`; None if there was no such evaluation.
+    examples: returns `{"images": […], "question": text}` for the position of a prediction in `after`, or in `before` if
+        there is no `after`. Images are PIL images, paths, or undecoded images of `datasets`. If it raises an exception
+        or an image can't be read, the page says so.
+    max_examples: at most this many are shown, evenly spaced over the evaluation set.
+    Raises OSError if the file can't be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +94,7 @@ def write_html_report(
         paired=paired_change(rows),
         charts=charts_of(history or []),
         chart=CHART_AREA,
+        right_score=RIGHT_SCORE,
         command=masked_command(summary.get("command")),
         tables=_tables(summary),
         examples=(_example(rows[i], i, examples) for i in shown),
@@ -105,7 +106,7 @@ def write_html_report(
 
 
 def _tables(summary: dict) -> dict[str, list[tuple[str, str]]]:
-    """Rows of name and value: those of the summary itself, then of each dict in it."""
+    """Rows of (name, value) by the table's title: one table of the plain values, and one of each dict in `summary`."""
     run = {k: v for k, v in summary.items() if k != "command" and not isinstance(v, dict)}
     tables = {"Run": list(masked_rows(run))}
     for name, values in summary.items():
@@ -115,18 +116,18 @@ def _tables(summary: dict) -> dict[str, list[tuple[str, str]]]:
 
 
 def _example(row: dict, index: int, examples: Callable[[int], dict]) -> dict:
-    """What the page shows of one example, and by which filters."""
+    """What the template needs to show one example, with the filters that it passes in "states"."""
     old, new = row["before"], row["after"]
     last = new or old
-    states = ["right" if last["score"] >= RIGHT else "wrong"]
+    states = ["right" if last["score"] >= RIGHT_SCORE else "wrong"]
     if old and new and old["score"] != new["score"]:
         states += ["changed", "improved" if new["score"] > old["score"] else "worsened"]
     try:
         content = examples(index)
         question, images = content["question"], content["images"]
-    except Exception as e:  # a run of hours must not end without its report for one example that can't be loaded
+    except Exception as e:  # a long run must get its report even if one example can't be loaded
         question, images = f"This example can't be loaded: {e}", []
-    size = 160 if len(images) <= 2 else 96  # pixels; a video's frames are many
+    size = 160 if len(images) <= 2 else 96  # pixels; a video has many frames
     return {
         **row,
         "id": last["id"],
@@ -139,18 +140,18 @@ def _example(row: dict, index: int, examples: Callable[[int], dict]) -> dict:
 
 
 def _thumbnail(image, size: int) -> dict | None:
-    """An image as a data URI of a JPEG, at most `size` pixels wide and high; None for what can't be read."""
+    """The image as a JPEG in a data URI, at most `size` pixels wide and high; None if it can't be read."""
     try:
         if not isinstance(image, Image.Image):
             if isinstance(image, dict):
                 image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
             image = Image.open(image)
-            image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at about the size that is needed
+            image.draft("RGB", (2 * size, 2 * size))  # decodes a JPEG at about the needed size, which is faster
         small = image.convert("RGB")
         small.thumbnail((size, size))
         file = io.BytesIO()
         small.save(file, "JPEG", quality=75)
-    except Exception:  # what PIL raises for damaged files, and what absent ones are, has no class in common
+    except Exception:  # the errors for damaged and for missing files have no class in common
         return None
     uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
     return {"uri": uri, "width": small.width, "height": small.height}

@@ -1,25 +1,29 @@
-"""Masking what looks like a secret, in settings and in command lines."""
+"""Masks what looks like a secret in settings and command lines."""
 
 import re
 import shlex
 
 SECRET = re.compile(r"token(?!s_|iz)|key|passw|secret|credential|auth", re.IGNORECASE)
-# In a text: '--name=value', --name value, NAME=value, "name": "value"; user and password of a URL; well-known forms.
+# A name that looks secret and its value: --name=value, --name value, NAME=value, "name": "value".
 _NAME, _VALUE = rf"[\w-]*(?:{SECRET.pattern})[\w-]*", r"""(?:'[^']*'|"[^"]*"|[^\s'"])+"""
 SECRET_IN_TEXT = re.compile(
     rf"""(?P<quote>['"])(?P<a>{_NAME}=)(?:(?!(?P=quote)).)*|"""
     rf"""(?P<b>{_NAME}["']?\s*[:=]\s*|(?<!\S)-{_NAME}\s+(?!-))(?P<value>{_VALUE})""",
     re.IGNORECASE | re.DOTALL,
 )
+# Values that are secret whatever their name: user and password in a URL, tokens of well-known services.
 SECRET_VALUE = re.compile(
     r"(?<=://)[^/\s@]+(?=@)|\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}|"
-    r"(?<=[?&]sig=)[^&\s]+|(?<=[Ss]ignature=)[^&\s]+"  # of links that open by themselves
+    r"(?<=[?&]sig=)[^&\s]+|(?<=[Ss]ignature=)[^&\s]+"  # signed links, which open without a password
 )
 MASK = "•••"
 
 
 def masked_rows(values: dict, prefix: str = "", secret: bool = False):
-    """Names, with a dot for a dict in a dict, and values as texts, without what looks like a secret."""
+    """(name, value) pairs as texts, with secrets masked. The keys of a dict in a dict are joined by dots.
+
+    secret: masks all values.
+    """
     for key, value in values.items():
         name, hidden = f"{prefix}{key}", secret or bool(SECRET.search(str(key)))
         several = isinstance(value, list | tuple)
@@ -42,6 +46,7 @@ def _masked(text: str) -> str:
 
 
 def masked_command(command: str | list | None) -> str | None:
+    """A command line, given as a text or a list of arguments, with secrets masked."""
     if command is None:
         return None
     return _masked(command if isinstance(command, str) else shlex.join(map(str, command)))

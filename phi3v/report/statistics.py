@@ -1,20 +1,20 @@
-"""How sure a metric is: confidence intervals, the sign test, and the predictions of two evaluations side by side."""
+"""Statistics of evaluations: confidence intervals, and the comparison of two evaluations example by example."""
 
 import math
 from collections import Counter
 
 import numpy as np
 
-RIGHT = 0.5  # the score from which an answer counts as right; ANLS gives none between 0 and this
-Z = 1.959964  # two-sided 95% of the normal distribution
+RIGHT_SCORE = 0.5  # an answer with this score or more counts as right; ANLS gives no score between 0 and this one
+Z = 1.959964  # 95% of the normal distribution lie within this many standard deviations of the mean
 RESAMPLES = 2000
 
 
 def confidence_interval(scores: list[float]) -> tuple[float, float, str]:
-    """Low and high end of the 95% interval of the mean, and the method's name.
+    """The low and the high end of the 95% confidence interval of the mean score, and the method's name.
 
-    For scores of 0 and 1 Wilson's (J. Am. Stat. Assoc. 22, 1927), else percentiles of a bootstrap with a fixed seed.
-    Raises ValueError without scores.
+    If all scores are 0 or 1, this is Wilson's interval (J. Am. Stat. Assoc. 22, 1927); otherwise it has the percentiles
+    of a bootstrap with a fixed seed. Raises ValueError if there are no scores.
     """
     if not scores:
         raise ValueError("there are no scores")
@@ -30,14 +30,17 @@ def confidence_interval(scores: list[float]) -> tuple[float, float, str]:
 
 
 def sign_test(n_up: int, n_down: int) -> float:
-    """p of the exact two-sided sign test, which for scores of 0 and 1 is McNemar's."""
+    """The p-value of the exact two-sided sign test, which is McNemar's test if all scores are 0 or 1.
+
+    n_up, n_down: how many scores rose and fell.
+    """
     n = n_up + n_down
     logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(n_up, n_down) + 1)]
     return min(1.0, 2 * sum(math.exp(value - n * math.log(2)) for value in logs))
 
 
 def result_of(report: dict) -> dict:
-    """A metric with its interval, which only a mean of scores has."""
+    """The metric of an evaluation with its confidence interval; "low" is None if the metric is not the mean score."""
     value, scores = report[report["metric"]], [row["score"] for row in report["predictions"]]
     result = {"value": value, "n": report["num_examples"], "low": None}
     if scores and abs(sum(scores) / len(scores) - value) < 1e-6:
@@ -47,12 +50,12 @@ def result_of(report: dict) -> dict:
 
 
 def paired_rows(before: dict | None, after: dict | None) -> list[dict]:
-    """The predictions of one example beside each other, in the order of the later evaluation."""
+    """For each example its row in both evaluations, None if it has none, in the order of the later evaluation."""
 
     def by_id(report):
         seen, rows = Counter(), {}
         for row in report["predictions"] if report is not None else ():
-            seen[str(row["id"])] += 1  # an id that comes twice is paired with itself in order
+            seen[str(row["id"])] += 1  # the first of two equal ids is paired with the first, the second with the second
             rows[str(row["id"]), seen[str(row["id"])]] = row
         return rows
 
@@ -61,6 +64,7 @@ def paired_rows(before: dict | None, after: dict | None) -> list[dict]:
 
 
 def paired_change(rows: list[dict]) -> dict | None:
+    """How the scores of the examples in both evaluations changed; None if there are no such examples."""
     pairs = [(row["before"]["score"], row["after"]["score"]) for row in rows if row["before"] and row["after"]]
     if not pairs:
         return None
@@ -68,8 +72,8 @@ def paired_change(rows: list[dict]) -> dict | None:
     return {
         "n": len(pairs),
         "change": sum(a - b for b, a in pairs) / len(pairs),
-        "wrong_right": sum(b < RIGHT <= a for b, a in pairs),
-        "right_wrong": sum(a < RIGHT <= b for b, a in pairs),
+        "wrong_right": sum(b < RIGHT_SCORE <= a for b, a in pairs),
+        "right_wrong": sum(a < RIGHT_SCORE <= b for b, a in pairs),
         "up": up,
         "down": down,
         "p": sign_test(up, down),

@@ -1,12 +1,12 @@
-"""What a run says before it trains: what it will do, and what looks wrong."""
+"""Descriptions of a run: what it will do, its data, its mode, its packages, and settings that often go wrong."""
 
 import importlib.metadata
 from collections.abc import Sequence
 
 from transformers import TrainingArguments
 
-LARGE = 1e9  # parameters from which the rates below are known: those of small models are others
-# Learning rates (lowest, highest) outside of which a mode has hardly ever trained well at full size.
+LARGE = 1e9  # parameters; the rates below hold for models of this size and larger, not for small ones
+# (lowest, highest) learning rate of each mode; outside of these, training has hardly ever gone well.
 SENSIBLE_RATES = {"full": (1e-6, 1e-4), "frozen": (5e-6, 3e-4), "lora": (5e-5, 1e-3)}
 
 
@@ -21,11 +21,15 @@ def describe_run(
     steps: int,
     n_parameters: int,
 ) -> str:
-    """Some lines: what trains, on what, for how long, in how much memory, and what becomes of it.
+    """Six lines about what will happen: what is trained, on which data, in how many steps, with which optimizer, in how
+    much memory, and where the output goes.
 
-    args: the recipe's flags; about: "data" as `describe_sizes` gives it, and "memory", the plan for it as a text;
-    precision: "bf16", "fp16" or "fp32"; max_tokens: of a micro-batch, None where it is a number of examples; steps: of
-    the optimizer, in all; n_parameters: of the whole model.
+    args: the recipe's flags.
+    about: "data" as `describe_sizes` returns it, and "memory", the plan for the memory as a text.
+    precision: "bf16", "fp16" or "fp32".
+    max_tokens: the most tokens of a micro-batch; None if micro-batches have a fixed number of examples instead.
+    steps: optimizer steps of the whole run.
+    n_parameters: of the whole model, trained or not.
     """
     data = about["data"]
     counts = {"language model": 0, "vision tower": 0, "projector and separators": 0}
@@ -62,7 +66,7 @@ def describe_run(
 
 
 def describe_mode(args) -> str:
-    """ "full", "frozen vision", "LoRA", …: what the flags make of the model."""
+    """The mode that the flags ask for: "full", "frozen vision", "LoRA", "QLoRA without vision", …"""
     if not args.use_lora:
         return "frozen vision" if args.freeze_vision_model else "full"
     mode = ("QDoRA" if args.use_dora else "QLoRA") if args.use_qlora else "DoRA" if args.use_dora else "LoRA"
@@ -72,7 +76,10 @@ def describe_mode(args) -> str:
 def questionable_settings(
     args, training_args: TrainingArguments, n_parameters: int, sizes: Sequence, steps: int
 ) -> list[str]:
-    """Settings that are allowed and known to go wrong, each with what to do."""
+    """A warning for each setting that is allowed but known to go wrong, with what to do instead.
+
+    n_parameters: of the whole model; sizes: the `Size` of each training example; steps: optimizer steps of the run.
+    """
     found = []
     kind = "lora" if args.use_lora else "frozen" if args.freeze_vision_model else "full"
     low, high = SENSIBLE_RATES[kind]
@@ -85,15 +92,16 @@ def questionable_settings(
     if training_args.get_warmup_steps(steps) >= steps > 1:
         found.append(
             f"--warmup_steps {training_args.warmup_steps:g} is as long as the run of {steps} steps: the learning rate "
-            "never gets to its value; give a share, such as 0.03"
+            "never reaches its full value; give a fraction of the run, such as 0.03"
         )
     if steps < 20 and not args.dry_run:
-        found.append(f"{steps} optimizer steps are few: lower --batch_size, or raise --num_train_epochs")
+        found.append(f"{steps} optimizer steps are few: lower --batch_size or raise --num_train_epochs")
     if training_args.fp16 and not training_args.deepspeed and not args.use_lora and n_parameters >= LARGE:
         found.append("fp16 without DeepSpeed keeps everything in fp32 on each GPU: leave out --deepspeed none")
     if training_args.save_strategy != "no" and training_args.save_steps >= 1 and training_args.save_steps > steps:
         found.append(
-            f"--save_steps {training_args.save_steps:g} is more than the {steps} steps of the run: nothing is saved"
+            f"--save_steps {training_args.save_steps:g} is more than the {steps} steps of the run: "
+            "no checkpoint will be saved"
         )
     if args.keep_best and (training_args.eval_strategy == "no" or training_args.eval_steps > steps >= 1):
         found.append("--keep_best sees no evaluation during training: give --eval_steps below the number of steps")
@@ -104,7 +112,10 @@ def questionable_settings(
 
 
 def describe_sizes(sizes: list, n_evaluation: int) -> dict[str, str]:
-    """The data in short: how many examples, how long."""
+    """How many examples there are and how long they are, as texts.
+
+    sizes: the `Size` of each training example; n_evaluation: how many evaluation examples there are.
+    """
     tokens, crops = (sorted(getattr(s, name) for s in sizes) for name in ("tokens", "crops"))
     middle = len(sizes) // 2
 
@@ -122,5 +133,6 @@ def describe_sizes(sizes: list, n_evaluation: int) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
+    """The installed version of each package that can change results."""
     packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
     return {name: importlib.metadata.version(name) for name in packages}

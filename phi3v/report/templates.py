@@ -1,4 +1,4 @@
-"""The Jinja environment of the page and of the model card."""
+"""The Jinja environment that renders the page and the model card, with the filters of their templates."""
 
 import base64
 import hashlib
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jinja2
 
-LONGEST_TEXT = 2000  # characters; more of one text is cut
+LONGEST_TEXT = 2000  # characters; a longer text is cut
 
 
-def number(value: float) -> str:
-    """Four significant digits, in the form that is easiest to read."""
+def format_number(value: float) -> str:
+    """Four significant digits: 0.1235, 21,573 or 32M."""
     if abs(value) >= 1e6:
         return f"{value / 1e6:,.4g}M"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -23,11 +23,12 @@ def _cut(text) -> str:
 
 
 def _cell(value) -> str:
+    """The value as one cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _csp_hash(script: str) -> str:
-    """The one script that the page may run, as its content security policy names it."""
+    """The hash by which the page's content security policy allows this script and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
@@ -39,4 +40,4 @@ environment = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-environment.filters.update(number=number, cut=_cut, csp_hash=_csp_hash, cell=_cell)
+environment.filters.update(number=format_number, cut=_cut, csp_hash=_csp_hash, cell=_cell)

@@ -22,7 +22,7 @@ class Costs:
     """What a micro-batch costs, as rates (FLOPs or bytes for one token, one patch, …) times quantities.
 
     model: a Phi3VForCausalLM, or a PeftModel around one.
-    checkpointing: the kind of activation checkpointing, one of `checkpointing.KINDS`.
+    checkpointing: the kind of activation checkpointing, one of `activation_checkpointing.KINDS`.
     stream_bytes: size of a number in the residual stream between layers, which has the dtype of the embedding.
     compute_bytes: size of a number that a matrix product reads or writes; differs from `stream_bytes` under autocast.
     eager: whether attention is the eager implementation, which keeps the attention weights.

@@ -8,16 +8,17 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpointing import DESCRIPTIONS, KINDS
+from .activation_checkpointing import DESCRIPTIONS, KINDS
 from .costs import Costs
 from .hardware import GPUS, USABLE_SHARE, device_memory, peak_flops, published_peak
 from .workload import Workload, workload_of_example
 
 GPU_CONTEXT = 1.0 * 2**30  # bytes that the driver's context, cuBLAS and NCCL take on a GPU
 GPU_FRAGMENTATION = 0.05  # share of the tensors' memory that the allocator cannot use, in gaps between them
-ENOUGH_TOKENS = 8192  # beyond, larger micro-batches are hardly faster
+ENOUGH_TOKENS = 8192  # in a micro-batch; more tokens than that make training hardly faster
 ASSUMED_MFU = 0.4
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a parameter: 4 bits, and a scale of 8 bits for 64, of 32 bits for 64 * 256
+# Bytes of a parameter: 4 bits; 64 parameters share a scale of 8 bits, and 256 of these scales share one of 32 bits.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 WIDEST = max(map(len, DESCRIPTIONS.values()))
 
 
@@ -110,8 +111,11 @@ class Estimate:
         return Memory(*parts, context)
 
     def _without_deepspeed(self, weights: float, passes: float) -> tuple[float, ...]:
-        """The first five numbers of `Memory`, from its first and fourth without what is trained. The weights that are
-        trained are kept in fp32, and Adam has two moments for each."""
+        """All numbers of `Memory` but the context. The trained weights are in fp32, and Adam has two moments for each.
+
+        weights: bytes of the frozen weights.
+        passes: bytes of activations and dequantised weights.
+        """
         if self.compute_bytes < 4:
             passes += self.trained * self.compute_bytes  # autocast keeps copies of the weights
         # DistributedDataParallel has a second copy of the gradients, in buckets.
@@ -119,8 +123,7 @@ class Estimate:
         return weights + self.trained * 4, gradients, self.trained * 8, passes, 0.0
 
     def _with_deepspeed(self, weights: float, passes: float) -> tuple[float, ...]:
-        """The first five numbers of `Memory`, from its first and fourth without what is trained. Measured with
-        DeepSpeed 0.19."""
+        """The same with DeepSpeed, as version 0.19 allocates memory."""
         zero, size = self.deepspeed.get("zero_optimization", {}), self.stream_bytes
         stage, share = zero.get("stage", 0), self.trained / self.world_size
         weights += self.trained * size
@@ -252,7 +255,7 @@ class Plan(NamedTuple):
     """How a run will use its memory.
 
     tokens: the most that a micro-batch has; None if micro-batches have a fixed number of examples.
-    checkpointing: the kind of activation checkpointing, one of `checkpointing.KINDS`.
+    checkpointing: the kind of activation checkpointing, one of `activation_checkpointing.KINDS`.
     workload: the largest micro-batch that can come.
     memory: what is expected with that one.
     budget: bytes that each process can have.

@@ -3,7 +3,7 @@
 import pytest
 
 from phi3v.report.statistics import confidence_interval, sign_test
-from phi3v.report.templates import number
+from phi3v.report.templates import format_number
 
 
 def test_statistics():
@@ -16,6 +16,6 @@ def test_statistics():
         confidence_interval([])
     assert sign_test(0, 0) == 1 and sign_test(3, 3) == 1
     assert sign_test(1, 9) == pytest.approx(22 / 1024) and sign_test(5000, 100) < 1e-6
-    assert list(map(number, (0, 4e-5, 0.123456, 999, 21573.4, 3.2e7))) == [
+    assert list(map(format_number, (0, 4e-5, 0.123456, 999, 21573.4, 3.2e7))) == [
         "0", "4e-05", "0.1235", "999", "21,573", "32M"
     ]  # fmt: skip

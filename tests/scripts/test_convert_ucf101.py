@@ -284,7 +284,7 @@ def test_reruns_never_mix(source, tmp_path, capfd):
     assert convert("--source", source, "--out_dir", out) == 0
     before = content(out)
     assert convert("--source", source, "--out_dir", out) == 0
-    assert "converted already" in capfd.readouterr().out
+    assert "already converted" in capfd.readouterr().out
     assert convert("--source", source, "--out_dir", out, "--num_frames", "4") == 2
     assert "was converted with num_frames 8, not 4" in capfd.readouterr().err
     assert content(out) == before
@@ -328,7 +328,7 @@ def test_places_that_cannot_be_written(flags, source, tmp_path, capfd, monkeypat
     (tmp_path / "file").write_text("mine")
     assert convert("--source", source, *flags) == 2
     error = capfd.readouterr().err
-    assert error.startswith("error: --out_dir ") and "can't be made" in error and error.count("\n") == 1
+    assert error.startswith("error: --out_dir ") and "can't be written" in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
