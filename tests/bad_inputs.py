@@ -1,8 +1,8 @@
-"""Wrong annotations and images, with what is to be said about each.
+"""Wrong annotations and images, and what the message about each must contain.
 
     python tests/bad_inputs.py FOLDER
 
-writes them all: one file of annotations or one image a case, made anew from code, so that none is kept as a file.
+writes one file of annotations or one image for each case. They are made by code, so none is kept in the repository.
 """
 
 import io
@@ -166,7 +166,7 @@ def cut(content: bytes, share=0.5) -> bytes:
 
 
 def png(width: int, height: int, data: bytes = b"", colour: int = 2, depth: int = 8) -> bytes:
-    """A PNG whose header says what it likes."""
+    """A PNG whose header claims any size, whatever its data hold."""
 
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))

@@ -13,7 +13,7 @@ SVG = {"path", "rect", "circle", "polyline"}
 
 
 class Page(HTMLParser):
-    """Tags with attributes, and texts outside style and script; fails on tags that are not closed."""
+    """The tags of a page with their attributes, and its texts outside of style and script. Fails on unclosed tags."""
 
     def __init__(self, html: str):
         super().__init__()

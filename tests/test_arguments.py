@@ -33,7 +33,7 @@ def test_a_preset_has_the_published_settings(tmp_path, task, preset, wanted):
     assert (training_args.deepspeed is None) == args.use_lora
 
 
-def test_flags_go_before_a_preset(tmp_path):
+def test_a_flag_overrides_the_preset(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--preset", "lora", "--learning_rate", "1e-4", "--batch_size", "8"]
     args, training_args = parse_command(docvqa, flags)
     assert (training_args.learning_rate, args.batch_size, args.lora_rank) == (1e-4, 8, 32)

@@ -1,4 +1,4 @@
-"""Messages about wrong input: collected, shown once, and the exit status that goes with them."""
+"""Messages about wrong input are collected and printed once, and the process ends with status 2."""
 
 import pytest
 from helpers import COMMON, ROOT, torchrun

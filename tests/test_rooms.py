@@ -30,7 +30,7 @@ TESTS_OF_SEVERAL_MODULES = {
 
 
 def name_of(path: Path) -> str:
-    """ "training.meter" for phi3v/training/meter.py, and "" for phi3v/__init__.py."""
+    """The name of a module inside of phi3v: "training.meter" for training/meter.py, and "" for __init__.py."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -16,7 +16,7 @@ from phi3v.training.trainer import RecipeTrainer
 
 @pytest.fixture
 def spoilt(toy_data, tmp_path):
-    """The toy data with one image cut off in its pixels, and one that is none."""
+    """The toy data with one image whose last bytes are missing, and one file that is not an image."""
     folder = tmp_path / "spoilt"
     shutil.copytree(toy_data, folder)
     images = sorted((folder / "images" / "train").iterdir())
@@ -80,7 +80,7 @@ def test_another_split_is_evaluated(toy_data, saved_run, tmp_path):
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["num_examples"] == 2
 
 
-def test_an_adapter_is_no_model_to_train_from(toy_data, saved_run, tmp_path):
+def test_training_from_an_adapter_is_refused(toy_data, saved_run, tmp_path):
     with pytest.raises(InputError, match="holds an adapter: give its base .*merge_adapter"):
         script.main(arguments(toy_data, tmp_path, "--model_name_or_path", str(saved_run("lora"))))
 
@@ -95,7 +95,7 @@ def test_a_dry_run_leaves_nothing_and_says_that_it_passed(toy_data, tmp_path, ca
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_sees_that_the_saved_model_is_another(toy_data, tmp_path, monkeypatch):
+def test_a_dry_run_fails_if_the_saved_model_gives_other_answers(toy_data, tmp_path, monkeypatch):
     save = RecipeTrainer.save_model
 
     def damaging(trainer, *args, **kwargs):
@@ -132,7 +132,7 @@ exit_on_input_error(lambda: script.main(flags))
         (["--data_dir", "OTHER"], "processes 0 and 1 have different data (24 and 20 examples)"),
     ],
 )
-def test_ranks_that_were_started_otherwise_end_at_once(toy_data, tmp_path, odd, said):
+def test_ranks_with_different_flags_or_data_end_at_once(toy_data, tmp_path, odd, said):
     other = tmp_path / "other"
     shutil.copytree(toy_data, other)
     lines = (other / "ucf101_train.jsonl").read_text().splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""Conversations → ids, labels and crops; the jsonl reader and what it refuses; padding; generation."""
+"""The reader of annotations names what is wrong in a file, and raises nothing but InputError for any input."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_unusual_annotations_are_read(name, folder):
     assert name != "no_id" or examples[0]["id"] == f"{path}:1"
 
 
-def test_a_file_that_is_no_file(folder):
+def test_a_path_that_is_not_a_regular_file_is_refused(folder):
     for path, message in (
         ("nowhere.jsonl", "does not exist"),
         ("images", "not a regular"),
@@ -111,7 +111,7 @@ def test_a_file_that_is_no_file(folder):
 
 
 def test_nothing_outside_the_folder_is_opened(folder, monkeypatch):
-    """The reader asks what a name is, and opens no image at all; of folders it lists those inside."""
+    """The reader opens no image; it only lists folders, and only those inside the folder of images."""
     listed = []
     scandir = os.scandir
     monkeypatch.setattr(annotations.os, "scandir", lambda path: listed.append(os.path.realpath(path)) or scandir(path))
@@ -156,7 +156,7 @@ EXAMPLES = st.fixed_dictionaries({"conversations": st.lists(TURNS, max_size=3) |
 
 @st.composite
 def mutated_lines(draw):
-    """Valid and nearly valid lines, with bytes of them changed, cut out, repeated or put in."""
+    """Valid and nearly valid lines, in which some bytes are changed, cut out, repeated or inserted."""
     lines = [json.dumps(example).encode() for example in draw(st.lists(EXAMPLES, max_size=3))] + [bad_inputs.line()]
     content = bytearray(draw(st.sampled_from([b"\n", b"\r\n", b"\n\n"])).join(draw(st.permutations(lines))))
     for _ in range(draw(st.integers(0, 4))):

@@ -45,7 +45,7 @@ def special(tmp_path_factory):
     }
 
 
-def test_special_images_are_counted_and_no_problem(special, processor, monkeypatch):
+def test_special_images_are_counted_and_are_no_problem(special, processor, monkeypatch):
     conversations = [conversation(image, id=str(i)) for i, image in enumerate(special.values())]
     for image in special.values():
         encode_conversation(processor, conversation(image)["conversations"])
@@ -102,7 +102,7 @@ def test_a_worker_that_dies_is_reported(special, processor, monkeypatch):
         check_images([conversation(special["plain"])], processor, 1, disable_tqdm=True)
 
 
-def test_texts_that_no_reader_saw(processor):
+def test_texts_that_the_reader_has_not_checked_are_checked(processor):
     summary = check_images([conversation(user="<|image_3|>")], processor, 0, disable_tqdm=True)
     assert "image tags do not match" in summary.problems.lines[0]
     assert str(check_images([], processor, 0, disable_tqdm=True)).startswith("data: 0 examples, 0 images")

@@ -25,7 +25,7 @@ TURNS = [
 
 
 def words(tokenizer, ids):
-    """The text without its blanks: decoding puts one after each special token."""
+    """The decoded text without blanks, because decoding puts a blank after each special token."""
     return tokenizer.decode(ids, skip_special_tokens=False).replace(" ", "")
 
 
@@ -107,7 +107,7 @@ if SNAPSHOT:
 @fuzz(150)
 @given(st.lists(RANDOM_IMAGES, max_size=3), RANDOM_TEXTS, RANDOM_TEXTS, st.booleans())
 def test_random_conversations(processor, images, user, assistant, for_generation):
-    """Texts that the reader lets through, with any images: encoded, or refused with an InputError."""
+    """Any images with texts that the reader accepts are encoded, or refused with an InputError."""
     if text_problem(user) or text_problem(assistant):
         return
     turns = [{"images": images, "user": user, "assistant": assistant}]

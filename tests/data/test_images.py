@@ -54,7 +54,7 @@ def test_bad_images_are_named(name, as_bytes, processor, tmp_path):
         (Image.new("RGB", (0, 9)), "an image: image of 0 x 9 pixels is empty"),
     ],
 )
-def test_what_is_no_image(image, message, processor):
+def test_anything_that_is_not_an_image_is_refused(image, message, processor):
     with pytest.raises(InputError) as error:
         encode_conversation(processor, conversation(image)["conversations"])
     assert message in str(error.value)
@@ -107,7 +107,7 @@ def test_an_rgb_image_is_copied():
 @fuzz(150)
 @given(st.sampled_from(["png", "jpeg", "gif", "bmp", "tiff", "ppm", "webp"]), st.data())
 def test_damaged_files(processor, format, data):
-    """Files with bytes changed and cut: whatever PIL makes of them, it is an image or an InputError."""
+    """Files with changed or missing bytes give an image or an InputError, whatever PIL does with them."""
     content = bytearray(bad_inputs.encoded(format, 12, 9))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))

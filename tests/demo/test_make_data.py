@@ -125,7 +125,7 @@ def test_tables_load_as_the_hubs_do_and_have_their_schema(tables):
         assert {len(images) for images in table["images"]} == {2 if config == "nlvr2" else 1}
 
 
-def test_questions_alone_tell_nothing(tables):
+def test_answers_cannot_be_guessed_from_the_questions(tables):
     memes = Counter(row["texts"][0]["assistant"] for row in load(tables, "the_cauldron", "hateful_memes"))
     assert memes == {"yes": 30, "no": 30}
     judged = [text for row in load(tables, "the_cauldron", "nlvr2") for text in row["texts"]]
@@ -180,7 +180,7 @@ def test_evaluation_rows_come_first_and_show_other_digit_images(task, monkeypatc
 
 
 def rows_and_labels(task: str, monkeypatch, folder: Path) -> tuple[list[dict], list[int]]:
-    """The rows of the real size without their pictures, and what each picture shows."""
+    """The rows of a full-size table without their pictures, and the digit that each picture shows."""
     labels, written = [], {}
     monkeypatch.setattr(make_data, "draw_digit", lambda digits, label, rng: labels.append(int(label)))
     monkeypatch.setattr(make_data, "png", lambda image: None)
@@ -200,7 +200,7 @@ def test_captions_match_half_the_pictures_and_answers_are_right(monkeypatch, tmp
     assert set(counts.values()) == {len(rows) // 4}
 
 
-def test_statements_are_right_and_tell_nothing_alone(monkeypatch, tmp_path):
+def test_statements_are_right_and_their_answers_cannot_be_guessed(monkeypatch, tmp_path):
     rows, labels = rows_and_labels("nlvr2", monkeypatch, tmp_path)
     answers = {}
     for row, left, right in zip(rows, labels[::2], labels[1::2], strict=True):

@@ -21,7 +21,8 @@ def test_crop_side_must_hold_whole_merged_patches():
 
 
 def test_keys_of_config_json_that_vllm_and_mlx_vlm_read():
-    """Both take the tower for ViT-L/14-336 and need these for the rest; vLLM's class is found by the architecture."""
+    """vLLM and mlx-vlm assume that the tower is ViT-L/14-336 and read the rest from these keys; vLLM finds its class by
+    the architecture."""
     rope = {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
     saved = json.loads(Phi3VConfig(rope_scaling=rope, architectures=["Phi3VForCausalLM"]).to_json_string())
     assert saved["model_type"] == "phi3_v" and saved["architectures"] == ["Phi3VForCausalLM"]

@@ -50,6 +50,6 @@ def test_token_table():
 
 
 @pytest.mark.parametrize("size", [(10000, 1), (1, 10000), (0, 5)])
-def test_images_that_vanish(size):
+def test_images_that_are_too_thin_or_empty_are_refused(size):
     with pytest.raises(ValueError, match="too thin|is empty"):
         Phi3VImageProcessor(num_crops=4)(Image.new("RGB", size))

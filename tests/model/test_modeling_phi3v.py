@@ -1,4 +1,4 @@
-"""The model against the official implementation's numbers, and what it saves, loads and generates."""
+"""The model gives the numbers of the official implementation; saving, loading and generation."""
 
 import json
 import os
@@ -186,7 +186,7 @@ def test_a_mixed_batch_equals_its_examples(side, attn_implementation):
 
 
 def greedy(model, batch, n, stop_ids):
-    """Greedy decoding without a cache: the whole sequence is read for every token."""
+    """Greedy decoding without a cache: the model reads the whole sequence again for every token."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     for _ in range(n):
         logits = model(**batch | {"input_ids": ids, "attention_mask": mask}, logits_to_keep=1).logits

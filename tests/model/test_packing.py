@@ -1,4 +1,4 @@
-"""Examples in one row give the loss and the gradients that they give alone."""
+"""Examples that are packed into one row give the same loss and gradients as each example alone."""
 
 import copy
 import sys
@@ -135,7 +135,7 @@ def test_a_packed_row_is_its_examples(share_images, mode, implementation, checkp
 
 
 def test_one_example_beyond_4096_tokens(data, monkeypatch):
-    """With the length at which Phi-3.5-vision changes its rotary factors."""
+    """4096 is the length at which Phi-3.5-vision changes its rotary factors."""
     monkeypatch.setattr(sys.modules[__name__], "ORIGINAL", 4096)
     model = build("full", "sdpa", False)
     conversations = [
@@ -155,7 +155,7 @@ def test_one_example_beyond_4096_tokens(data, monkeypatch):
 
 
 def test_a_leak_between_examples_is_noticed(data):
-    """Two examples as if they were one: their positions are right, but attention goes across."""
+    """Packs two examples as if they were one: their positions are right, but one attends to the other."""
     model = build("full", "sdpa", False)
     batch = PackingCollator(data.processor, ORIGINAL, False)(data.__getitems__([3, 0]))
     first, second = batch["packing"].groups

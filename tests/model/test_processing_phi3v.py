@@ -38,7 +38,7 @@ if SNAPSHOT:
 @fuzz(150)
 @given(st.lists(RANDOM_IMAGES.filter(lambda image: image.mode != "La"), max_size=2), RANDOM_TEXTS)
 def test_random_prompts(processor, images, text):
-    """The processor, which callers give what they like: it returns, or raises the ValueError that it documents."""
+    """Whatever a caller gives the processor, it returns a batch or raises the ValueError that it documents."""
     try:
         batch = processor(text, images, return_tensors="pt")
     except ValueError:

@@ -1,4 +1,4 @@
-"""The model card says what was trained, and its code runs."""
+"""The model card describes the run correctly, and the code in it runs."""
 
 import json
 import re
@@ -39,5 +39,5 @@ def test_the_card_is_true_and_its_code_runs(saved_run, tmp_path, mode, monkeypat
         torch.testing.assert_close(state[name].float(), tensor.float(), rtol=1e-2, atol=1e-3)  # bf16 in the base
 
 
-def test_a_base_is_named(saved_run):
+def test_the_card_names_the_base(saved_run):
     assert str(CHECKPOINT) in (saved_run("lora") / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""The HTML report of a run: what it says, what it leaves out, and that nothing in it can run or be fetched."""
+"""The HTML report of a run: its content, and that nothing in it can run code or fetch anything."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ from html_pages import evaluation, report
 from PIL import Image
 
 
-def test_says_what_was_learned(tmp_path):
+def test_the_page_shows_the_results_before_and_after_training(tmp_path):
     html, page = report(tmp_path)
     assert "Result: accuracy" in page.text and "0.5000" in page.text and "0.7500" in page.text
     assert "95% confidence interval 0.1500 to 0.8500 Wilson; 4 examples" in page.text
@@ -44,7 +44,7 @@ def test_nothing_is_fetched_and_one_script_may_run(tmp_path):
     assert len(page.all("script")) == 1
 
 
-def test_texts_stay_texts(tmp_path):
+def test_texts_are_escaped_in_the_page(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)> \"' {{ 7 * 7 }} \ud800"
     _, page = report(
         tmp_path,
@@ -126,7 +126,7 @@ def test_examples_are_paired_by_id(tmp_path):
     assert "2 examples in both" in report(tmp_path, before=before, after=after)[1].text
 
 
-def test_no_interval_where_the_metric_is_no_mean(tmp_path):
+def test_there_is_no_interval_if_the_metric_is_not_a_mean(tmp_path):
     _, page = report(tmp_path, before=None, after=evaluation([0, 1]) | {"accuracy": 0.9})
     assert "0.9000" in page.text and "the metric is not the mean of their scores" in page.text
 

@@ -39,7 +39,7 @@ def args_steps(training_args) -> int:
         ([], None),
     ],
 )
-def test_settings_known_to_go_wrong_are_doubted(toy_data, tmp_path, flags, said):
+def test_settings_that_often_go_wrong_give_a_warning(toy_data, tmp_path, flags, said):
     args, training_args = parse_command(script, arguments(toy_data, tmp_path, "--learning_rate", "4e-5", *flags))
     found = summary.questionable_settings(
         args, training_args, 4_000_000_000, [Size(10, 0, 0, 3, 0)], args_steps(training_args)
@@ -47,6 +47,6 @@ def test_settings_known_to_go_wrong_are_doubted(toy_data, tmp_path, flags, said)
     assert [text.startswith(f"warning: {said}") for text in found] == ([True] if said else [])
 
 
-def test_the_rates_of_small_models_are_not_doubted(toy_data, tmp_path):
+def test_learning_rates_of_small_models_give_no_warning(toy_data, tmp_path):
     args, training_args = parse_command(script, arguments(toy_data, tmp_path, "--learning_rate", "1e-3"))
     assert summary.questionable_settings(args, training_args, 1_000_000, [Size(10, 0, 0, 3, 0)], steps=40) == []

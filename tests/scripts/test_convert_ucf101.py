@@ -1,4 +1,4 @@
-"""The converter on real .avi files, whose frames tell their own number."""
+"""The converter on real .avi files, in which the brightness of a frame tells its number."""
 
 import errno
 import fcntl
@@ -62,7 +62,7 @@ def pack(source, archive, mode="w:gz"):
 
 @pytest.fixture(scope="module")
 def long_source(tmp_path_factory):
-    """Work for some ten seconds."""
+    """A source that takes about ten seconds to convert."""
     first = tmp_path_factory.mktemp("long") / "source" / "train" / "Run" / "v_000.avi"
     write_avi(first, 300)
     for k in range(1, 400):
@@ -88,7 +88,7 @@ def wait_for_frames(process, partial):
 
 
 def alive(session):
-    """Processes of the session, without those that only wait to be reaped."""
+    """The ids of the processes of a session, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

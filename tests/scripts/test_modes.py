@@ -1,4 +1,4 @@
-"""What trains in each mode: every parameter that should gets a gradient, and nothing else moves."""
+"""In each mode every parameter that should train gets a gradient, and no other parameter changes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from phi3v.model.modeling_phi3v import Phi3VImageEmbedding
 
 
 def should_train(mode, name):
-    """By name alone, written down independently of the scripts."""
+    """Whether a parameter should train, by its name alone: the scripts are not asked."""
     tower, vision = "img_processor" in name, "vision_embed_tokens" in name
     if tower and ("encoder.layers.2." in name or "post_layernorm" in name):
         return False  # the last of three layers, and what follows it, is never run
@@ -37,7 +37,7 @@ def gradients(mode, checkpointing, toy_batch, toy_data, out, use_reentrant=False
 
 
 def without_gradient(mode, model):
-    """Names of parameters that should train, and get no gradient."""
+    """Names of parameters that should train but have no gradient."""
     return [
         name
         for name, p in model.named_parameters()
@@ -64,7 +64,7 @@ def test_reentrant_checkpointing_would_be_noticed(toy_batch, toy_data, tmp_path)
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_else_moves(mode, checkpointing, toy_data, tmp_path):
+def test_only_what_should_train_changes(mode, checkpointing, toy_data, tmp_path):
     """Two real steps with weight decay. Frozen parameters stay as they are, to the bit; the others change."""
     flags = arguments_of_mode(mode, toy_data, tmp_path / "out")
     start = {}

@@ -1,4 +1,4 @@
-"""What each task makes of its data set's schema: questions, answers, splits; and its metric."""
+"""Questions, answers and splits that each task reads from its data set, and the metric of each task."""
 
 import datasets
 import pytest

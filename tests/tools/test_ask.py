@@ -1,4 +1,4 @@
-"""Asking a model from the terminal: the answers are those of generate, follow-ups keep the conversation."""
+"""A model that is asked from the terminal answers like generate, and remembers the conversation."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An adapter with trained separators, strong enough that the answers are others than the base's."""
+    """An adapter with weights so large that its answers differ from those of the base."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(1)
     base = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
@@ -49,7 +49,7 @@ def adapter(tmp_path_factory):
 
 
 def expected(model, processor, prompt, images, n):
-    """The greedy answer by the public processor and transformers' generate alone."""
+    """The greedy answer, computed only with the public processor and transformers' generate."""
     batch = processor(prompt, [Image.open(path) for path in images] or None)
     ids = model.generate(**batch, do_sample=False, max_new_tokens=n, pad_token_id=processor.tokenizer.pad_token_id)
     return processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()

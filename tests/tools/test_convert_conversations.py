@@ -1,4 +1,4 @@
-"""Common formats of conversations, converted, read back, and held against the schema."""
+"""Common formats of conversations are converted; the reader and the schema accept the result."""
 
 import json
 

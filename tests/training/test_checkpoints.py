@@ -52,7 +52,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damaged_checkpoints_are_left_aside(kind, finished_run, tmp_path):
+def test_damaged_checkpoints_are_not_used(kind, finished_run, tmp_path):
     out = tmp_path / "out"
     copy_up_to_checkpoint(finished_run("full"), out, 12)
     spoil, message = DAMAGES[kind]
@@ -64,7 +64,7 @@ def test_damaged_checkpoints_are_left_aside(kind, finished_run, tmp_path):
         find_checkpoint(str(bad), out)
 
 
-def test_what_is_being_written_is_no_checkpoint(finished_run, tmp_path):
+def test_a_checkpoint_that_is_still_being_written_is_not_used(finished_run, tmp_path):
     out = tmp_path / "out"
     copy_up_to_checkpoint(finished_run("full"), out, 4)
     shutil.copytree(out / "checkpoint-4", out / "unfinished" / "checkpoint-6")
@@ -91,7 +91,7 @@ STATES = st.binary(max_size=40) | st.fixed_dictionaries({"global_step": JSON}).m
     CONTENTS, STATES, st.sampled_from(["checkpoint-3", "checkpoint-03", "checkpoint-٣", "checkpoint-", "checkpoint--1"])
 )
 def test_random_checkpoints(tmp_path_factory, manifest, state, name):
-    """Whatever stands in the two files that are looked at: a checkpoint is taken, or left aside with a reason."""
+    """With any content of complete.json and trainer_state.json, a checkpoint is used, or not used with a reason."""
     out = tmp_path_factory.mktemp("random")
     (out / name).mkdir()
     (out / name / "complete.json").write_bytes(manifest)
@@ -101,13 +101,13 @@ def test_random_checkpoints(tmp_path_factory, manifest, state, name):
     shutil.rmtree(out)
 
 
-def test_deep_json_is_left_aside(tmp_path):
+def test_a_checkpoint_with_deeply_nested_json_is_not_used(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "complete.json").write_text("[" * 100_000)
     assert find_checkpoint("auto", tmp_path)[0] is None
 
 
-def test_what_deepspeed_loads_runs_nothing(tmp_path):
+def test_loading_under_deepspeed_runs_no_code_from_the_file(tmp_path):
     class Evil:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "ran"),))
@@ -120,7 +120,7 @@ def test_what_deepspeed_loads_runs_nothing(tmp_path):
 
 
 def test_only_whole_earlier_checkpoints_are_deleted(finished_run, tmp_path):
-    """A damaged later one, and one of a training that went another way, must not push out the one just written."""
+    """Later checkpoints, damaged or left by an earlier training, must not push out the one just written."""
     out = tmp_path / "out"
     copy_up_to_checkpoint(finished_run("full"), out, 12)
     os.truncate(out / "checkpoint-12" / "model.safetensors", 5)
@@ -133,7 +133,7 @@ def test_only_whole_earlier_checkpoints_are_deleted(finished_run, tmp_path):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    """/dev/full fails as a full disk does."""
+    """Writing to /dev/full fails like writing to a full disk."""
     folder = tmp_path / "unfinished" / "checkpoint-3"
     folder.mkdir(parents=True)
     for write in (

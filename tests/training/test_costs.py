@@ -12,7 +12,7 @@ from phi3v.training.workload import workload_of_packing
 
 
 def micro_batch(examples) -> dict:
-    """Examples of (grids, text tokens, supervised tokens, what their images are called) in one row."""
+    """A packed row of examples, each given as (grids, text tokens, supervised tokens, a key of its images or None)."""
     encoded = []
     for grids, text, supervised, images in examples:
         n = sum((h * w + 1) * 144 + 1 + (h + 1) * 12 for h, w in grids)
@@ -41,7 +41,7 @@ def to(row: dict, device) -> dict:
 @pytest.mark.parametrize("checkpointing", ["none", "decoder", "all"])
 @pytest.mark.parametrize("mode", ["full", "frozen", "frozen+projector", "lora", "lora+frozen"])
 def test_flops_at_real_size(mode, checkpointing):
-    """Attention is counted in full there: every query with every key of its call. QLoRA computes as LoRA does."""
+    """torch counts attention of every query with every key. QLoRA needs no case: it computes the same as LoRA."""
     row = micro_batch(BATCHES["two"])
     model = real_size_model(mode, torch.bfloat16, checkpointing)
     with FlopCounterMode(display=False) as counter:
@@ -72,7 +72,7 @@ CASES = [
 
 @pytest.mark.parametrize(("mode", "dtype", "checkpointing", "batch"), CASES)
 def test_kept_tensors_at_real_size(mode, dtype, checkpointing, batch, monkeypatch):
-    """On fake CPU tensors, where attention is the fused kernel's, as on a GPU; on the meta device it is not."""
+    """Uses fake CPU tensors, with which attention is a fused kernel as on a GPU; on the meta device it is not."""
     monkeypatch.setattr("phi3v.model.modeling_phi3v.Phi3VModel._check_images", lambda *args: None)  # looks at values
     row = micro_batch(BATCHES[batch])
     model = real_size_model(mode.split()[0], dtype, checkpointing)

@@ -14,7 +14,7 @@ from phi3v.training.estimate import Estimate
 
 
 def test_an_estimate(capfd, tmp_path):
-    """What --estimate prints for the real size; memory falls with checkpointing, and time with the number of GPUs."""
+    """What --estimate prints for the real size; activation checkpointing and more GPUs lower the memory."""
     sizes = [Size(2443, 2400, 17, 10, 0)] * 3
     model = real_size_model("full", torch.bfloat16)
     estimates = [Estimate(model, sizes, n, 2, {"zero_optimization": {"stage": 2}}) for n in (1, 8)]
@@ -55,8 +55,8 @@ def test_memory_under_deepspeed():
     assert memory("zero3", 1)[0].update == 6e9  # a group of parameters after the other
 
 
-def test_an_estimate_is_for_a_machine_elsewhere(tmp_path):
-    """fp16 and flash attention, which a CPU lacks, and eager attention, which keeps its weights."""
+def test_an_estimate_for_a_gpu_works_on_a_machine_without_one(tmp_path):
+    """A CPU has neither fp16 nor flash attention. Eager attention needs more memory, because it keeps its weights."""
     common = ["--data_dir", str(tmp_path), "--model_name_or_path", str(ROOT / "demo" / "base_checkpoint"), "--estimate"]
 
     def estimate(*flags):

@@ -1,4 +1,4 @@
-"""Cached vision features: the training of a frozen vision model is the same, and its tower is run once an image."""
+"""With cached vision features a frozen vision model trains the same, and encodes each image only once."""
 
 import shutil
 
@@ -26,7 +26,7 @@ def always_pays(monkeypatch):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """How many crops have gone through the tower in training, in a list that grows."""
+    """A list of how many crops each call of the tower has encoded; it grows while the test runs."""
     counted, encode = [], Phi3VImageEmbedding.encode_crops
 
     def counting(self, crops):

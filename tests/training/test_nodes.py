@@ -1,4 +1,4 @@
-"""Two nodes, each with a torchrun of its own: the same training as by two processes of one."""
+"""Two nodes, each with its own torchrun, train the same as two processes on one node."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def two_hosts():
 
 def joined_namespaces(stack: contextlib.ExitStack) -> list[Host]:
     def hold(command):
-        """A process in new namespaces, which live until it reads the end of its input."""
+        """Starts a process in new namespaces. The namespaces live until the process reads the end of its input."""
         command = [*command, "sh", "-c", "echo made && exec cat"]
         process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         stack.callback(process.stdin.close)
@@ -77,7 +77,7 @@ def free_port(address: str) -> int:
 
 
 def run_nodes(hosts, program: Path, *flags):
-    """torchrun on each host, as the README has it. Leaves no process, whatever happens."""
+    """Runs torchrun on each host, as the documentation says. Leaves no process behind, whatever happens."""
     port = free_port("127.0.0.1" if hosts[0].enter else hosts[0].address)
     running, logs = [], [program.with_name(f"node{rank}.log") for rank in (0, 1)]
 
@@ -108,7 +108,7 @@ def run_nodes(hosts, program: Path, *flags):
 
 
 def kill(program: Path):
-    """Processes that run it: torchrun's own have sessions of their own, and outlive a torchrun that is killed."""
+    """Kills the processes that run `program`. They have their own sessions and would outlive a killed torchrun."""
     for process in psutil.process_iter(["cmdline"]):
         if str(program) in (process.info["cmdline"] or []):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -27,7 +27,7 @@ def test_a_finished_run_is_left_as_it_is(toy_data, finished_run, capfd):
     assert {path: path.stat().st_mtime_ns for path in finished_run("full").rglob("*")} == before
 
 
-def test_going_another_way_sets_later_checkpoints_aside(toy_data, finished_run, tmp_path):
+def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(toy_data, finished_run, tmp_path):
     out = tmp_path / "out"
     copy_up_to_checkpoint(finished_run("full"), out, 10)
     flags = ["--resume_from_checkpoint", out / "checkpoint-4", "--max_steps", "6", "--save_total_limit", "1"]
@@ -43,7 +43,7 @@ def test_no_room_for_checkpoints_is_said_at_the_start(toy_data, tmp_path, monkey
         train_resumable(toy_data, tmp_path, *RESUMABLE_MODES["full"])
 
 
-def test_what_an_earlier_run_left_is_not_taken_for_this_ones(toy_data, tmp_path):
+def test_results_of_an_earlier_run_are_set_aside(toy_data, tmp_path):
     flags = [*SHORT, "--no_eval_before"]
     script.main(arguments(toy_data, tmp_path, *flags, "--use_lora", "--train_separators"))
     best = tmp_path / "best"

@@ -63,7 +63,7 @@ def test_a_base_that_has_changed_under_its_name_is_noticed(toy_data, finished_ru
         train_resumable(toy_data, tmp_path / "out", *flags, "--max_steps", "4", "--resume_from_checkpoint", "auto")
 
 
-def test_settings_that_only_watch_may_change(toy_data, finished_run, tmp_path):
+def test_settings_that_do_not_affect_the_result_may_differ(toy_data, finished_run, tmp_path):
     out = tmp_path / "out"
     copy_up_to_checkpoint(finished_run("full"), out, 8)
     flags = ["--save_steps", "3", "--save_total_limit", "2", "--logging_steps", "4", "--max_eval_samples", "3"]
@@ -72,7 +72,7 @@ def test_settings_that_only_watch_may_change(toy_data, finished_run, tmp_path):
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
 
 
-def test_evaluation_may_be_added_to_a_run_that_goes_on(toy_data, tmp_path):
+def test_evaluation_may_be_added_to_a_run_that_resumes(toy_data, tmp_path):
     flags = arguments(toy_data, tmp_path, *SHORT, "--no_eval_before", "--save_steps", "1")
     script.main(flags)
     shutil.rmtree(tmp_path / "checkpoint-2")

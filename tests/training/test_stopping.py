@@ -16,7 +16,7 @@ from phi3v.training.checkpoints import damage
 from phi3v.training.stopping import PREEMPTED
 
 
-def test_a_signal_that_comes_twice_is_one(monkeypatch):
+def test_two_signals_within_seconds_count_as_one(monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     try:
         preemption, left = stopping.Preemption(), []
@@ -69,8 +69,8 @@ def test_a_signal_ends_a_run_with_a_checkpoint(toy_data, tmp_path, finished_run)
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_after_a_rank_was_killed(toy_data, tmp_path):
-    """ZeRO-2 on two ranks, of which one is killed; torchrun's restart takes the newest checkpoint by itself."""
+def test_torchrun_restarts_and_the_training_resumes_after_a_rank_was_killed(toy_data, tmp_path):
+    """Kills one of two ranks under ZeRO-2. After torchrun's restart the training resumes from the newest checkpoint."""
     flags = ["--data_dir", toy_data, "--batch_size_per_gpu", "1", "--save_total_limit", "2"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     process = start(LAUNCH_TWO_RANKS, *flags, "--output_dir", whole)
@@ -92,7 +92,7 @@ def test_torchrun_goes_on_after_a_rank_was_killed(toy_data, tmp_path):
 
 
 def descendants(parent: int) -> list[tuple[int, list[str]]]:
-    """Training processes below a torchrun, and their environments."""
+    """The training processes that a torchrun has started, with their environments."""
     import psutil
 
     found = []

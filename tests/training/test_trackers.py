@@ -27,8 +27,8 @@ def test_trackers_get_the_same_names_and_pictures(toy_data, tmp_path):
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_samples_go_to_other_trackers_as_they_take_them(tracker):
-    """With a stand-in for the package: what is called, and with what. The packages themselves were tried by hand."""
+def test_samples_are_sent_in_the_form_that_other_trackers_take(tracker):
+    """A stand-in for the package records the calls. The packages themselves were tried by hand."""
     logged, pandas_frames = [], []
     package = SimpleNamespace(
         Image=lambda image, caption=None: ("image", image.size, caption),

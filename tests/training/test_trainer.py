@@ -18,7 +18,8 @@ from phi3v.training.evaluation import generate_answers
 
 @pytest.fixture(scope="module")
 def one_process(toy_data, tmp_path_factory):
-    """Six steps of SGD on four examples each, one example at a time: the numbers that every other cut must give."""
+    """Six steps of SGD on four examples each, one example at a time. Any other division into micro-batches must give
+    these numbers."""
     out = tmp_path_factory.mktemp("one")
     losses = train_losses(toy_data, out, *SIX_STEPS, "--deepspeed", "none", "--batch_size_per_gpu", "1")
     return losses, load_file(out / "model.safetensors")
@@ -119,7 +120,7 @@ def test_a_whole_run_with_frozen_vision_in_bf16(toy_data, tmp_path):
 
 
 def test_text_alone(tmp_path):
-    """No image anywhere: vision gets no gradient, and nothing waits for it."""
+    """Without any image the vision model gets no gradient, and training does not wait for one."""
     (tmp_path / "images").mkdir()
     for split in ("train", "val"):
         turn = {"images": [], "user": "Is it?", "assistant": "yes"}
@@ -130,7 +131,7 @@ def test_text_alone(tmp_path):
     assert losses[-1] < losses[0] / 2
 
 
-def test_more_steps_than_epochs_by_tokens(toy_data, tmp_path):
+def test_max_steps_may_exceed_an_epoch_of_micro_batches_filled_by_tokens(toy_data, tmp_path):
     flags = ["--deepspeed", "none", "--max_tokens_per_gpu", "300", "--max_steps", "40", "--save_steps", "100"]
     assert train_resumable(toy_data, tmp_path, *flags).state.global_step == 40
 
