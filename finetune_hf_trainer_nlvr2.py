@@ -10,8 +10,8 @@
     # V100: fp16, the default on a GPU
     torchrun --nproc_per_node=8 finetune_hf_trainer_nlvr2.py --batch_size 64
     # no data-centre GPU: adapters; on one gaming card, adapters on a base in 4 bits
-    torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --batch_size 64 --use_lora
-    torchrun --nproc_per_node=1 finetune_hf_trainer_nlvr2.py --batch_size 64 --use_qlora
+    torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --batch_size 64 --use_lora --learning_rate 2e-4
+    torchrun --nproc_per_node=1 finetune_hf_trainer_nlvr2.py --batch_size 64 --use_qlora --learning_rate 2e-4
     # a CPU: the demo's small checkpoint and its data (`make demo TASK=nlvr2` makes them)
     torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --data_dir output/demo/data/nlvr2 \\
         --model_name_or_path demo/base_checkpoint --num_crops 1 --learning_rate 2e-3 --batch_size_per_gpu 8
@@ -50,7 +50,7 @@ PRESETS = {  # settings of published results; precision and attention depend on 
 
 
 # ---- Flags ----------------------------------------------------------------------------------------------------
-# RunArguments adds the flags of the machinery; the Trainer has its own (--seed, --max_steps, --report_to, …).
+# RunArguments adds flags of the library (--check_data, --estimate, …), the Trainer its own (--seed, --max_steps, …).
 
 
 @dataclass
@@ -59,15 +59,15 @@ class RecipeArguments(RunArguments):
     eval_split: str | None = HfArg(default=None, help="split to evaluate on; default: the first 500 rows of train")
     as_turns: bool = HfArg(default=False, help="train on all statements of a pair as turns of one conversation")
     num_crops: int = HfArg(default=16, help="at most this many crops an image, 1 to 16: more detail takes more time")
-    # shared: flags. The blocks between "shared" and "end shared" are the same in all four scripts: `make shared` copies
-    # them from finetune_hf_trainer_docvqa.py, and a test fails if they differ.
+    # shared: flags. A block between "shared" and "end shared" is the same in every script that has it: edit it in
+    # finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
     max_train_samples: int | None = HfArg(default=None, help="train on the first N examples only")
     max_eval_samples: int | None = HfArg(default=None, help="evaluate on the first N examples only")
     model_name_or_path: str = HfArg(default="microsoft/Phi-3.5-vision-instruct", help="a folder, or a name on the Hub")
     freeze_vision_model: bool = HfArg(default=False, help="train the language model alone, with its text embedding")
     train_projector: bool = HfArg(default=False, help="with --freeze_vision_model: train the projector nevertheless")
     use_lora: bool = HfArg(default=False, help="train adapters alone; needs no DeepSpeed")
-    use_qlora: bool = HfArg(default=False, help="LoRA on a base in 4 bits (NF4): a third of the memory, slower")
+    use_qlora: bool = HfArg(default=False, help="--use_lora on a base in 4 bits (NF4): a third of the memory, slower")
     quantize_vision: bool = HfArg(default=False, help="with QLoRA: vision model in 4 bits too; less accurate")
     lora_rank: int = HfArg(default=64, help="rank of the adapters")
     lora_alpha_ratio: float = HfArg(default=2.0, help="alpha as a multiple of the rank")
@@ -95,7 +95,7 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
     "num_train_epochs": 1,
     "learning_rate": 4e-5,
     "lr_scheduler_type": "linear",
-    "warmup_steps": 0.03,  # a share of all steps, because the published 50 steps are longer than many a short run
+    "warmup_steps": 0.03,  # below 1, a share of all steps; the published 50 steps are too many for short runs
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
     "adam_epsilon": 1e-7,
@@ -189,7 +189,7 @@ def choose_trained(model: Phi3VForCausalLM, args: RecipeArguments):
 # ---- Metric ---------------------------------------------------------------------------------------------------
 
 
-# shared: score
+# shared: score. The scripts with exact match have it.
 def normalise(text: str) -> str:
     return text.strip().rstrip(".").lower()
 
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         return run.evaluate_only(evaluation)
 
     train_dataset = run.dataset(train, processor)
-    training_args = run.prepare(train_dataset, eval_dataset, choose_trained)  # plans micro-batches that fit
+    training_args = run.prepare(train_dataset, eval_dataset, choose_trained)  # with accumulation planned
     if training_args is None:  # after --estimate, or if the run is finished already
         return None
     trainer = RecipeTrainer(
@@ -238,13 +238,13 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         projector_lr=args.projector_lr,
         run=run,
     )
-    run.begin(trainer)  # says what will happen
+    run.begin(trainer)  # prints the plan and one example
 
-    before = None if args.no_eval_before else trainer.report("eval_before.json")
+    before = None if args.no_eval_before else trainer.evaluate_and_save("eval_before.json")
     with run.recorded(trainer, before):  # writes report.html, however training ends
         trainer.train(resume_from_checkpoint=run.checkpoint)
     run.save(trainer)
-    after = trainer.report("eval_after.json", before)
+    after = trainer.evaluate_and_save("eval_after.json", before)
     run.finish(trainer, before, after)
     return trainer
 

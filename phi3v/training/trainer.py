@@ -129,7 +129,7 @@ class RecipeTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return self.evaluation.report(model, self.args, on_batch=self.preemption.check)
 
-    def report(self, name: str, before: dict | None = None) -> dict:
+    def evaluate_and_save(self, name: str, before: dict | None = None) -> dict:
         """Evaluates before or after training; returns the metric and all predictions. Writes them to the file `name` in
         the output folder and sends them to the trackers, beside those of `before`, an earlier report."""
         report = self._report()
