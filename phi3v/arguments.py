@@ -126,11 +126,13 @@ def parse_arguments(
     presets: the flags that each --preset sets; doc: the script's docstring.
     Returns an instance of `recipe_class` and a TrainingArguments. Raises InputError.
     """
-    args, trainer, given = parse_flags(recipe_class, trainer_defaults() | training, presets, doc.splitlines()[0], argv)
+    defaults = trainer_defaults() | training
+    deepspeed = defaults.pop("deepspeed")
+    args, trainer, given = parse_flags(recipe_class, defaults, presets, doc.splitlines()[0], argv)
     start_alone()
     args.use_lora |= args.use_qlora
-    if "deepspeed" not in given and (args.use_lora or args.evaluate_only):
-        trainer["deepspeed"] = None  # adapters are small, and an evaluation has no optimizer
+    if "deepspeed" not in given and not (args.use_lora or args.evaluate_only):
+        trainer["deepspeed"] = deepspeed  # adapters are small, and an evaluation has no optimizer
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
     check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER)
     return args, resolve(args, trainer, given)

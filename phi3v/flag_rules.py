@@ -138,6 +138,6 @@ def check_micro_batches(args, given: set[str], world_size: int, has_accelerator:
     at_once = world_size * args.batch_size_per_gpu  # examples that all processes handle at the same time
     if args.batch_size % at_once and not args.evaluate_only:
         raise InputError(
-            f"--batch_size {args.batch_size} can't be divided: {world_size} processes x --batch_size_per_gpu "
-            f"{args.batch_size_per_gpu} must divide it"
+            f"--batch_size {args.batch_size} must be a multiple of processes x --batch_size_per_gpu, "
+            f"{world_size} x {args.batch_size_per_gpu}"
         )

@@ -67,7 +67,7 @@ def check(world_size=1, has_accelerator=True, launcher=None, **flags):
             {"max_tokens_per_gpu": "auto", "estimate": True, "has_accelerator": False},
         ),
         ("contradict each other", {"max_tokens_per_gpu": "4096", "batch_size_per_gpu": 2}),
-        ("--batch_size 16 can't be divided: 3 processes", {"world_size": 3}),
+        ("--batch_size 16 must be a multiple of processes x --batch_size_per_gpu, 3 x 1", {"world_size": 3}),
         ("--evaluate_only and --dry_run contradict each other", {"evaluate_only": True, "dry_run": True}),
     ],
 )

@@ -45,7 +45,7 @@ def test_other_settings_are_refused(flags, message, can_go_on, toy_data, finishe
         train_resumable(toy_data, out, *resume, "--resume_anyway")
         assert digest_of_weights(out) != digest_of_weights(finished_run("full"))
     if not can_go_on:
-        with pytest.raises(InputError, match="to go on from it, "):
+        with pytest.raises(InputError, match="to resume from it, "):
             train_resumable(toy_data, out, *resume, "--resume_anyway")
 
 
