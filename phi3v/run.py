@@ -18,7 +18,7 @@ from .console import quiet_console, say
 from .data.check import check_data
 from .data.conversations import ConversationDataset
 from .data.preview import render_example
-from .data.sampler import sampler_for
+from .data.sampler import StepSampler, sampler_for
 from .data.sizes import Size, all_sizes, fingerprint
 from .errors import blaming
 from .files import write_json
@@ -70,7 +70,7 @@ class Run:
 
     @functools.cached_property
     def config(self) -> Phi3VConfig:
-        """Of the model that is trained or evaluated."""
+        """The configuration of the model that is trained or evaluated."""
         with blaming("model_name_or_path", self.args.model_name_or_path):
             return Phi3VConfig.from_pretrained(base_and_adapter(self.args.model_name_or_path)[0])
 
@@ -152,22 +152,7 @@ class Run:
             return None
         model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
         prepare_output(training_args, self.settings, self.checkpoint, args.resume_anyway, model_bytes, checkpoint_bytes)
-        self.steps = training_args.max_steps
-        steps_per_epoch = math.ceil(len(sizes) / args.batch_size)
-        if self.steps <= 0:
-            self.steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
-        self.sampler = sampler_for(
-            train_dataset,
-            sizes,
-            args.batch_size,
-            examples_per_gpu=args.batch_size_per_gpu,
-            max_tokens=self.plan.tokens,
-            share_images=args.share_images,
-            seed=training_args.seed,
-            epochs=math.ceil(self.steps / steps_per_epoch),
-            rank=training_args.process_index,
-            world_size=training_args.world_size,
-        )
+        self.steps, self.sampler = self._plan_steps(train_dataset)
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
         self.meter = Meter(self.estimate.costs[self.plan.checkpointing], self.peak_flops)
         if is_deepspeed_zero3_enabled():
@@ -178,6 +163,26 @@ class Run:
             activation_checkpointing=activation_checkpointing.flag_for_trainer(self.plan.checkpointing),
         )
         return self.training_args
+
+    def _plan_steps(self, train_dataset: ConversationDataset) -> tuple[int, StepSampler]:
+        """The number of optimizer steps of the whole training, and this rank's micro-batches of each."""
+        args, training_args, sizes = self.args, self.training_args, train_dataset.sizes
+        steps_per_epoch = math.ceil(len(sizes) / args.batch_size)
+        steps = training_args.max_steps
+        if steps <= 0:
+            steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
+        return steps, sampler_for(
+            train_dataset,
+            sizes,
+            args.batch_size,
+            examples_per_gpu=args.batch_size_per_gpu,
+            max_tokens=self.plan.tokens,
+            share_images=args.share_images,
+            seed=training_args.seed,
+            epochs=math.ceil(steps / steps_per_epoch),
+            rank=training_args.process_index,
+            world_size=training_args.world_size,
+        )
 
     @property
     def shares_images(self) -> bool:
