@@ -6,6 +6,7 @@ changes nothing, and raises InputError with one line. `check_flags` applies all 
 
 import math
 
+from .deepspeed_config import zero_stage
 from .errors import InputError
 
 # Flags that count something.
@@ -112,11 +113,6 @@ def check_deepspeed(args, deepspeed: dict):
             raise InputError(
                 "--cache_vision_features can't run under ZeRO-3, where all processes must compute the same layers"
             )
-
-
-def zero_stage(deepspeed: dict) -> int:
-    """The ZeRO stage of a DeepSpeed config: 0 to 3."""
-    return deepspeed.get("zero_optimization", {}).get("stage", 0)
 
 
 def check_launcher(launcher: dict[str, str]):

@@ -1,12 +1,12 @@
 """Loads a saved model or adapter, in 4 bits or not, and refuses a model that lacks weights."""
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import BitsAndBytesConfig
 
 from ..errors import InputError
+from ..files import read_json
 from .adapters import load_adapter
 from .modeling_phi3v import Phi3VForCausalLM
 
@@ -51,7 +51,7 @@ def base_and_adapter(name: str) -> tuple[str, Path | None]:
     if not config.is_file():
         return name, None
     try:
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = read_json(config)["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         base = None
     if not isinstance(base, str):
@@ -66,17 +66,14 @@ def load_saved(
     attn_implementation: str | None = None,
     quantization: BitsAndBytesConfig | None = None,
     device: torch.device | str | None = None,
-    base: str | None = None,
 ):
     """Loads what a run has saved: a Phi3VForCausalLM, or a PeftModel that wraps the base of a saved adapter.
 
     name: a folder, or a repository on the Hub.
-    base: the adapter's base, if it is not the one that the adapter names.
     device: where the weights are loaded to. `quantization` needs it.
     Raises InputError if weights are missing, and whatever `from_pretrained` raises.
     """
-    named_base, adapter = base_and_adapter(name)
-    source = base or named_base
+    source, adapter = base_and_adapter(name)
     model, loading_info = Phi3VForCausalLM.from_pretrained(
         source,
         use_safetensors=True,  # never unpickles
