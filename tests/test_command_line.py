@@ -19,7 +19,7 @@ def test_help_is_grouped_and_fits_80_columns(task, capsys, monkeypatch):
     out = capsys.readouterr().out
     titles = re.findall(r"^(\S.*):$", out, re.MULTILINE)
     expected = ["data", "model", "what is trained", "optimisation", "evaluation", "the run"]
-    assert titles[:7] == [*expected, "the Trainer's own, most used"]
+    assert titles[:7] == [*expected, "the Trainer's most used flags"]
     assert max(map(len, out.splitlines())) <= 80
     described = re.findall(r"^  (--\w+)", out, re.MULTILINE)
     assert len(described) == len(set(described)) > 60 and "--learning_rate" in described
