@@ -59,7 +59,7 @@ def read_conversations(
             continue
         before = len(bad.problems)
         example = read.conversation(example, where)
-        if example is None:
+        if example is None or bad.skip and len(bad.problems) > before:
             continue
         key = str(example["id"])
         if (first := seen.setdefault(key, number)) != number:

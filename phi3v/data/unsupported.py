@@ -14,11 +14,11 @@ _TOOLS = "tools can't be trained here: remove the field, or the example"
 _PREFERENCES = "preferences can't be trained here: keep one answer, as the assistant's message"
 _PLACES = "places in an image are not read: write them into the texts, or remove the field"
 _FIELDS = [
-    (re.compile(r"videos?(_?(paths?|files?|names?|urls?))?"), _VIDEOS),
-    (re.compile(r"(input_)?audios?(_?(paths?|files?|names?|urls?))?"), _SOUNDS),
-    (re.compile(r"tools?|functions?|tool_calls?|function_calls?|tool_choice"), _TOOLS),
-    (re.compile(r"rejected(_\w+)?|chosen(_\w+)?"), _PREFERENCES),
-    (re.compile(r"bbox(es)?|boxes|bounding_box(es)?|objects|masks?|segmentations?"), _PLACES),
+    (re.compile(r"videos?(_(path|file|name|url)s?)?"), _VIDEOS),
+    (re.compile(r"audios?(_(path|file|name|url)s?)?"), _SOUNDS),
+    (re.compile(r"tools?|functions?|(tool|function)_calls?"), _TOOLS),
+    (re.compile(r"(rejected|chosen)(_\w+)?"), _PREFERENCES),
+    (re.compile(r"bbox(es)?|box(es)?|bounding_box(es)?|objects|masks?|segmentations?"), _PLACES),
 ]
 # Places of media in the formats of other models: <video>, <ImageHere>, <image 1>, <|vision_start|>, <IMG_CONTEXT>,
 # <start_of_image>, <im_start>, [IMG], … A tag of HTML that shows a medium has attributes, and is not one of them.
