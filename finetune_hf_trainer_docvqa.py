@@ -118,7 +118,7 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 
-def load_data(args: RecipeArguments, bad: BadExamples) -> tuple[Conversations, Conversations]:
+def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[Conversations, Conversations]:
     """Conversations to train on and to evaluate on, one for each question about a page."""
     mini, columns = "nielsr/docvqa_1200_examples", {"image": Image, "query": {"en": str}, "answers": [str], "id": str}
     held_out = load_table(mini, None, args.eval_split, args.data_dir, columns)
@@ -133,9 +133,9 @@ def prompt(question: str) -> str:
     return f"{question}\nAnswer briefly."
 
 
-def questions(table, bad: BadExamples) -> Conversations:
+def questions(table, bad: BadExamples | None = None) -> Conversations:
     """Questions of docvqa_1200_examples. Training learns the first answer; evaluation accepts all of them."""
-    keys = []
+    keys, bad = [], bad or BadExamples()
     for i, (row, query, answers) in enumerate(zip(table[ROW], table["query"], table["answers"], strict=True)):
         with bad.catching(f"docvqa_1200_examples row {row}"):
             check_text(query and query["en"], "query.en")
@@ -151,7 +151,7 @@ def questions(table, bad: BadExamples) -> Conversations:
     return Conversations(table, keys, build)
 
 
-def cauldron_questions(table, bad: BadExamples) -> Conversations:
+def cauldron_questions(table, bad: BadExamples | None = None) -> Conversations:
     """Questions of the_cauldron. The last line of each says how to answer; `prompt` replaces it, so that training and
     evaluation ask in the same way."""
 

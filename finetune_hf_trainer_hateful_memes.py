@@ -111,7 +111,7 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 
-def load_data(args: RecipeArguments, bad: BadExamples) -> tuple[Conversations, Conversations]:
+def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[Conversations, Conversations]:
     """Conversations to train on and to evaluate on, one for each question about a picture."""
 
     def load(split):
@@ -122,7 +122,7 @@ def load_data(args: RecipeArguments, bad: BadExamples) -> tuple[Conversations, C
     return questions(train, bad), questions(held_out, bad)
 
 
-def questions(table, bad: BadExamples) -> Conversations:
+def questions(table, bad: BadExamples | None = None) -> Conversations:
     def build(content, item):
         text = content["texts"][item]
         turn = {"images": content["images"], "user": text["user"], "assistant": text["assistant"]}

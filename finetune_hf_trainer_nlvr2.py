@@ -109,7 +109,7 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 
-def load_data(args: RecipeArguments, bad: BadExamples) -> tuple[Conversations, Conversations]:
+def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[Conversations, Conversations]:
     """Conversations to train on, one for each statement about a pair, and to evaluate on, one for each pair."""
 
     def load(split):
@@ -117,10 +117,12 @@ def load_data(args: RecipeArguments, bad: BadExamples) -> tuple[Conversations, C
 
     held_out = load(args.eval_split or "train[:500]")
     train = without_seen_images(load("train" if args.eval_split else "train[500:]"), held_out, bad)
-    return statements(train, bad, args.as_turns), statements(held_out, bad, first_only=True)
+    return statements(train, args.as_turns, bad=bad), statements(held_out, first_only=True, bad=bad)
 
 
-def statements(table, bad: BadExamples, as_turns: bool = False, first_only: bool = False) -> Conversations:
+def statements(
+    table, as_turns: bool = False, first_only: bool = False, bad: BadExamples | None = None
+) -> Conversations:
     items = {}  # of each row, those that can be used
     for i, item in question_keys(table, "the_cauldron (nlvr2)", bad):
         items.setdefault(i, []).append(item)

@@ -109,7 +109,7 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 
-def load_data(args: RecipeArguments, bad: BadExamples) -> tuple[list[dict], list[dict]]:
+def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[list[dict], list[dict]]:
     """Conversations to train on and to evaluate on. The test split is meant for a last --evaluate_only."""
     folder = Path(args.data_dir)
     if not folder.is_dir():

@@ -22,21 +22,23 @@ class Problems:
         problems.add("data.jsonl:7", "id is [], must be a text")
         problems.raise_if_any("data.jsonl")
 
-    Only the first `shown` problems are kept as text; `count` counts all of them. `places` are the places that have one.
+    Only the first `shown` problems are kept as text; `count` counts all of them. `examples` are the places of the
+    examples that have one.
     """
 
     def __init__(self, shown: int = 10):
         self.shown = shown
         self.count = 0
         self.lines: list[str] = []
-        self.places: set[str] = set()
+        self.examples = set()
 
     def __len__(self):
         return self.count
 
-    def add(self, where: str, message: str):
+    def add(self, where: str, message: str, example=None):
+        """example: tells several examples at one place apart."""
         self.count += 1
-        self.places.add(where)
+        self.examples.add((where, example))
         if len(self.lines) < self.shown:
             line = f"{where}: {message}"
             if not line.isprintable():  # a file name can hold line breaks, and codes that change a terminal's colours
@@ -46,7 +48,7 @@ class Problems:
     def extend(self, other: "Problems"):
         self.lines = (self.lines + other.lines)[: self.shown]
         self.count += other.count
-        self.places |= other.places
+        self.examples |= other.examples
 
     def raise_if_any(self, source: str):
         """Raises InputError with the first problems; a single one is the whole message."""
@@ -78,10 +80,10 @@ class BadExamples:
     def _no_problems(self) -> Problems:
         return Problems(shown=sys.maxsize if self.skip else 10)
 
-    def add(self, where: str, message: str):
-        """Adds a problem of the example at `where`. Of an example that is left out, only the first is kept."""
-        if not self.skip or where not in self.problems.places:
-            self.problems.add(where, message)
+    def add(self, where: str, message: str, example=None):
+        """Adds a problem of an example, as `Problems.add` does. Of one that is left out, only the first is kept."""
+        if not self.skip or (where, example) not in self.problems.examples:
+            self.problems.add(where, message, example)
 
     @contextlib.contextmanager
     def catching(self, where: str):

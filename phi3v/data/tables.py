@@ -139,12 +139,12 @@ def question_keys(table: datasets.Dataset, name: str, bad: BadExamples | None = 
             bad.add(where, "texts is missing")
             continue
         for item, text in enumerate(texts):
-            problems = ["is missing"] if text is None else []
+            problems = [" is missing"] if text is None else []
             for role in ROLES if text else ():
                 if problem := text_problem(text[role]):
-                    problems.append(f"{role} {problem}")
+                    problems.append(f".{role} {problem}")
             for problem in problems:
-                bad.add(f"{where}: texts[{item}]", problem)
+                bad.add(where, f"texts[{item}]{problem}", example=item)
             if not problems:
                 keys.append((i, item))
                 tags += any(tag_problem(text[role]) is not None for role in ROLES)
