@@ -26,6 +26,21 @@ def test_answers_come_in_order_whatever_the_batch(processor, toy_examples):
         assert generate_answers(model, processor, data, batch_size, 12, disable_tqdm=True) == wanted
 
 
+def test_a_prediction_belongs_to_its_example_although_others_are_left_out(processor, toy_examples):
+    data = ConversationDataset(toy_examples[:6], processor, for_generation=True)
+    for left_out, wanted in (
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({0: "bad", 2: "bad", 3: "bad"}, [1, 4, 5]),
+        ({5: "bad"}, [0, 4]),
+    ):
+        evaluation = Evaluation(data, "m", lambda prediction, answers: 0, 8, torch.float32, left_out)
+        positions = range(len(wanted)) if len(wanted) != 2 else (0, 4)
+        for position, index in zip(positions, wanted, strict=True):
+            images = [image for turn in toy_examples[index]["conversations"] for image in turn["images"]]
+            question = toy_examples[index]["conversations"][-1]["user"]
+            assert evaluation.example(position) == {"images": images, "question": question}
+
+
 # --keep_best
 
 
