@@ -38,7 +38,7 @@ from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.annotations import check_text, check_texts
 from phi3v.data.collate import PackingCollator
 from phi3v.data.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys, without_seen_images
-from phi3v.errors import blaming, exit_on_input_error
+from phi3v.errors import BadExamples, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter
 from phi3v.model.loading import check_complete, nf4_config
 from phi3v.run import Run
@@ -117,36 +117,40 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 
-def load_data(args: RecipeArguments) -> tuple[Conversations, Conversations]:
+def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[Conversations, Conversations]:
     """Conversations to train on and to evaluate on, one for each question about a page."""
     mini, columns = "nielsr/docvqa_1200_examples", {"image": Image, "query": {"en": str}, "answers": [str], "id": str}
     held_out = load_table(mini, None, args.eval_split, args.data_dir, columns)
     if args.full_train:
         train = load_table("HuggingFaceM4/the_cauldron", "docvqa", "train", args.data_dir, TEXTS_ABOUT_IMAGES)
-        return cauldron_questions(without_seen_images(train, held_out)), questions(held_out)
+        return cauldron_questions(without_seen_images(train, held_out, bad), bad), questions(held_out, bad)
     train = load_table(mini, None, "train", args.data_dir, columns)
-    return questions(without_seen_images(train, held_out)), questions(held_out)
+    return questions(without_seen_images(train, held_out, bad), bad), questions(held_out, bad)
 
 
 def prompt(question: str) -> str:
     return f"{question}\nAnswer briefly."
 
 
-def questions(table) -> Conversations:
+def questions(table, bad: BadExamples | None = None) -> Conversations:
     """Questions of docvqa_1200_examples. Training learns the first answer; evaluation accepts all of them."""
-    for row, query, answers in zip(table[ROW], table["query"], table["answers"], strict=True):
-        check_text(query and query["en"], f"docvqa_1200_examples row {row}: query.en")
-        check_texts(answers, f"docvqa_1200_examples row {row}: answers")
+    keys, bad = [], bad or BadExamples()
+    for i, (row, query, answers) in enumerate(zip(table[ROW], table["query"], table["answers"], strict=True)):
+        with bad.catching(f"docvqa_1200_examples row {row}"):
+            check_text(query and query["en"], "query.en")
+            check_texts(answers, "answers")
+            keys.append((i, 0))
+    bad.settle("docvqa_1200_examples", len(keys))
 
     def build(content, item):
         answers = content["answers"]
         turn = {"images": [content["image"]], "user": prompt(content["query"]["en"]), "assistant": answers[0]}
         return {"id": content["id"], "conversations": [turn], "answers": answers}
 
-    return Conversations(table, [(i, 0) for i in range(len(table))], build)
+    return Conversations(table, keys, build)
 
 
-def cauldron_questions(table) -> Conversations:
+def cauldron_questions(table, bad: BadExamples | None = None) -> Conversations:
     """Questions of the_cauldron. The last line of each says how to answer; `prompt` replaces it, so that training and
     evaluation ask in the same way."""
 
@@ -156,7 +160,7 @@ def cauldron_questions(table) -> Conversations:
         turn = {"images": content["images"], "user": prompt(question), "assistant": text["assistant"]}
         return {"id": f"{content[ROW]}-{item}", "conversations": [turn]}
 
-    return Conversations(table, question_keys(table, "the_cauldron (docvqa)"), build)
+    return Conversations(table, question_keys(table, "the_cauldron (docvqa)", bad), build)
 
 
 # ---- Model, and which parts of it train -----------------------------------------------------------------------
@@ -234,7 +238,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     run = Run(args, training_args)  # the output folder, the checkpoint to resume from, signals, the seed
 
     with training_args.main_process_first(desc="data"):  # one process fills the caches that the others read
-        train, held_out = load_data(args)
+        train, held_out = load_data(args, run.bad_examples)
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)

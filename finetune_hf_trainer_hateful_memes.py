@@ -33,7 +33,7 @@ from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.collate import PackingCollator
 from phi3v.data.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys, without_seen_images
-from phi3v.errors import blaming, exit_on_input_error
+from phi3v.errors import BadExamples, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter
 from phi3v.model.loading import check_complete, nf4_config
 from phi3v.run import Run
@@ -111,24 +111,24 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 
-def load_data(args: RecipeArguments) -> tuple[Conversations, Conversations]:
+def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[Conversations, Conversations]:
     """Conversations to train on and to evaluate on, one for each question about a picture."""
 
     def load(split):
         return load_table("HuggingFaceM4/the_cauldron", "hateful_memes", split, args.data_dir, TEXTS_ABOUT_IMAGES)
 
     held_out = load(args.eval_split or "train[:500]")
-    train = without_seen_images(load("train" if args.eval_split else "train[500:]"), held_out)
-    return questions(train), questions(held_out)
+    train = without_seen_images(load("train" if args.eval_split else "train[500:]"), held_out, bad)
+    return questions(train, bad), questions(held_out, bad)
 
 
-def questions(table) -> Conversations:
+def questions(table, bad: BadExamples | None = None) -> Conversations:
     def build(content, item):
         text = content["texts"][item]
         turn = {"images": content["images"], "user": text["user"], "assistant": text["assistant"]}
         return {"id": f"{content[ROW]}-{item}", "conversations": [turn]}
 
-    return Conversations(table, question_keys(table, "the_cauldron (hateful_memes)"), build)
+    return Conversations(table, question_keys(table, "the_cauldron (hateful_memes)", bad), build)
 
 
 # ---- Model, and which parts of it train -----------------------------------------------------------------------
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     run = Run(args, training_args)  # the output folder, the checkpoint to resume from, signals, the seed
 
     with training_args.main_process_first(desc="data"):  # one process fills the caches that the others read
-        train, held_out = load_data(args)
+        train, held_out = load_data(args, run.bad_examples)
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)

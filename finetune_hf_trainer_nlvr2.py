@@ -34,7 +34,7 @@ from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.collate import PackingCollator
 from phi3v.data.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys, without_seen_images
-from phi3v.errors import blaming, exit_on_input_error
+from phi3v.errors import BadExamples, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter
 from phi3v.model.loading import check_complete, nf4_config
 from phi3v.run import Run
@@ -109,28 +109,33 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 
-def load_data(args: RecipeArguments) -> tuple[Conversations, Conversations]:
+def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[Conversations, Conversations]:
     """Conversations to train on, one for each statement about a pair, and to evaluate on, one for each pair."""
 
     def load(split):
         return load_table("HuggingFaceM4/the_cauldron", "nlvr2", split, args.data_dir, TEXTS_ABOUT_IMAGES)
 
     held_out = load(args.eval_split or "train[:500]")
-    train = without_seen_images(load("train" if args.eval_split else "train[500:]"), held_out)
-    return statements(train, args.as_turns), statements(held_out, first_only=True)
+    train = without_seen_images(load("train" if args.eval_split else "train[500:]"), held_out, bad)
+    return statements(train, args.as_turns, bad=bad), statements(held_out, first_only=True, bad=bad)
 
 
-def statements(table, as_turns: bool = False, first_only: bool = False) -> Conversations:
-    keys = question_keys(table, "the_cauldron (nlvr2)")
-    if as_turns or first_only:
-        keys = [(i, item) for i, item in keys if item == 0]
+def statements(
+    table, as_turns: bool = False, first_only: bool = False, bad: BadExamples | None = None
+) -> Conversations:
+    items = {}  # of each row, those that can be used
+    for i, item in question_keys(table, "the_cauldron (nlvr2)", bad):
+        items.setdefault(i, []).append(item)
 
-    def build(content, item):
-        texts = content["texts"] if as_turns else [content["texts"][item]]
+    def build(content, items):
+        texts = [content["texts"][item] for item in items]
         turns = [{"images": [], "user": text["user"], "assistant": text["assistant"]} for text in texts]
         turns[0]["images"] = content["images"]
-        return {"id": f"{content[ROW]}-{item}", "conversations": turns}
+        return {"id": f"{content[ROW]}-{items[0]}", "conversations": turns}
 
+    if as_turns:
+        return Conversations(table, list(items.items()), build)
+    keys = [(i, [item]) for i, own in items.items() for item in (own[:1] if first_only else own)]
     return Conversations(table, keys, build)
 
 
@@ -211,7 +216,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     run = Run(args, training_args)  # the output folder, the checkpoint to resume from, signals, the seed
 
     with training_args.main_process_first(desc="data"):  # one process fills the caches that the others read
-        train, held_out = load_data(args)
+        train, held_out = load_data(args, run.bad_examples)
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)

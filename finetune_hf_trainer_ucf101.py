@@ -35,7 +35,8 @@ from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.annotations import read_conversations
 from phi3v.data.collate import PackingCollator
-from phi3v.errors import InputError, blaming, exit_on_input_error
+from phi3v.data.split import warn_of_shared_images
+from phi3v.errors import BadExamples, InputError, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter
 from phi3v.model.loading import check_complete, nf4_config
 from phi3v.run import Run
@@ -55,6 +56,8 @@ PRESETS = {}  # no result of this task has been published
 class RecipeArguments(RunArguments):
     data_dir: str = HfArg(help="folder with ucf101_train.jsonl, ucf101_val.jsonl and images/")
     eval_split: str = HfArg(default="val", help="evaluate on DATA_DIR/ucf101_SPLIT.jsonl")
+    follow_links: bool = HfArg(default=False, help="use images behind links that lead out of DATA_DIR/images")
+    literal_tags: bool = HfArg(default=False, help="allow tags such as <video> in texts, where they are read as text")
     num_crops: int = HfArg(default=4, help="at most this many crops per image, 1 to 16; video frames need few")
     # shared: flags. A block between "shared" and "end shared" is the same in every script that has it: edit it in
     # finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
@@ -106,13 +109,18 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 
-def load_data(args: RecipeArguments) -> tuple[list[dict], list[dict]]:
+def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[list[dict], list[dict]]:
     """Conversations to train on and to evaluate on. The test split is meant for a last --evaluate_only."""
     folder = Path(args.data_dir)
     if not folder.is_dir():
         raise InputError(f"--data_dir {folder} is not a folder: give one that a converter has made")
-    train = read_conversations(folder / "ucf101_train.jsonl", folder / "images")
-    held_out = read_conversations(folder / f"ucf101_{args.eval_split}.jsonl", folder / "images")
+    train, held_out = (
+        read_conversations(
+            folder / f"ucf101_{split}.jsonl", folder / "images", bad, args.follow_links, args.literal_tags
+        )
+        for split in ("train", args.eval_split)
+    )
+    warn_of_shared_images(train, held_out)
     return train, held_out
 
 
@@ -193,7 +201,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     run = Run(args, training_args)  # the output folder, the checkpoint to resume from, signals, the seed
 
     with training_args.main_process_first(desc="data"):  # one process fills the caches that the others read
-        train, held_out = load_data(args)
+        train, held_out = load_data(args, run.bad_examples)
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)

@@ -39,7 +39,8 @@ class RunArguments:
         default=False, help="cut off the end of longer examples, if all images and some of the answer stay"
     )
     on_bad_example: str = HfArg(
-        default="error", help="error, or skip: leave out examples whose images can't be read, and list them at the end"
+        default="error",
+        help="error, or skip: leave out examples that are wrong or whose images can't be read, and list them",
     )
     check_data: bool = HfArg(
         default=False, help="decode every image, print a summary of the data, and end without training"

@@ -22,19 +22,23 @@ class Problems:
         problems.add("data.jsonl:7", "id is [], must be a text")
         problems.raise_if_any("data.jsonl")
 
-    Only the first `shown` problems are kept as text; `count` counts all of them.
+    Only the first `shown` problems are kept as text; `count` counts all of them. `examples` are the places of the
+    examples that have one.
     """
 
     def __init__(self, shown: int = 10):
         self.shown = shown
         self.count = 0
         self.lines: list[str] = []
+        self.examples = set()
 
     def __len__(self):
         return self.count
 
-    def add(self, where: str, message: str):
+    def add(self, where: str, message: str, example=None):
+        """example: tells several examples at one place apart."""
         self.count += 1
+        self.examples.add((where, example))
         if len(self.lines) < self.shown:
             line = f"{where}: {message}"
             if not line.isprintable():  # a file name can hold line breaks, and codes that change a terminal's colours
@@ -44,6 +48,7 @@ class Problems:
     def extend(self, other: "Problems"):
         self.lines = (self.lines + other.lines)[: self.shown]
         self.count += other.count
+        self.examples |= other.examples
 
     def raise_if_any(self, source: str):
         """Raises InputError with the first problems; a single one is the whole message."""
@@ -54,6 +59,65 @@ class Problems:
             if self.count > len(self.lines):
                 head += f"; these are the first {len(self.lines)}"
             raise InputError("\n  ".join([head, *self.lines]))
+
+
+class BadExamples:
+    """Decides what happens to examples that can't be used: they are an error, or with `skip` (--on_bad_example skip)
+    they are left out and remembered. A reader of examples uses it for one source after the other:
+
+        with bad.catching("data.jsonl:7"):  # an InputError is a problem of the example on this line
+            …
+        bad.settle("data.jsonl", used=99)
+
+    left_out: for each example of the sources so far that was left out, a line that says where it is and what is wrong.
+    """
+
+    def __init__(self, skip: bool = False):
+        self.skip = skip
+        self.left_out: list[str] = []
+        self.problems = self._no_problems()
+
+    def _no_problems(self) -> Problems:
+        return Problems(shown=sys.maxsize if self.skip else 10)
+
+    def add(self, where: str, message: str, example=None):
+        """Adds a problem of an example, as `Problems.add` does. Of one that is left out, only the first is kept."""
+        if not self.skip or (where, example) not in self.problems.examples:
+            self.problems.add(where, message, example)
+
+    @contextlib.contextmanager
+    def catching(self, where: str):
+        """Turns an InputError in the block into a problem of the example at `where`."""
+        try:
+            yield
+        except InputError as e:
+            self.add(where, str(e))
+
+    def settle(self, source: str, used: int):
+        """Ends the reading of a source from which `used` examples can be used.
+
+        Raises InputError with the first problems. With `skip`, rank 0 prints how many examples are left out, and
+        InputError is raised only if none is left.
+        """
+        problems, self.problems = self.problems, self._no_problems()
+        if not self.skip:
+            problems.raise_if_any(source)
+        if not problems:
+            return
+        self.left_out += problems.lines
+        if not used:
+            raise InputError(f"none of the {len(problems):,} examples of {source} can be used; {problems.lines[0]}")
+        if is_first():
+            print(f"{source}: {len(problems):,} of {used + len(problems):,} examples are left out", flush=True)
+
+
+def listing(left_out: list[str]) -> list[str]:
+    """Lines to print about what was left out: how many examples, and the first ten of them; none if nothing was."""
+    if not left_out:
+        return []
+    head = f"{len(left_out):,} examples were left out, as --on_bad_example skip says:"
+    more = [f"  … and {len(left_out) - 10:,} more"] if len(left_out) > 10 else []
+    return [head, *(f"  {line}" for line in left_out[:10]), *more]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .data.conversations import ConversationDataset
 from .data.preview import render_example
 from .data.sampler import StepSampler, sampler_for
 from .data.sizes import Size, all_sizes, fingerprint
-from .errors import blaming
+from .errors import BadExamples, blaming, listing
 from .files import write_json
 from .model.loading import base_and_adapter, load_saved, nf4_config, not_quantized
 from .ranks import is_first
@@ -43,7 +43,8 @@ from .training.trainer import RecipeTrainer, finish_dry_run
 class Run:
     """One run of a script. Its methods stand in the order in which a script's `main` calls them.
 
-    checkpoint: the folder to resume from, or None; preemption: stops the run when a signal arrives.
+    checkpoint: the folder to resume from, or None; preemption: stops the run when a signal arrives; bad_examples:
+    decides what happens to examples that can't be used, and remembers those that are left out.
     After `prepare`: sampler (this rank's micro-batches), meter, settings (what the result depends on).
     After `begin`: facts (what the report and the model card say about the run).
     """
@@ -58,6 +59,7 @@ class Run:
         self.output_dir = Path(training_args.output_dir)
         quiet_console(args.no_tqdm)
         self.preemption = Preemption()
+        self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         check_flags_equal_on_all_ranks(args, training_args)
         if args.dry_run and is_first():
             shutil.rmtree(self.output_dir, ignore_errors=True)  # left by a dry run that was stopped
@@ -85,22 +87,27 @@ class Run:
     def dataset(self, conversations, processor, for_generation: bool = False) -> ConversationDataset:
         """Conversations to train on, or with `for_generation` to evaluate on, encoded when they are needed."""
         max_length = self.config.max_position_embeddings if for_generation else self.max_length
-        truncate, skip_bad = self.args.truncate and not for_generation, self.args.on_bad_example == "skip"
+        truncate, skip_bad = self.args.truncate and not for_generation, self.bad_examples.skip
         return ConversationDataset(conversations, processor, for_generation, max_length, truncate, skip_bad)
 
     def check_data(self, train, held_out, processor):
         """For --check_data: decodes every image and prints a summary. Raises InputError for data with problems."""
         if is_first():
             workers, no_bars = self.training_args.dataloader_num_workers, self.training_args.disable_tqdm
-            check_data(train, held_out, processor, self.max_length, workers, no_bars)
+            say(*listing(self.bad_examples.left_out))
+            check_data(train, held_out, processor, self.max_length, workers, no_bars, self.bad_examples.skip)
 
     def evaluate_only(self, evaluation: Evaluation):
         """For --evaluate_only: evaluates a saved model or adapter; writes evaluation.json and evaluation.html."""
         model = self.load_saved(self.args.model_name_or_path)
         report = evaluation.write(model, self.training_args, self.preemption.check)
         if is_first():
+            left_out = self.left_out(evaluation)
+            say(*listing(left_out))
             about = {"model": self.args.model_name_or_path}
-            write_page(self.training_args, None, report, about, evaluation.example, name="evaluation.html")
+            write_page(
+                self.training_args, None, report, about, evaluation.example, name="evaluation.html", left_out=left_out
+            )
 
     def load_saved(self, name: str):
         dtype = compute_dtype(self.training_args)
@@ -239,9 +246,18 @@ class Run:
             say(f"stopped by a signal at step {trainer.state.global_step}, with a checkpoint")
             raise Interrupted
 
-    def write_page(self, trainer: RecipeTrainer, before: dict | None, after: dict | None):
+    def left_out(self, evaluation: Evaluation, of_training: Iterable[str] = ()) -> list[str]:
+        """What was left out, as --on_bad_example skip says: when the data were read, in training, in evaluations."""
+        found = [*self.bad_examples.left_out, *of_training, *evaluation.left_out.values()]
+        return list(dict.fromkeys(found))
+
+    def write_page(self, trainer: RecipeTrainer, before: dict | None, after: dict | None, left_out=None):
+        """left_out: lines about the examples of all ranks; by default those that this rank knows of."""
         if is_first():
-            write_page(self.training_args, before, after, self.facts, trainer.evaluation.example, trainer.state)
+            if left_out is None:
+                left_out = self.left_out(trainer.evaluation, trainer.health.problems)
+            example, state = trainer.evaluation.example, trainer.state
+            write_page(self.training_args, before, after, self.facts, example, state, left_out=left_out)
 
     def save(self, trainer: RecipeTrainer):
         """Saves the model under the Hub's tensor names, or the adapter, and the processor."""
@@ -254,12 +270,12 @@ class Run:
         """Writes the report and the model card, and lists the examples that were left out. With --dry_run, loads the
         saved model and compares its answers."""
         trainer.trackers.close()
-        skipped, state, name = trainer.health.skipped(), trainer.state, after["metric"]
+        left_out = self.left_out(trainer.evaluation, trainer.health.skipped())
+        state, name = trainer.state, after["metric"]
         if is_first() and state.global_step >= state.max_steps:
             write_json(self.output_dir / FINISHED, self.settings)
-        if skipped:
-            say(f"{len(skipped)} examples were left out, as --on_bad_example skip says:", *(f"  {s}" for s in skipped))
-        self.write_page(trainer, before, after)
+        say(*listing(left_out))
+        self.write_page(trainer, before, after, left_out)
         if is_first():
             self.facts |= {"steps": state.global_step, "epochs": f"{state.epoch:.3g}"}
             write_model_card(self.args, self.training_args, self.facts, before, after, precision_of(self.training_args))

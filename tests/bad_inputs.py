@@ -114,6 +114,20 @@ ANNOTATIONS = {
     "image_name_too_long": (turn(images=["a" * 5000]), "does not exist"),
     "image_name_half_a_pair": (turn(images=["\ud800.png"]), "images[0] is '\\ud800.png', but"),
     "image_name_with_colours": (turn(images=["\x1b[31mred\nline"]), "images[0] is '\\x1b[31mred\\nline', but"),
+    # fields and tags whose content would be lost
+    "images_beside_the_turns": (line(images=["a.png"]), "{path}:1: images is ['a.png'], but images belong into a turn"),
+    "image_in_a_turn": (turn(image="a.png"), "{path}:1: conversations[0].image is 'a.png', but images belong"),
+    "system": (line(system="Be brief."), "{path}:1: system is 'Be brief.', but put it before the text"),
+    "messages": (line(messages=[1]), "{path}:1: messages is [1], but convert the file with tools/"),
+    "video": (line(video="v.mp4"), "{path}:1: video is 'v.mp4', but the model sees images only"),
+    "video_in_a_turn": (turn(videos=["v.mp4"]), "{path}:1: conversations[0].videos is ['v.mp4'], but the model"),
+    "rejected": (line(rejected="no"), "{path}:1: rejected is 'no', but preferences"),
+    "image_in_an_unknown_field": (
+        json.dumps({"conversations": [{"user": "a", "assistant": "b"}], "picture": "a.png"}).encode(),
+        "{path}:1: picture is 'a.png', but no field of this name is read",
+    ),
+    "video_tag": (turn(user="<video>\nWhich?"), "{path}:1: conversations[0].user holds '<video>', which stands for"),
+    "image_tag_of_llava": (turn(assistant="see <image>"), "{path}:1: conversations[0].assistant holds '<image>'"),
     # several at once
     "several": (
         turn(user="", assistant=None, images=["b.png"]) + b"{\n" + line(id="2"),
@@ -131,6 +145,8 @@ ACCEPTED = {
     "null_id": line(id=None),
     "number_as_id": line(id=12345678901234567890123),
     "other_fields": line(source="x", extra={"deep": [1, 2, {"a": None}]}),
+    "empty_fields": line(image=None, images=[], video="", tools=[], system=None),
+    "tags_of_html": turn(user='<video src="a.mp4">, <b>, <img src="a.png">'),
     "no_images": without("images"),
     "link_inside": turn(images=["inside.png"]),
     "unusual_spelling": turn(images=["./folder//c.png"]),

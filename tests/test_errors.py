@@ -3,7 +3,7 @@
 import pytest
 from helpers import COMMON, ROOT, torchrun
 
-from phi3v.errors import InputError, Problems, exit_on_input_error
+from phi3v.errors import BadExamples, InputError, Problems, exit_on_input_error, listing
 
 
 def test_problems_are_counted_and_the_first_shown():
@@ -21,6 +21,33 @@ def test_problems_are_counted_and_the_first_shown():
     with pytest.raises(InputError) as error:
         problems.raise_if_any("x")
     assert str(error.value) == ("x: 3 problems; these are the first 2\n  x:1: bad\\x1b[31m\\n\n  x:2: worse")
+
+
+def test_bad_examples_are_an_error_or_left_out(capsys):
+    for skip in (False, True):
+        bad = BadExamples(skip)
+        with bad.catching("a:1"):
+            raise InputError("bad")
+        bad.add("a:1", "worse")
+        bad.add("a:2", "bad\n")
+        if not skip:
+            with pytest.raises(InputError, match="a: 3 problems\n  a:1: bad\n  a:1: worse\n  a:2: bad"):
+                bad.settle("a", used=1)
+            assert bad.left_out == []
+    bad.settle("a", used=1)
+    bad.settle("b", used=0)
+    assert bad.left_out == ["a:1: bad", "a:2: bad\\n"]
+    assert capsys.readouterr().out == "a: 2 of 3 examples are left out\n"
+    bad.add("c:1", "bad")
+    with pytest.raises(InputError, match="none of the 1 examples of c can be used; c:1: bad"):
+        bad.settle("c", used=0)
+
+
+def test_a_long_list_is_cut():
+    assert listing([]) == []
+    lines = listing([f"a:{i}: bad" for i in range(1234)])
+    assert lines[0] == "1,234 examples were left out, as --on_bad_example skip says:" and len(lines) == 12
+    assert lines[10] == "  a:9: bad" and lines[11] == "  … and 1,224 more"
 
 
 @pytest.mark.parametrize("prefix", ["", "Caught InputError in worker\nTraceback:\n  line\nphi3v.errors.InputError: "])

@@ -34,6 +34,67 @@ def test_bad_images_stop_or_are_left_out(spoilt, tmp_path, capfd):
     assert "2 examples were left out" in output and first in output and second in output
 
 
+def test_examples_without_their_files_are_left_out_and_reported(toy_data, tmp_path, capfd):
+    """Of training and evaluation, found when annotations are read, when training decodes, and when evaluating."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(toy_data, folder)
+    lines = {split: (folder / f"ucf101_{split}.jsonl").read_text().splitlines() for split in ("train", "val")}
+    missing, broken = (
+        [json.loads(lines[split][i])["conversations"][0]["images"][0] for split in lines] for i in (1, 2)
+    )
+    for name in missing:
+        (folder / "images" / name).unlink()
+    for name in broken:
+        (folder / "images" / name).write_bytes(b"no image")
+    lines["train"][3] = "{"
+    for split, own in lines.items():
+        (folder / f"ucf101_{split}.jsonl").write_text("\n".join(own) + "\n")
+    flags = [*RESUMABLE_MODES["full"], "--max_eval_samples", "4"]
+    with pytest.raises(InputError, match=r"ucf101_train.jsonl: 2 problems\n.*ucf101_train.jsonl:2: .* does not exist"):
+        train_resumable(folder, tmp_path / "a", *flags)
+    assert train_resumable(folder, tmp_path / "a", *flags, "--on_bad_example", "skip", "--check_data") is None
+    output = capfd.readouterr().out
+    assert "3 examples were left out" in output and "a run leaves out the examples with problems" in output
+    out = tmp_path / "b"
+    train_resumable(folder, out, *flags, "--on_bad_example", "skip")
+    output = capfd.readouterr().out
+    assert "ucf101_train.jsonl: 2 of 24 examples are left out" in output and "5 examples were left out" in output
+    page = (out / "report.html").read_text()
+    assert "Examples left out" in page
+    assert all(name in output and name in page for name in missing + broken)
+    report = json.loads((out / "eval_after.json").read_text())
+    assert report["num_examples"] == 3 and [row["id"] for row in report["predictions"]] == ["val-0", "val-3", "val-4"]
+    assert report["accuracy"] == sum(row["score"] for row in report["predictions"]) / 3
+
+    flags = ["--model_name_or_path", str(out), "--evaluate_only", "--on_bad_example", "skip", "--max_eval_samples", "4"]
+    script.main(arguments(folder, tmp_path / "c", *flags))
+    output = capfd.readouterr().out
+    assert json.loads((tmp_path / "c" / "evaluation.json").read_text())["num_examples"] == 3
+    assert (
+        "4 examples were left out" in output and "Examples left out" in (tmp_path / "c" / "evaluation.html").read_text()
+    )
+
+
+def test_an_evaluation_of_nothing_is_an_error(toy_data, saved_run, tmp_path):
+    folder = tmp_path / "spoilt"
+    shutil.copytree(toy_data, folder)
+    for path in (folder / "images" / "val").iterdir():
+        path.write_bytes(b"no image")
+    lines = (folder / "ucf101_val.jsonl").read_text().splitlines()
+    (folder / "ucf101_val.jsonl").write_text("\n".join(line for line in lines if "val/" in line) + "\n")
+    flags = ["--model_name_or_path", str(saved_run("full")), "--evaluate_only", "--on_bad_example", "skip"]
+    with pytest.raises(InputError, match="no example of the evaluation can be read: example .*not in a format"):
+        script.main(arguments(folder, tmp_path / "out", *flags))
+
+
+def test_images_on_both_sides_are_named(toy_data, saved_run, tmp_path, capfd):
+    flags = ["--model_name_or_path", str(saved_run("full")), "--evaluate_only"]
+    script.main(arguments(toy_data, tmp_path / "a", *flags))
+    assert "also trained on" not in capfd.readouterr().out
+    script.main(arguments(toy_data, tmp_path / "b", *flags, "--eval_split", "train"))
+    assert re.search(r"warning: \d+ of the \d+ images of the evaluation are also trained on", capfd.readouterr().out)
+
+
 def test_data_are_checked(spoilt, tmp_path, capfd, toy_data):
     folder, first, second = spoilt
     with pytest.raises(InputError) as error:

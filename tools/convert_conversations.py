@@ -8,133 +8,107 @@ It reads
 - `.csv` or `.tsv` with the columns image, question and answer; several images of a question are separated by `;`;
 - LLaVA's json: a list of {"id", "image", "conversations": [{"from": "human"|"gpt", "value"}, …]};
 - jsonl with {"messages": [{"role": "user"|"assistant", "content"}, …], "images": […]}, where content is a text or a
-  list of {"type": "text", "text"} and {"type": "image"}, as in transformers' chat templates.
+  list of {"type": "text", "text"} and {"type": "image"}, as in transformers' chat templates. An image part can name its
+  file, as {"type": "image", "image": "a.png"}.
 
 Images are linked, or copied if OUT_DIR is on another disk. The images of a turn come before its text, and a system
-message comes before the first question. Every n-th example is kept for evaluation, with n = 1 / --val_share.
+text comes before the first question. Every n-th example is kept for evaluation, with n = 1 / --val_share; examples that
+share an image stay together. Nothing is left out in silence: a field that can't be used is an error or is named at the
+end, and a row that can't be used is an error, or with --on_bad_example skip it is listed, also in OUT_DIR/left_out.txt.
 """
 
 import argparse
-import csv
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 from tqdm import tqdm
 
-from phi3v.data.annotations import read_conversations, text_problem
-from phi3v.errors import InputError, exit_on_input_error
+from phi3v.data.annotations import read_conversations
+from phi3v.data.formats import Formats
+from phi3v.data.split import groups_of_shared_images, split_by_image
+from phi3v.data.unsupported import is_media_file
+from phi3v.errors import BadExamples, InputError, exit_on_input_error, listing
 from phi3v.files import replacing_folder
 
-IMAGE_PLACE = re.compile(r"\s*<image>\s*|\s*<\|image_\d+\|>\s*")
+ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf)://|data:", re.IGNORECASE)
 
 
-def rows_of_table(path: Path) -> Iterator[tuple[str, list[dict]]]:
-    """Yields for each row of a table where it stands and its conversation of one turn."""
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
-        missing = {"image", "question", "answer"} - set(reader.fieldnames or [])
-        if missing:
-            raise InputError(f"{path}: there is no column {', '.join(sorted(missing))}, only {reader.fieldnames}")
-        for row in reader:
-            images = [name.strip() for name in (row["image"] or "").split(";") if name.strip()]
-            turn = {"images": images, "user": row["question"], "assistant": row["answer"]}
-            yield f"{path}:{reader.line_num}", [turn]
+class Images:
+    """Finds the images that rows name. files: for each image that was found, its name in the output and its file."""
 
+    def __init__(self, folder: Path, follow_links: bool):
+        self.given, self.folder, self.real_folder = folder, os.path.abspath(folder), os.path.realpath(folder)
+        self.follow_links = follow_links
+        self.files, self.names = {}, {}
 
-def rows_of_json(path: Path) -> Iterator[tuple[str, list[dict]]]:
-    """Yields for each object of a json or jsonl file where it stands and its conversation."""
-    for where, example in objects(path):
-        if "messages" in example:
-            images = example.get("images") or []
-            yield where, turns(where, [(m.get("role"), m.get("content")) for m in example["messages"]], images)
-        elif "conversations" in example:
-            images = example.get("image") or []
-            said = [(ROLES.get(m.get("from"), m.get("from")), m.get("value")) for m in example["conversations"]]
-            yield where, turns(where, said, [images] if isinstance(images, str) else images)
-        else:
-            raise InputError(f"{where}: has neither messages nor conversations, but {sorted(example)}")
+    def is_image(self, name: str) -> bool:
+        return is_media_file(name) or bool(name) and os.path.isfile(os.path.join(self.folder, name))
 
+    def find(self, name: str) -> str:
+        """The name that an image has in the output. Raises InputError if it is not a file below the folder."""
+        if name not in self.names:
+            own, file = self._find(name)
+            self.names[name] = own
+            self.files[own] = file
+        return self.names[name]
 
-ROLES = {"human": "user", "gpt": "assistant"}
-
-
-def objects(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields each object of a json list or a jsonl file, with where it stands in the file."""
-    text = path.read_text(encoding="utf-8-sig")
-    is_list = text.lstrip().startswith("[")
-    try:
-        found = json.loads(text) if is_list else None
-    except ValueError as e:
-        raise InputError(f"{path} is not valid JSON: {e}") from None
-    for number, line in enumerate(found if is_list else text.splitlines(), 1):
-        where = f"{path}, object {number}" if is_list else f"{path}:{number}"
-        if not is_list:
-            if not line.strip():
-                continue
-            try:
-                line = json.loads(line)
-            except ValueError as e:
-                raise InputError(f"{where} is not valid JSON: {e}") from None
-        if not isinstance(line, dict):
-            raise InputError(f"{where} must be an object, not {type(line).__name__}")
-        yield where, line
-
-
-def turns(where: str, messages: list[tuple], images: list) -> list[dict]:
-    """Turns of a question and an answer, made of messages as (role, content).
-
-    Images for which no message has a place go to the first turn. Raises InputError if the messages do not alternate.
-    """
-    made, rest, system, question = [], list(images), "", None
-    for role, content in messages:
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise InputError(f"{where}: content is {content!r:.80}, must be a text or a list of parts")
-        text = "\n".join(part.get("text", "") for part in parts if part.get("type") == "text")
-        places = len(IMAGE_PLACE.findall(text)) + sum(part.get("type") in ("image", "image_url") for part in parts)
-        text = IMAGE_PLACE.sub("\n", text).strip()
-        if role == "system":
-            system = f"{text}\n"
-        elif role == "user" and question is None:
-            if places > len(rest):
-                raise InputError(f"{where}: a message has a place for {places} images, but {len(rest)} are left")
-            question = {"images": rest[:places], "user": system + text}
-            rest, system = rest[places:], ""
-        elif role == "assistant" and question is not None and not places:
-            made.append({**question, "assistant": text})
-            question = None
-        else:
-            raise InputError(f"{where}: a message of {role!r} is out of turn, or has an image where none can be")
-    if not made or question is not None:
-        raise InputError(f"{where}: the last message must be an answer")
-    made[0]["images"] = rest + made[0]["images"]
-    return made
-
-
-def link_image(name, images_dir: Path, target: Path, where: str) -> str:
-    """Links or copies an image into the folder `target` and returns its name there."""
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{where}: image is {name!r:.80}, must be a file name")
-    source = (images_dir / name).resolve()
-    if not source.is_relative_to(images_dir.resolve()) or not source.is_file():
-        raise InputError(f"{where}: image {name} is not a file below {images_dir}: see --images_dir")
-    name = str(source.relative_to(images_dir.resolve()))
-    copy = target / name
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    if not copy.exists():
+    def _find(self, name: str) -> tuple[str, str]:
+        if not name:
+            raise InputError("image is '', must be a file name")
+        if ADDRESS.match(name):
+            raise InputError(f"image {name!r:.100} is not a file but an address or data: save it below {self.given}")
+        url = urlparse(name) if name.startswith("file:") else None
+        given = os.path.join(self.folder, unquote(url.netloc + url.path) if url else name)
         try:
-            os.link(source, copy)
-        except OSError:  # a link to another disk is not possible
-            shutil.copyfile(source, copy)
-    return name
+            file = os.path.realpath(given)
+            is_file = os.path.isfile(file)
+        except (OSError, ValueError):  # a name that no file can have
+            raise InputError(f"image {name!r:.100} can't be the name of a file") from None
+        if is_file and (own := _below(self.real_folder, file)):
+            return own, file
+        own = _below(self.folder, os.path.normpath(given)) or _below(self.real_folder, os.path.normpath(given))
+        if not is_file or not own:
+            raise InputError(f"image {name} is not a file below {self.given}: see --images_dir")
+        if not self.follow_links:
+            raise InputError(
+                f"image {name} is behind a link out of {self.given}, to {file}: give --follow_links if it may be used"
+            )
+        return own, file
 
 
-def main(argv: list[str] | None = None):
+def _below(folder: str, path: str) -> str | None:
+    """The path relative to a folder; None if it is not below it."""
+    return os.path.relpath(path, folder) if os.path.commonpath([folder, path]) == folder != path else None
+
+
+def link_image(file: str, copy: Path):
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, copy)
+    except OSError:  # a link to another disk is not possible
+        shutil.copyfile(file, copy)
+
+
+def read_examples(args: argparse.Namespace, bad: BadExamples, images: Images) -> tuple[list[dict], list[str]]:
+    """All examples of the source, with the names that their images have in the output, and notes to print."""
+    examples, rows = [], Formats(args.source, bad, images.is_image, args.literal_tags)
+    for number, (where, turns) in enumerate(tqdm(rows, desc="reading", unit="example")):
+        if turns is None:
+            continue
+        with bad.catching(where):
+            for turn in turns:
+                turn["images"] = [images.find(name) for name in turn["images"]]
+            examples.append({"id": number, "conversations": turns})
+    bad.settle(str(args.source), len(examples))
+    notes = [f"note: {args.source}: {n:,} examples: {text}" for text, n in rows.notes.items() if n]
+    return examples, rows.unused.lines(args.source) + notes
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--source", type=Path, required=True, help=".csv, .tsv, .json or .jsonl")
     parser.add_argument(
@@ -144,41 +118,59 @@ def main(argv: list[str] | None = None):
     parser.add_argument(
         "--val_share", type=float, default=0.1, help="fraction of the examples for evaluation (default: %(default)s)"
     )
+    parser.add_argument(
+        "--on_bad_example", default="error", help="error, or skip: leave out rows that can't be used, and list them"
+    )
+    parser.add_argument(
+        "--follow_links", action="store_true", help="use images behind links that lead out of --images_dir"
+    )
+    parser.add_argument(
+        "--literal_tags",
+        action="store_true",
+        help="keep tags such as <video> as text, and <image> in answers and in examples without images",
+    )
     args = parser.parse_args(argv)
     if not args.source.is_file():
         raise InputError(f"--source {args.source} does not exist")
     if not 0 < args.val_share < 1:
         raise InputError(f"--val_share is {args.val_share}, must be between 0 and 1")
+    if args.on_bad_example not in ("error", "skip"):
+        raise InputError(f"--on_bad_example is {args.on_bad_example}, must be error or skip")
     if args.out_dir.exists() and any(args.out_dir.iterdir()):
         raise InputError(f"--out_dir {args.out_dir} is not empty: choose a new one")
-    images_dir = args.images_dir or args.source.parent
-    is_table = args.source.suffix in (".csv", ".tsv")
-    lines, every = {"train": [], "val": []}, max(2, round(1 / args.val_share))
-    rows = (rows_of_table if is_table else rows_of_json)(args.source)
+    return args
+
+
+def main(argv: list[str] | None = None):
+    args = parse_arguments(argv)
+    bad, found = (
+        BadExamples(args.on_bad_example == "skip"),
+        Images(args.images_dir or args.source.parent, args.follow_links),
+    )
+    examples, notes = read_examples(args, bad, found)
+    images = [{name for turn in example["conversations"] for name in turn["images"]} for example in examples]
     try:
-        with replacing_folder(args.out_dir) as partial:
-            for number, (where, conversation) in enumerate(tqdm(rows, desc="converting", unit="example")):
-                for turn in conversation:
-                    turn["images"] = [
-                        link_image(name, images_dir, partial / "images", where) for name in turn["images"]
-                    ]
-                    for role in ("user", "assistant"):
-                        if problem := text_problem(turn[role]):
-                            raise InputError(f"{where}: the {role}'s text {problem}")
-                split = "val" if number % every == every - 1 else "train"
-                lines[split].append(json.dumps({"id": number, "conversations": conversation}, ensure_ascii=False))
-            if not lines["val"]:
-                raise InputError(
-                    f"{args.source} holds {len(lines['train'])} examples, too few to keep some for evaluation"
-                )
-            (partial / "images").mkdir(exist_ok=True)
-            for split, own in lines.items():
-                path = partial / f"ucf101_{split}.jsonl"
-                path.write_text("\n".join(own) + "\n", encoding="utf-8")
-                read_conversations(path, partial / "images")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{args.source} is not UTF-8 ({e.reason} at byte {e.start + 1}): save it as UTF-8") from None
-    print(f"{args.out_dir}: {len(lines['train'])} training and {len(lines['val'])} evaluation examples")
+        kept = split_by_image(images, args.val_share)
+    except InputError as e:
+        raise InputError(f"{args.source}: {e}") from None
+    with replacing_folder(args.out_dir) as partial:
+        (partial / "images").mkdir()
+        for name in tqdm(sorted(set().union(*images)), desc="linking", unit="image"):
+            link_image(found.files[name], partial / "images" / name)
+        for split in ("train", "val"):
+            own = [json.dumps(e, ensure_ascii=False) for i, e in enumerate(examples) if (i in kept) == (split == "val")]
+            path = partial / f"ucf101_{split}.jsonl"
+            path.write_text("\n".join(own) + "\n", encoding="utf-8")
+            read_conversations(path, partial / "images", literal_tags=args.literal_tags)
+        if bad.left_out:
+            (partial / "left_out.txt").write_text("\n".join(bad.left_out) + "\n", encoding="utf-8")
+    print(*notes, *listing(bad.left_out), sep="\n", end="\n" if notes or bad.left_out else "")
+    if together := sum(len(group) for group in groups_of_shared_images(images) if len(group) > 1):
+        print(
+            f"{together:,} examples share images with others; those are on the same side, so that the evaluation has "
+            f"{len(kept) / len(examples):.1%} of all examples"
+        )
+    print(f"{args.out_dir}: {len(examples) - len(kept)} training and {len(kept)} evaluation examples")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,14 @@ import os
 import re
 import reprlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import InputError, Problems
+from ..errors import BadExamples, InputError
 from ..model.processing_phi3v import END_TOKENS, IMAGE_TAG, OTHER_TOKENS, ROLE_TOKENS
+from ..ranks import is_first
+from .image_folder import ImageFolder
+from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 
 ROLES = ("user", "assistant")
 _RESERVED = re.compile(
@@ -21,18 +25,58 @@ _SHORT = reprlib.Repr()  # shortens values of any length and depth for messages
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-def read_conversations(path: Path, images_dir: Path) -> list[dict]:
+def read_conversations(
+    path: Path,
+    images_dir: Path,
+    bad: BadExamples | None = None,
+    follow_links: bool = False,
+    literal_tags: bool = False,
+) -> list[dict]:
     """Reads one object per line, `{"id", "conversations": [turn, …]}`, as `convert_ucf101.py` writes it.
 
     A turn is `{"images": [names], "user": text, "assistant": text}`. Image names are relative to `images_dir` and
-    become paths. A line without an id gets the id `path:line`. Other fields are ignored.
+    become paths. A line without an id gets the id `path:line`. Rank 0 names other fields, which are not used.
 
+    bad: decides about bad lines; by default they are an error. follow_links: as in `ImageFolder`. literal_tags: whether
+    tags such as <video> may stand in texts.
     Raises one InputError, which names file, line, field and value of the first ten problems and counts all of them.
-    Problems are: a line that has another form, an image that does not exist or lies outside `images_dir` (symbolic
-    links are followed), an id that occurs twice, a text that is empty or contains a token of the chat format.
+    Problems are: a line that has another form, an image that does not exist or lies outside `images_dir`, an id that
+    occurs twice, a text that is empty or contains a token of the chat format or a place for another medium, and a field
+    that the model can't use, such as video. Raises InputError in any case if the file can't be read or has no examples.
     """
-    problems, images = Problems(), _ImageFolder(images_dir)
+    bad = bad or BadExamples()
+    read = _Reader(ImageFolder(images_dir, follow_links), bad, literal_tags)
     examples, seen = [], {}
+    for number, line in lines_of(path):
+        where = f"{path}:{number}"
+        try:
+            example = parse_json(line)
+        except ValueError as e:
+            if not examples and not bad.problems and line.lstrip().startswith(b"["):
+                raise InputError(f"{where}: the file is one JSON array: write one object per line") from None
+            cut = "" if line.endswith(b"\n") else "the file's last line is cut off: "
+            bad.add(where, f"{cut}{e}")
+            continue
+        before = len(bad.problems)
+        example = read.conversation(example, where)
+        if example is None or bad.skip and len(bad.problems) > before:
+            continue
+        key = str(example["id"])
+        if (first := seen.setdefault(key, number)) != number:
+            bad.add(where, f"id is {_SHORT.repr(example['id'])}, which line {first} already has")
+        if len(bad.problems) == before:
+            examples.append(example)
+    bad.settle(str(path), len(examples))
+    if not examples:
+        raise InputError(f"{path} holds no examples")
+    if is_first():
+        for note in read.unused.lines(path):
+            print(note, flush=True)
+    return examples
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields the number and the content of each line that is not blank. Raises InputError if the file can't be read."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise InputError(f"{path} can't be read: it is not a regular file")
@@ -41,32 +85,24 @@ def read_conversations(path: Path, images_dir: Path) -> list[dict]:
                 if number == 1 and line.startswith(_UTF16_MARKS):
                     raise InputError(f"{path} is UTF-16: save it as UTF-8")
                 line = line.removeprefix(_UTF8_MARK)
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    example = _parse(line)
-                except ValueError as e:
-                    if not examples and not problems and line.lstrip().startswith(b"["):
-                        raise InputError(f"{where}: the file is one JSON array: write one object per line") from None
-                    cut = "" if line.endswith(b"\n") else "the file's last line is cut off: "
-                    problems.add(where, f"{cut}{e}")
-                    continue
-                example = _conversation(example, where, images, problems)
-                if example is None:
-                    continue
-                key = str(example["id"])
-                if (first := seen.setdefault(key, number)) != number:
-                    problems.add(where, f"id is {_SHORT.repr(example['id'])}, which line {first} already has")
-                examples.append(example)
+                if line.strip():
+                    yield number, line
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: convert videos or conversations first, or check the folder") from None
     except OSError as e:
         raise InputError(f"{path} can't be read: {e.strerror}") from None
-    problems.raise_if_any(str(path))
-    if not examples:
-        raise InputError(f"{path} holds no examples")
-    return examples
+
+
+def text_of(path: Path) -> str:
+    """The content of a file in UTF-8. Raises InputError with the line where it is not."""
+    content = path.read_bytes()
+    if content.startswith(_UTF16_MARKS):
+        raise InputError(f"{path} is UTF-16: save it as UTF-8")
+    try:
+        return content.removeprefix(_UTF8_MARK).decode("utf-8")
+    except UnicodeDecodeError as e:
+        line = e.object[: e.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line} is not UTF-8 ({e.reason}): save the file as UTF-8") from None
 
 
 def _object(pairs: list[tuple]) -> dict:
@@ -79,15 +115,15 @@ def _object(pairs: list[tuple]) -> dict:
     return made
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _parse(line: bytes):
-    """The line's JSON value. Raises ValueError that says what is wrong with it."""
+def parse_json(line: bytes):
+    """The JSON value of a line. Raises ValueError that says what is wrong with it."""
     if b"\0" in line:
         raise ValueError("holds NUL bytes: the file is damaged, or not a text file")
     try:
-        return _DECODER.decode(line.decode("utf-8"))
+        return JSON_DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as e:
         raise ValueError(f"not UTF-8 ({e.reason} at byte {e.start + 1} of the line): save it as UTF-8") from None
     except json.JSONDecodeError as e:
@@ -100,44 +136,75 @@ def _parse(line: bytes):
         raise
 
 
-def _conversation(example, where: str, images: "_ImageFolder", problems: Problems) -> dict | None:
-    """The example's id and turns, checked. Its problems are added to `problems`; None if nothing of it is usable."""
-    if not isinstance(example, dict):
-        return problems.add(where, f"a line must hold a JSON object, not {type(example).__name__}")
-    turns = example.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        return problems.add(where, "conversations must be a list of turns with at least one")
-    id = example.get("id")
-    if id is None:
-        id = where
-    elif isinstance(id, bool) or not isinstance(id, (str, int)) or id == "":
-        return problems.add(where, f"id is {_SHORT.repr(id)}, must be a text or a whole number")
-    elif isinstance(id, str) and not id.isascii() and _SURROGATE.search(id):
-        return problems.add(where, f"id is {_SHORT.repr(id)}, which is not valid Unicode")
-    checked = []
-    for i, turn in enumerate(turns):
-        field = f"conversations[{i}]"
+# Fields of an example and of a turn in other formats, and where their content belongs in this one.
+_MISPLACED = {
+    "image": "images belong into a turn, in its list images",
+    "images": "images belong into a turn, in its list images",
+    "system": "put it before the text of the first turn's user",
+    "messages": "convert the file with tools/convert_conversations.py",
+}
+
+
+class _Reader:
+    """Checks examples and adds their problems to `bad`. unused: the fields that were not used."""
+
+    def __init__(self, images: ImageFolder, bad: BadExamples, literal_tags: bool):
+        self.images, self.bad, self.literal_tags = images, bad, literal_tags
+        self.unused = UnusedFields()
+
+    def conversation(self, example, where: str) -> dict | None:
+        """The example's id and turns, checked; None if nothing of it is usable."""
+        if not isinstance(example, dict):
+            return self.bad.add(where, f"a line must hold a JSON object, not {type(example).__name__}")
+        turns = example.get("conversations")
+        if not isinstance(turns, list) or not turns:
+            return self.bad.add(where, "conversations must be a list of turns with at least one")
+        id = example.get("id")
+        if id is None:
+            id = where
+        elif isinstance(id, bool) or not isinstance(id, (str, int)) or id == "":
+            return self.bad.add(where, f"id is {_SHORT.repr(id)}, must be a text or a whole number")
+        elif isinstance(id, str) and not id.isascii() and _SURROGATE.search(id):
+            return self.bad.add(where, f"id is {_SHORT.repr(id)}, which is not valid Unicode")
+        checked = [self.turn(turn, f"conversations[{i}]", where) for i, turn in enumerate(turns)]
+        others = {k: v for k, v in example.items() if k not in ("id", "source", "conversations")}
+        self.other_fields(others, "", where, any(turn and turn["images"] for turn in checked))
+        return {"id": id, "conversations": checked}
+
+    def turn(self, turn, field: str, where: str) -> dict | None:
         if not isinstance(turn, dict):
-            problems.add(where, f"{field} must be an object with images, user and assistant")
-            continue
+            return self.bad.add(where, f"{field} must be an object with images, user and assistant")
         for role in ROLES:
-            if problem := text_problem(turn.get(role)):
-                problems.add(where, f"{field}.{role} {problem}")
+            text = turn.get(role)
+            if problem := text_problem(text) or (None if self.literal_tags else tag_problem(text)):
+                self.bad.add(where, f"{field}.{role} {problem}")
         names, paths = turn.get("images", []), []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            problems.add(
+            return self.bad.add(
                 where, f"{field}.images is {_SHORT.repr(names)}, must be a list of file names (empty for none)"
             )
-            continue
         for k, name in enumerate(names):
-            path = images.path(name)
+            path = self.images.path(name)
             if path is None:
-                problems.add(where, f"{field}.images[{k}] is {_SHORT.repr(name)}, {images.problem(name)}")
+                self.bad.add(where, f"{field}.images[{k}] is {_SHORT.repr(name)}, {self.images.problem(name)}")
             paths.append(path)
+        others = {key: value for key, value in turn.items() if key not in ("images", *ROLES)}
+        self.other_fields(others, f"{field}.", where, bool(names))
         # Every line of a video data set asks the same question, so keep one copy of it in memory.
         user, assistant = (sys.intern(text) if isinstance(text, str) else "" for text in map(turn.get, ROLES))
-        checked.append({"images": paths, "user": user, "assistant": assistant})
-    return {"id": id, "conversations": checked}
+        return {"images": paths, "user": user, "assistant": assistant}
+
+    def other_fields(self, fields: dict, prefix: str, where: str, has_images: bool):
+        """Adds a problem for each field whose content would be lost, and counts the others as unused."""
+        for name, value in fields.items():
+            problem = None
+            if name in _MISPLACED and not is_empty(value):
+                problem = f"is {_SHORT.repr(value)}, but {_MISPLACED[name]}"
+            problem = problem or field_problem(name, value) or (None if has_images else media_problem(name, value))
+            if problem:
+                self.bad.add(where, f"{prefix}{name} {problem}")
+            else:
+                self.unused.add(f"conversations[].{name}" if prefix else name, value)
 
 
 def text_problem(text) -> str | None:
@@ -169,55 +236,3 @@ def check_texts(texts, where: str):
         raise InputError(f"{where} is empty")
     for i, text in enumerate(texts):
         check_text(text, f"{where}[{i}]")
-
-
-class _ImageFolder:
-    """Tells whether a name belongs to a file inside a folder. It lists every folder once, because looking up each file
-    takes far longer, above all on a network file system."""
-
-    def __init__(self, root: Path):
-        self.root = os.fspath(root)
-        self.real_root = os.path.realpath(root)
-        self.listings: dict[str, set[str]] = {}
-
-    def path(self, name: str) -> str | None:
-        """The path of a regular file inside the folder; None for any other name."""
-        folder, slash, file = name.rpartition("/")
-        folder += slash
-        listing = self.listings.get(folder)
-        if listing is None:
-            listing = self.listings[folder] = self._listing(folder)
-        # A file that is not listed may still be a symbolic link, spelled differently, or in a folder that can't be
-        # listed.
-        if file in listing or self.problem(name) is None:
-            return os.path.join(self.root, name)
-        return None
-
-    def _listing(self, folder: str) -> set[str]:
-        """The names of the regular files in a folder, without symbolic links."""
-        if folder.startswith("/") or ".." in folder.split("/"):
-            return set()
-        try:
-            if not self._is_inside(os.path.join(self.root, folder)):
-                return set()
-            with os.scandir(os.path.join(self.root, folder)) as entries:
-                return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
-        except (OSError, ValueError):
-            return set()
-
-    def _is_inside(self, path: str) -> bool:
-        return os.path.commonpath([self.real_root, os.path.realpath(path)]) == self.real_root
-
-    def problem(self, name: str) -> str | None:
-        """Why a name is not a file inside the folder, worded to follow the name; None if it is one."""
-        if name.startswith("/") or ".." in name.split("/"):
-            return f"must be a path inside {self.root}"
-        path = os.path.join(self.root, name)
-        try:
-            if not self._is_inside(path):
-                return f"which is a symbolic link out of {self.root}: put the file itself there"
-            if os.path.isfile(path):
-                return None
-            return f"but {path} is not a file" if os.path.exists(path) else f"but {path} does not exist"
-        except (OSError, ValueError):  # a name that no file can have
-            return f"but {path} can't exist"

@@ -229,8 +229,10 @@ def check_data(
     max_length: int | None,
     num_workers: int,
     disable_tqdm: bool = False,
+    skip_bad: bool = False,
 ):
-    """Prints a `Summary` of each data set. Raises InputError with the first problems of both and how many there are.
+    """Prints a `Summary` of each data set. Raises InputError with the first problems of both and how many there are;
+    with `skip_bad` only says that a run leaves these examples out.
 
     max_length, num_workers: as in `check_images`.
     """
@@ -239,4 +241,7 @@ def check_data(
         summary = check_images(conversations, processor, num_workers, max_length, name, disable_tqdm)
         print(summary, flush=True)
         problems.extend(summary.problems)
-    problems.raise_if_any("data")
+    if not skip_bad:
+        problems.raise_if_any("data")
+    elif problems:
+        print("a run leaves out the examples with problems, as --on_bad_example skip says", flush=True)

@@ -34,6 +34,7 @@ class Collator:
     padding_side: "left" or "right"; generation needs "left".
     normalise: False gives uint8 `tiles` and `grids` in place of `pixel_values`. They are smaller to send to a device,
         where `crops_of_tiles` makes crops of them.
+    If images of an example could not be read, the batch also has `problems`, with None for the other examples.
     """
 
     def __init__(self, processor: Phi3VProcessor, padding_side: str, normalise: bool = True):
@@ -54,4 +55,6 @@ class Collator:
             batch["pixel_values"] = image_processor.crops_of_tiles(tiles, grids)
         else:
             batch.update(tiles=tiles, grids=grids)
+        if any("problem" in example for example in examples):
+            batch["problems"] = [example.get("problem") for example in examples]
         return batch

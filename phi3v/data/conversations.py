@@ -144,7 +144,7 @@ class ConversationDataset(Dataset):
                 example["labels"] = torch.full_like(example["labels"], IGNORE_INDEX)
             examples.append({**example, form: encoded, "grids": grids, "images_key": key})
             if problem and i >= 0:
-                examples[-1]["problem"] = problem
+                examples[-1]["problem"] = f"example {self.conversations[index]['id']}: {problem}"
         return examples
 
     def _read_images(self, images: list) -> tuple[torch.Tensor, list[tuple[int, int]], str | None]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import datasets
 
-from ..errors import InputError, Problems
+from ..errors import BadExamples, InputError
 from ..ranks import is_first
 from .annotations import ROLES, text_problem
 from .images import read_image
+from .unsupported import tag_problem
 
 ROW = "row_in_split"  # a column with the number that a row has in its split
 TEXTS_ABOUT_IMAGES = {"images": [datasets.Image], "texts": [{"user": str, "assistant": str}]}
@@ -71,14 +72,18 @@ def _cache_dir(folder: Path) -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"local-{hashlib.sha1(content.encode()).hexdigest()}")
 
 
-def without_seen_images(train: datasets.Dataset, evaluation: datasets.Dataset) -> datasets.Dataset:
+def without_seen_images(
+    train: datasets.Dataset, evaluation: datasets.Dataset, bad: BadExamples | None = None
+) -> datasets.Dataset:
     """`train` without the rows that have an image which is also in `evaluation`, pixel for pixel.
 
     Both tables have a column `image`, or a column `images` with lists. The images' hashes are cached by `datasets`.
-    Rank 0 prints how many rows were left out. Raises InputError if no row is left.
+    Rank 0 prints how many rows were left out. Raises InputError if no row is left, and for an image that can't be read,
+    unless `bad` says that such examples are left out; this happens later, when the image is needed.
     """
-    seen = {digest for row in _hashes(evaluation) for digest in row}
-    keep = [i for i, row in enumerate(_hashes(train)) if seen.isdisjoint(row)]
+    skip = bad is not None and bad.skip
+    seen = {digest for row in _hashes(evaluation, skip) for digest in row}
+    keep = [i for i, row in enumerate(_hashes(train, skip)) if seen.isdisjoint(row)]
     if len(keep) == len(train):
         return train
     if is_first():
@@ -90,8 +95,8 @@ def without_seen_images(train: datasets.Dataset, evaluation: datasets.Dataset) -
     return train.select(keep)
 
 
-def _hashes(table: datasets.Dataset):
-    """For each row the hashes of its images' sizes and pixels."""
+def _hashes(table: datasets.Dataset, skip: bool):
+    """For each row the hashes of its images' sizes and pixels; with `skip` without images that can't be read."""
     column = "images" if "images" in table.column_names else "image"
 
     def digest(batch) -> dict:
@@ -99,7 +104,12 @@ def _hashes(table: datasets.Dataset):
         for row in batch.to_pylist():
             hashes.append([])
             for image in row[column] if isinstance(row[column], list) else [row[column]]:
-                rgb = read_image(image, f"row {row[ROW]}: its image")
+                try:
+                    rgb = read_image(image, f"row {row[ROW]}: its image")
+                except InputError:
+                    if skip:
+                        continue
+                    raise
                 hashes[-1].append(hashlib.sha1(repr(rgb.size).encode() + rgb.tobytes()).hexdigest())
         return {"hashes": hashes}
 
@@ -115,27 +125,32 @@ def _hashes(table: datasets.Dataset):
     return hashed.with_format(None)["hashes"]
 
 
-def question_keys(table: datasets.Dataset, name: str) -> list[tuple[int, int]]:
+def question_keys(table: datasets.Dataset, name: str, bad: BadExamples | None = None) -> list[tuple[int, int]]:
     """(index of the row, position in its list) of every question in the column `texts`.
 
     The column holds lists of `{"user", "assistant", …}`. name: the table's name in messages.
-    Raises one InputError for all questions and answers that are missing or hold a token of the chat format.
+    Questions and answers that are missing or hold a token of the chat format are an error, or as `bad` says left out.
+    Rank 0 prints how many texts hold a tag such as <video>, which stays in them.
     """
-    keys, problems = [], Problems()
+    keys, bad, tags = [], bad or BadExamples(), 0
     for i, (row, texts) in enumerate(zip(table[ROW], table["texts"], strict=True)):
         where = f"{name} row {row}"
         if texts is None:
-            problems.add(where, "texts is missing")
+            bad.add(where, "texts is missing")
             continue
         for item, text in enumerate(texts):
-            if text is None:
-                problems.add(where, f"texts[{item}] is missing")
-                continue
-            for role in ROLES:
+            problems = [" is missing"] if text is None else []
+            for role in ROLES if text else ():
                 if problem := text_problem(text[role]):
-                    problems.add(where, f"texts[{item}].{role} {problem}")
-            keys.append((i, item))
-    problems.raise_if_any(name)
+                    problems.append(f".{role} {problem}")
+            for problem in problems:
+                bad.add(where, f"texts[{item}]{problem}", example=item)
+            if not problems:
+                keys.append((i, item))
+                tags += any(tag_problem(text[role]) is not None for role in ROLES)
+    bad.settle(name, len(keys))
+    if tags and is_first():
+        print(f"warning: {name}: {tags:,} examples hold a tag such as <video> or <image>, which is read as text")
     return keys
 
 

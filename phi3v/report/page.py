@@ -4,7 +4,7 @@ import base64
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from .statistics import RIGHT_SCORE, paired_change, paired_rows, result_of
 from .summary import versions
 from .templates import environment
 
+MOST_LEFT_OUT = 1000  # examples that are listed
 MOST_IMAGES = 16  # shown of one example
 
 
@@ -28,6 +29,7 @@ def write_page(
     examples: Callable[[int], dict],
     state=None,
     name: str = "report.html",
+    left_out: Sequence[str] = (),
 ):
     """Writes the page of a run to its output folder. Only rank 0 calls it.
 
@@ -35,6 +37,7 @@ def write_page(
     before, after, examples: as `write_html_report` takes them.
     about: more facts about the run, which become rows and tables of the page.
     state: the Trainer's state; None if nothing was trained.
+    left_out: a line about each example that could not be used.
     """
     summary = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -43,6 +46,7 @@ def write_page(
         "processes": training_args.world_size,
         "seed": training_args.seed,
         **about,
+        **_left_out_table(left_out),
         "versions": versions(),
     }
     write_html_report(
@@ -103,6 +107,15 @@ def write_html_report(
     )
     with replacing(path) as partial:
         page.dump(str(partial), encoding="utf-8", errors="replace")
+
+
+def _left_out_table(left_out: Sequence[str]) -> dict[str, dict[str, str]]:
+    """A table of the examples that were left out, by its title; nothing if none were."""
+    if not left_out:
+        return {}
+    rows = {f"{i:,}": line for i, line in enumerate(left_out[:MOST_LEFT_OUT], 1)}
+    more = {"…": f"and {len(left_out) - MOST_LEFT_OUT:,} more"} if len(left_out) > MOST_LEFT_OUT else {}
+    return {"Examples left out": {"number": f"{len(left_out):,}"} | rows | more}
 
 
 def _tables(summary: dict) -> dict[str, list[tuple[str, str]]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from .. import ranks
 from ..data.collate import Collator
 from ..data.conversations import ConversationDataset
 from ..data.sizes import all_sizes
+from ..errors import InputError
 from ..files import write_json
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from ..model.processing_phi3v import Phi3VProcessor
@@ -33,6 +34,7 @@ def generate_answers(
     num_workers: int = 0,
     disable_tqdm: bool = False,
     on_batch=lambda: None,
+    left_out: dict[int, str] | None = None,
 ) -> list[str]:
     """The model's greedy answer to each example. Every rank gets all answers, in the order of `dataset`.
 
@@ -42,6 +44,7 @@ def generate_answers(
     device: where the model is moved to; by default it stays where it is.
     compute_dtype: if this is half precision, autocast computes in it, whatever the dtype of the weights is.
     on_batch: called before each batch, equally often on every rank; may raise.
+    left_out: gets what is wrong with each example whose images can't be read. Its answer is to be left out.
     """
     rank, world_size = ranks.rank(), ranks.world_size()
     sizes = all_sizes(dataset, "measuring examples", disable_tqdm)
@@ -63,13 +66,14 @@ def generate_answers(
     )
     was_training = model.training
     model.eval()
-    answers = []
+    answers, problems = [], []
     autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
     with _gathered_parameters(model, partitioned), autocast:
         for batch in tqdm(loader, desc="generating", disable=disable_tqdm or rank != 0):
             on_batch()
             batch.pop("labels")
             grids = batch.pop("grids")
+            problems += batch.pop("problems", [None] * len(batch["input_ids"]))
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             batch["pixel_values"] = processor.image_processor.crops_of_tiles(batch.pop("tiles"), grids)
             ids = model.generate(
@@ -82,8 +86,10 @@ def generate_answers(
             new_ids = ids[:, batch["input_ids"].shape[1] :]
             answers += [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
     model.train(was_training)
-    gathered = dict(gather_object(list(zip(own, answers, strict=True))))
-    return [gathered[i] for i in range(len(dataset))]
+    gathered = {i: found for i, *found in gather_object(list(zip(own, answers, problems, strict=True)))}
+    if left_out is not None:
+        left_out.update((i, problem) for i, (_, problem) in sorted(gathered.items()) if problem)
+    return [gathered[i][0] for i in range(len(dataset))]
 
 
 def _gathered_parameters(model, partitioned: list):
@@ -106,6 +112,7 @@ class Evaluation:
     score: takes a prediction and the right answers, and returns the score.
     max_new_tokens: the most tokens that an answer can have.
     compute_dtype: as `generate_answers` takes it.
+    left_out: after `report`, what is wrong with each example that the metric leaves out, by its index.
     """
 
     dataset: ConversationDataset
@@ -113,6 +120,7 @@ class Evaluation:
     score: Callable[[str, list[str]], float]
     max_new_tokens: int
     compute_dtype: torch.dtype
+    left_out: dict[int, str] = field(default_factory=dict)
 
     def report(self, model, args: TrainingArguments, on_batch=lambda: None) -> dict:
         """The metric over the evaluation set and all predictions. Every rank must call it, and gets the same report."""
@@ -127,12 +135,17 @@ class Evaluation:
             num_workers=args.dataloader_num_workers,
             disable_tqdm=args.disable_tqdm,
             on_batch=on_batch,
+            left_out=self.left_out,
         )
         rows = []
-        for example, prediction in zip(self.dataset.conversations, predictions, strict=True):
+        for i, (example, prediction) in enumerate(zip(self.dataset.conversations, predictions, strict=True)):
+            if i in self.left_out:
+                continue
             answers = example.get("answers") or [example["conversations"][-1]["assistant"]]
             rows.append({"id": example["id"], "prediction": prediction, "answers": answers})
             rows[-1]["score"] = self.score(prediction, answers)
+        if not rows:
+            raise InputError(f"no example of the evaluation can be read: {self.left_out[0]}")
         mean = sum(row["score"] for row in rows) / len(rows)
         return {"metric": self.metric, self.metric: mean, "num_examples": len(rows), "predictions": rows}
 
@@ -145,7 +158,9 @@ class Evaluation:
         return report
 
     def example(self, i: int) -> dict:
-        """The images and the question of an example, as `write_html_report` takes them."""
+        """The images and the question of prediction i of a report, as `write_html_report` takes them."""
+        for index in sorted(self.left_out):
+            i += index <= i
         turns = self.dataset.conversations[i]["conversations"]
         return {"images": [image for turn in turns for image in turn["images"]], "question": turns[-1]["user"]}
 

@@ -45,6 +45,8 @@ NEUTRAL = {
     "eval_split",
     "max_tokens_per_gpu",  # the number that was chosen is compared
     "on_bad_example",
+    "follow_links",  # the content of the data is compared
+    "literal_tags",
     "cache_vision_features",  # whether features were cached is compared, not where
     "cache_vision_gib",
     "keep_best",

@@ -15,7 +15,7 @@ from PIL import Image
 
 from phi3v.data import annotations
 from phi3v.data.annotations import check_text, read_conversations, text_problem
-from phi3v.errors import InputError
+from phi3v.errors import BadExamples, InputError
 
 GOOD = {"id": "1", "conversations": [{"images": ["a.png"], "user": "Which?", "assistant": "yes"}]}
 
@@ -130,6 +130,49 @@ def test_the_folder_itself_may_be_a_link(folder, tmp_path):
     path.write_bytes(bad_inputs.line())
     (example,) = read_conversations(path, tmp_path / "linked")
     assert example["conversations"][0]["images"] == [str(tmp_path / "linked" / "a.png")]
+
+
+def test_links_out_of_the_folder_are_followed_if_the_user_says_so(folder):
+    path = folder / "links.jsonl"
+    names = ["out.png", "away/secret.png", "away/images/a.png", "inside.png"]
+    path.write_bytes(bad_inputs.turn(images=names))
+    with pytest.raises(InputError, match="2 problems"):
+        read_conversations(path, folder / "images")
+    (example,) = read_conversations(path, folder / "images", follow_links=True)
+    assert example["conversations"][0]["images"] == [str(folder / "images" / name) for name in names]
+    for name, message in (("../secret.png", "inside"), ("/etc/passwd", "inside"), ("broken.png", "not exist")):
+        path.write_bytes(bad_inputs.turn(images=[name]))
+        with pytest.raises(InputError, match=message):
+            read_conversations(path, folder / "images", follow_links=True)
+
+
+def test_tags_of_media_can_be_allowed(folder):
+    path = folder / "tags.jsonl"
+    path.write_bytes(bad_inputs.turn(user="<video> or <image>?"))
+    (example,) = read_conversations(path, folder / "images", literal_tags=True)
+    assert example["conversations"][0]["user"] == "<video> or <image>?"
+    path.write_bytes(bad_inputs.turn(user="<|image_1|>"))
+    with pytest.raises(InputError, match="the chat format reserves"):
+        read_conversations(path, folder / "images", literal_tags=True)
+
+
+def test_bad_lines_are_left_out_and_remembered(folder, capsys):
+    path, bad = folder / "mixed.jsonl", BadExamples(skip=True)
+    lines = [bad_inputs.line(id=str(i)) for i in range(3)]
+    spoilt = [
+        b"{\n",
+        bad_inputs.line(id="x", conversations=[bad_inputs.TURN | {"images": ["none.png"], "user": ""}]),
+        lines[0],  # its id is there already
+        bad_inputs.line(id="2", video="v.mp4"),  # its id is free for the next line
+    ]
+    path.write_bytes(b"".join([lines[0], *spoilt[:2], lines[1], *spoilt[2:], lines[2]]))
+    examples = read_conversations(path, folder / "images", bad)
+    assert [example["id"] for example in examples] == ["0", "1", "2"] and not bad.problems
+    assert [line.split(":")[1] for line in bad.left_out] == ["2", "3", "5", "6"]
+    assert capsys.readouterr().out == f"{path}: 4 of 7 examples are left out\n"
+    path.write_bytes(spoilt[0] * 12)
+    with pytest.raises(InputError, match=f"none of the 12 examples of {path} can be used; {path}:1: not a JSON"):
+        read_conversations(path, folder / "images", bad)
 
 
 def test_check_text():

@@ -10,7 +10,8 @@ import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v import Phi3VProcessor
 from phi3v.data.conversations import ConversationDataset
-from phi3v.errors import InputError
+from phi3v.data.tables import ROW, without_seen_images
+from phi3v.errors import BadExamples, InputError
 
 
 def load(script, toy_tables, tmp_path, *flags):
@@ -103,6 +104,49 @@ def test_bad_rows_are_named(tmp_path):
     fails([good, {"images": [{"bytes": b"no image"}], "texts": []}], "row 1: its image can't be read")
     fails([good, {"images": [None], "texts": []}], "row 1: its image can't be read")
     fails([good, {"images": [png_cell(1)], "texts": None}], "row 1: texts is missing")
+
+
+def test_bad_rows_are_left_out(capsys):
+    """Where a text is bad, its question; where an image is, this is seen later, when it is needed."""
+
+    def table(*rows):
+        rows = [{"images": [png_cell(number)], "texts": texts} for number, texts in enumerate(rows)]
+        made = datasets.Dataset.from_list(rows, features=cauldron_features())
+        return made.add_column(ROW, list(range(len(made))))
+
+    good, bad_text, tag = texts_cell("Is it?", "no"), texts_cell("Is it?", ""), texts_cell("<video> Is it?", "no")
+    rows = table([good, bad_text, bad_text, good], [bad_text], None, [tag, good])
+    for script, wanted in ((memes, ["0-0", "0-3", "3-0", "3-1"]), (nlvr2, ["0-0", "0-3", "3-0", "3-1"])):
+        bad = BadExamples(skip=True)
+        build = script.questions if script is memes else script.statements
+        assert [example["id"] for example in build(rows, bad=bad)] == wanted
+        assert len(bad.left_out) == 4 and "row 0: texts[2].assistant is ''" in bad.left_out[1]
+        out = capsys.readouterr().out
+        assert "4 of 8 examples are left out" in out and "1 examples hold a tag such as <video>" in out
+    made = nlvr2.statements(table([bad_text, good, good]), as_turns=True, bad=BadExamples(skip=True))
+    assert [example["id"] for example in made] == ["0-1"] and len(turns(made[0])) == 2
+    made = nlvr2.statements(table([bad_text, good, good]), first_only=True, bad=BadExamples(skip=True))
+    assert [example["id"] for example in made] == ["0-1"] and len(turns(made[0])) == 1
+
+    bad, rows = BadExamples(skip=True), [(0, "Q?", ["a"]), (1, "", ["a"]), (2, "Q?", []), (3, None, ["a"])]
+    rows = [{"image": png_cell(i), "query": q and {"en": q}, "answers": a, "id": str(i), ROW: i} for i, q, a in rows]
+    rows[1]["query"] = {"en": ""}
+    assert [example["id"] for example in docvqa.questions(datasets.Dataset.from_list(rows), bad)] == ["0"]
+    assert [line.split(": ")[0][-5:] for line in bad.left_out] == ["row 1", "row 2", "row 3"]
+
+
+def test_images_that_cannot_be_read_are_left_out_later():
+    def table(*images):
+        made = datasets.Dataset.from_list([{"images": [image], "texts": []} for image in images], cauldron_features())
+        return made.add_column(ROW, list(range(len(made))))
+
+    train, evaluation = (
+        table(png_cell(0), {"bytes": b"no image"}, png_cell(1)),
+        table(png_cell(1), {"bytes": b"no image"}),
+    )
+    with pytest.raises(InputError, match="row 1: its image can't be read"):
+        without_seen_images(train, evaluation)
+    assert without_seen_images(train, evaluation, BadExamples(skip=True))[ROW] == [0, 1]
 
 
 @pytest.mark.parametrize(

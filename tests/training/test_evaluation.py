@@ -36,6 +36,21 @@ def test_evaluation_alone_runs_under_zero_3(toy_data, tmp_path):
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["num_examples"] == 6
 
 
+def test_a_prediction_belongs_to_its_example_although_others_are_left_out(processor, toy_examples):
+    data = ConversationDataset(toy_examples[:6], processor, for_generation=True)
+    for left_out, wanted in (
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({0: "bad", 2: "bad", 3: "bad"}, [1, 4, 5]),
+        ({5: "bad"}, [0, 4]),
+    ):
+        evaluation = Evaluation(data, "m", lambda prediction, answers: 0, 8, torch.float32, left_out)
+        positions = range(len(wanted)) if len(wanted) != 2 else (0, 4)
+        for position, index in zip(positions, wanted, strict=True):
+            images = [image for turn in toy_examples[index]["conversations"] for image in turn["images"]]
+            question = toy_examples[index]["conversations"][-1]["user"]
+            assert evaluation.example(position) == {"images": images, "question": question}
+
+
 # --keep_best
 
 

@@ -1,0 +1,60 @@
+"""Finds the image files that annotations name, and nothing outside of their folder."""
+
+import os
+from pathlib import Path
+
+
+class ImageFolder:
+    """Tells whether a name belongs to a file inside a folder. It lists every folder once, because looking up each file
+    takes far longer, above all on a network file system.
+
+    follow_links: whether symbolic links inside the folder may lead out of it. The folder itself may be a link.
+    """
+
+    def __init__(self, root: Path, follow_links: bool = False):
+        self.root = os.fspath(root)
+        self.real_root = os.path.realpath(root)
+        self.follow_links = follow_links
+        self.listings: dict[str, set[str]] = {}
+
+    def path(self, name: str) -> str | None:
+        """The path of a regular file inside the folder; None for any other name."""
+        folder, slash, file = name.rpartition("/")
+        folder += slash
+        listing = self.listings.get(folder)
+        if listing is None:
+            listing = self.listings[folder] = self._listing(folder)
+        # A file that is not listed may still be a symbolic link, spelled differently, or in a folder that can't be
+        # listed.
+        if file in listing or self.problem(name) is None:
+            return os.path.join(self.root, name)
+        return None
+
+    def _listing(self, folder: str) -> set[str]:
+        """The names of the regular files in a folder, without symbolic links."""
+        if folder.startswith("/") or ".." in folder.split("/"):
+            return set()
+        try:
+            if not self._is_inside(os.path.join(self.root, folder)):
+                return set()
+            with os.scandir(os.path.join(self.root, folder)) as entries:
+                return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+        except (OSError, ValueError):
+            return set()
+
+    def _is_inside(self, path: str) -> bool:
+        return self.follow_links or os.path.commonpath([self.real_root, os.path.realpath(path)]) == self.real_root
+
+    def problem(self, name: str) -> str | None:
+        """Why a name is not a file inside the folder, worded to follow the name; None if it is one."""
+        if name.startswith("/") or ".." in name.split("/"):
+            return f"must be a path inside {self.root}"
+        path = os.path.join(self.root, name)
+        try:
+            if not self._is_inside(path):
+                return f"which is a symbolic link out of {self.root}: give --follow_links, or put the file itself there"
+            if os.path.isfile(path):
+                return None
+            return f"but {path} is not a file" if os.path.exists(path) else f"but {path} does not exist"
+        except (OSError, ValueError):  # a name that no file can have
+            return f"but {path} can't exist"

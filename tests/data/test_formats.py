@@ -1,0 +1,252 @@
+"""Conversations in common formats: every image and every text arrives, or an error or a note names it."""
+
+import json
+
+import pytest
+
+from phi3v.data.formats import Formats
+from phi3v.errors import BadExamples, InputError
+
+ASK, ANSWER = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}
+HUMAN, GPT = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}
+TWO_TURNS = [ASK, ANSWER, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It is."}]
+
+
+def read(tmp_path, content, name="a.jsonl", literal_tags=False):
+    """(turns of each row, notes)"""
+    bad, path = BadExamples(), tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    formats = Formats(path, bad, lambda name: name.endswith(".png"), literal_tags)
+    found = [turns for _, turns in formats if turns is not None]
+    bad.settle(str(path), len(found))
+    return found, [*formats.unused.lines("a"), *(f"{n} {note}" for note, n in formats.notes.items() if n)]
+
+
+def one(tmp_path, example, **kwargs):
+    ((turn, *others),), notes = read(tmp_path, example, **kwargs)
+    assert not others
+    return turn["images"], turn["user"], turn["assistant"], notes
+
+
+def say(content):
+    return {"messages": [{"role": "user", "content": content}, ANSWER]}
+
+
+def text(text):
+    return {"type": "text", "text": text}
+
+
+# ---- Images
+
+
+@pytest.mark.parametrize("messages", [{"messages": [ASK, ANSWER]}, {"conversations": [HUMAN, GPT]}])
+@pytest.mark.parametrize(
+    "images",
+    [
+        {"image": "a.png"},
+        {"images": "a.png"},
+        {"image": ["a.png"]},
+        {"images": ["a.png"]},
+        {"image": "a.png", "images": ["a.png"]},
+        {"images": [{"path": "a.png"}]},
+        {"images": [{"bytes": None, "path": "a.png"}], "image": None},
+        {"image": {"url": "a.png"}},
+    ],
+)
+def test_images_beside_the_messages(messages, images, tmp_path):
+    assert one(tmp_path, messages | images) == (["a.png"], "What?", "A cat.", [])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "a.png"},
+        {"type": "image", "path": "a.png"},
+        {"type": "image", "url": "a.png"},
+        {"type": "image", "image": {"path": "a.png"}},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "input_image", "image_url": "a.png"},
+        {"image": "a.png"},
+        {"type": "image", "image": "a.png", "path": None, "text": None, "index": None},
+    ],
+)
+def test_images_inside_of_a_message(part, tmp_path):
+    assert one(tmp_path, say([part, text("What?")])) == (["a.png"], "What?", "A cat.", [])
+    found = one(tmp_path, say([part, text("<image> What?"), {"type": "image"}]) | {"images": ["b.png", "c.png"]})
+    assert found[:3] == (["a.png", "b.png", "c.png"], "What?", "A cat.") and "behind or inside of a text" in found[3][0]
+
+
+def test_images_of_a_message(tmp_path):
+    ask = ASK | {"images": ["b.png", "c.png"]}
+    second = {"role": "user", "content": "<image>\nWhy?"}
+    found, notes = read(tmp_path, {"messages": [ask, ANSWER, second, ANSWER], "images": ["d.png"]})
+    assert [turn["images"] for turn in found[0]] == [["b.png", "c.png"], ["d.png"]] and not notes
+    assert one(tmp_path, {"conversations": [HUMAN | {"image": "a.png"}, GPT]})[0] == ["a.png"]
+
+
+def test_parts_by_index_as_in_llava_instruct_mix(tmp_path):
+    parts = [{"index": None, "text": "Which?", "type": "text"}] + [
+        {"index": i, "text": None, "type": "image"} for i in (0, 1)
+    ]
+    assert one(tmp_path, say(parts) | {"images": ["a.png", "b.png"]})[:2] == (["a.png", "b.png"], "Which?")
+    with pytest.raises(InputError, match="has the image with index 1, but image 0 is the next one"):
+        read(tmp_path, say(parts[::2]) | {"images": ["a.png", "b.png"]})
+
+
+def test_images_without_a_place_follow_those_with_one(tmp_path):
+    found = one(tmp_path, say("<image>\nWhich?") | {"images": ["a.png", "b.png", "c.png"]})
+    assert found[0] == ["a.png", "b.png", "c.png"] and "1 more images than places" in found[3][0]
+    second = {"role": "user", "content": "<image>\nWhy?"}
+    found, notes = read(tmp_path, {"messages": [ASK, ANSWER, second, ANSWER], "images": ["a.png", "b.png"]})
+    assert [turn["images"] for turn in found[0]] == [["b.png"], ["a.png"]] and "more images than places" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted", "moved"),
+    [
+        ("<image>\n<image>\nWhich?", "Which?", False),
+        ("Which? <image> <image>", "Which?", True),
+        ("Is <image> larger than <|image_2|>?", "Is\nlarger than\n?", True),
+        ([{"type": "image"}, text("Which?"), {"type": "image"}], "Which?", True),
+    ],
+)
+def test_images_that_are_moved_before_their_text_are_counted(content, wanted, moved, tmp_path):
+    images, user, _, notes = one(tmp_path, say(content) | {"images": ["a.png", "b.png"]})
+    assert (images, user) == (["a.png", "b.png"], wanted) and bool(notes) == moved
+
+
+# ---- System texts
+
+
+@pytest.mark.parametrize(
+    ("example", "wanted"),
+    [
+        ({"system": "Be brief."}, "Be brief.\nWhat?"),
+        ({"system": " "}, "What?"),
+        ({"system": None}, "What?"),
+        ({"messages": [{"role": "system", "content": "Be brief."}, ASK, ANSWER]}, "Be brief.\nWhat?"),
+        ({"system": "One.", "messages": [{"role": "system", "content": "Two."}, ASK, ANSWER]}, "One.\nTwo.\nWhat?"),
+        ({"messages": [*({"role": "system", "content": t} for t in ("1", "2")), ASK, ANSWER]}, "1\n2\nWhat?"),
+    ],
+)
+def test_system_texts_come_before_the_first_question(example, wanted, tmp_path):
+    assert one(tmp_path, {"messages": [ASK, ANSWER]} | example)[1] == wanted
+
+
+def test_the_system_column_of_a_table(tmp_path):
+    content = "image,question,answer,system,source\na.png,What?,A cat.,Be brief.,web\n"
+    wanted = (["a.png"], "Be brief.\nWhat?", "A cat.", ["note: a: fields that are not used: source (1 times)"])
+    assert one(tmp_path, content, name="a.csv") == wanted
+
+
+# ---- What can't be used
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"video": "v.mp4"}, "a.jsonl:1: video is 'v.mp4', but the model sees images only: make frames"),
+        ({"videos": ["v.mp4"]}, "videos is ['v.mp4'], but"),
+        ({"audio": "a.wav"}, "audio is 'a.wav', but the model can't hear"),
+        ({"tools": [{"name": "x"}]}, "tools is [{'name': 'x'}], but tools can't be trained"),
+        ({"rejected": "No."}, "rejected is 'No.', but preferences can't be trained"),
+        ({"bbox": [1, 2, 3, 4]}, "bbox is [1, 2, 3, 4], but places in an image"),
+        ({"image_path": "a.png"}, "image_path is 'a.png', but no field of this name is read"),
+        ({"messages": [ASK | {"img": "a.png"}, ANSWER]}, "messages[].img is 'a.png', but no field of this name"),
+        ({"messages": [ASK, ANSWER | {"tool_calls": [{}]}]}, "messages[].tool_calls is [{}], but tools"),
+        ({"messages": [ASK | {"videos": ["v.mp4"]}, ANSWER]}, "messages[].videos is ['v.mp4']"),
+        (say([{"type": "video", "video": "v.mp4"}, text("What?")]), "a part of a message is {'type': 'video'"),
+        (say([{"type": "input_audio", "input_audio": {}}, text("What?")]), "a part of a message is {'input_audio'"),
+        (say([{"type": "image", "source": {"data": "iVBO"}}, text("What?")]), "a part of a message is {'source'"),
+        (say([{"type": "image", "base64": "iVBO"}, text("What?")]) | {"images": ["a.png"]}, "a part of a message is"),
+        (say([{"type": "text", "text": 3}]), "a part of a message is {'text': 3"),
+        (say([{"type": "image", "image": "a.png", "path": "b.png"}]), "{'image': 'a.png', 'path': 'b.png'}, must be"),
+        (say(["What?"]), "content is ['What?'], must be a text or a list of parts"),
+        (say(None), "content is None"),
+        ({"images": [1]}, "images is 1, must be the name"),
+        ({"images": [{"bytes": "iVBO", "path": "a.png"}]}, "images is {'bytes': 'iVBO', 'path': 'a.png'}, must be"),
+        ({"image": "a.png", "images": ["b.png"]}, "image is ['a.png'], but images is ['b.png']: give one"),
+        ({"system": ["x"]}, "system is ['x'], must be a text"),
+        ({"messages": "hi"}, "messages is 'hi', must be a list of objects"),
+        ({"messages": None}, "has neither messages nor conversations"),
+        ({"conversations": [HUMAN, GPT]}, "has both messages and conversations"),
+        ({"messages": [ASK, ASK, ANSWER]}, "a message of 'user' is out of turn"),
+        ({"messages": [ASK, ANSWER, ANSWER]}, "a message of 'assistant' is out of turn"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "a message of 'tool' is out of turn"),
+        ({"messages": [{"role": ["a"], "content": "x"}]}, "a message of ['a'] is out of turn"),
+        ({"messages": [{"role": "system", "content": "<image>"}, ASK, ANSWER], "image": "a.png"}, "'system' is out of"),
+        ({"messages": [ASK, ANSWER, ASK]}, "the last message must be an answer"),
+        ({"messages": [ASK, ANSWER, {"role": "system", "content": "x"}]}, "the last message must be an answer"),
+        (say("<image>\n<image>\nWhat?") | {"image": "a.png"}, "a place for 2 images, but 1 are left"),
+        (say("<video>\nWhat?"), "the user's text holds '<video>'"),
+        (say("<|vision_start|>What?") | {"image": "a.png"}, "the user's text holds '<|vision_start|>'"),
+        (say(" "), "the user's text is '', must be a text"),
+    ],
+)  # fmt: skip
+def test_nothing_is_dropped_in_silence(changes, message, tmp_path):
+    with pytest.raises(InputError) as error:
+        read(tmp_path, {"messages": [ASK, ANSWER]} | changes)
+    assert message in str(error.value) and "\n" not in str(error.value) and "a.jsonl:1: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a.png,What?,A cat.,v.mp4", "a.csv:2: video is 'v.mp4', but"),
+        ("a.png,<image> <image> What?,A cat.,", "the question has places for 2 images, but the row has 1"),
+        ("a.png,What?,see <image>,", "the assistant's text holds '<image>'"),
+        ("a.png,What?,,", "the assistant's text is '', must be"),
+    ],
+)
+def test_rows_that_cannot_be_used(row, message, tmp_path):
+    with pytest.raises(InputError, match="^" + str(tmp_path)) as error:
+        read(tmp_path, f"image,question,answer,video\n{row}\n", name="a.csv")
+    assert message in str(error.value)
+
+
+def test_a_row_with_its_image_in_an_unknown_column(tmp_path):
+    with pytest.raises(InputError, match="picture is 'a.png', but no field of this name is read"):
+        read(tmp_path, "image,question,answer,picture\n,What?,A cat.,a.png\n", name="a.csv")
+    content = "images,question,answer\na.png; b.png,<image>\nWhat?,A cat.\n".replace(
+        "<image>\nWhat?", '"<image>\nWhat?"'
+    )
+    assert one(tmp_path, content, name="a.csv")[:2] == (["a.png", "b.png"], "What?")
+
+
+def test_empty_and_other_fields(tmp_path):
+    """Tables that are saved as jsonl have every field in every line, most of them empty."""
+    nothing = {"videos": [], "audios": None, "tools": "", "system": None, "images": [], "objects": {}}
+    assert one(tmp_path, {"messages": [ASK, ANSWER]} | nothing) == ([], "What?", "A cat.", [])
+    messages = [ASK | {"name": "me"}, ANSWER | {"weight": 0}]
+    parts = [{"type": "image", "image": "a.png", "min_pixels": 9}, text("What?")]
+    lines = [{"id": 1, "messages": messages, "image": "a.png", "coco_url": "b.png"}, say(parts)]
+    _, (note,) = read(tmp_path, "\n".join(map(json.dumps, lines)))
+    for name in ("id", "messages[].name", "messages[].weight", "coco_url", "messages[].content[].min_pixels"):
+        assert f"{name} (1 times)" in note
+
+
+# ---- --literal_tags
+
+
+@pytest.mark.parametrize(
+    ("example", "user", "answer"),
+    [
+        ({"messages": [ASK, {"role": "assistant", "content": "![fig](<image>)"}]}, "What?", "![fig](<image>)"),
+        ({"messages": [ASK, {"role": "assistant", "content": "<video>"}], "image": "a.png"}, "What?", "<video>"),
+        (say("<image>\nWhat does <ImageHere> mean?") | {"image": "a.png"}, "What does <ImageHere> mean?", "A cat."),
+        (say("What does <image> mean?"), "What does <image> mean?", "A cat."),
+        (say([text("What does <video> mean?")]), "What does <video> mean?", "A cat."),
+    ],
+)
+def test_tags_that_are_text(example, user, answer, tmp_path):
+    with pytest.raises(InputError, match="literal_tags|a place for 1 images, but 0 are left"):
+        read(tmp_path, example)
+    images, *texts, notes = one(tmp_path, example, literal_tags=True)
+    assert (images, texts) == (["a.png"] if "image" in example else [], [user, answer])
+    assert notes == ["1 a tag such as <video> is text: train with --literal_tags too"]
+
+
+def test_tags_of_the_chat_format_are_never_text(tmp_path):
+    example = {"messages": [ASK, {"role": "assistant", "content": "<|image_1|>"}], "image": "a.png"}
+    with pytest.raises(InputError, match="which the chat format reserves"):
+        read(tmp_path, example, literal_tags=True)
