@@ -194,7 +194,7 @@ class Run:
         facts |= {"steps": self.steps, "n_parameters": estimate.parameters}
         if is_first():
             print(render_example(train_dataset))
-            print(describe_run(model, args, training_args, self.about, **facts))
+            say(describe_run(model, args, training_args, self.about, **facts))
             print(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
             for warning in questionable_settings(
                 args, training_args, estimate.parameters, train_dataset.sizes, self.steps

@@ -20,16 +20,11 @@ from phi3v import Phi3VProcessor
 from phi3v.data.annotations import check_text
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import encode_conversation
-from phi3v.errors import InputError, exit_on_input_error
+from phi3v.errors import InputError, Parser, exit_on_input_error
 from phi3v.model.adapters import load_adapter
 from phi3v.model.loading import base_and_adapter, load_saved, nf4_config
 from phi3v.model.processing_phi3v import IMAGE_TAG
 from phi3v.training.hardware import ATTENTION, DTYPES, choose_attention, choose_precision
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -14,7 +14,6 @@ Images are linked, or copied if OUT_DIR is on another disk. The images of a turn
 message comes before the first question. Every n-th example is kept for evaluation, with n = 1 / --val_share.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from phi3v.data.annotations import read_conversations, text_problem
-from phi3v.errors import InputError, exit_on_input_error
+from phi3v.errors import InputError, Parser, exit_on_input_error
 from phi3v.files import replacing_folder
 
 IMAGE_PLACE = re.compile(r"\s*<image>\s*|\s*<\|image_\d+\|>\s*")
@@ -135,7 +134,7 @@ def link_image(name, images_dir: Path, target: Path, where: str) -> str:
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--source", type=Path, required=True, help=".csv, .tsv, .json or .jsonl")
     parser.add_argument(
         "--images_dir", type=Path, help="folder that the image names are relative to; default: the folder of --source"

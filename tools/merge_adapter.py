@@ -8,20 +8,19 @@ base model as it was before rounding, which is what most users of QLoRA do. With
 rounded base model; then --dtype must be the precision of the run.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
 from phi3v import Phi3VProcessor
-from phi3v.errors import InputError, exit_on_input_error
+from phi3v.errors import InputError, Parser, exit_on_input_error
 from phi3v.model.adapters import merge_adapter
 from phi3v.model.loading import base_and_adapter, load_saved, nf4_config
 from phi3v.training.hardware import DTYPES
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("adapter", type=Path, help="output folder of a run with --use_lora or --use_qlora")
     parser.add_argument("output_dir", type=Path, help="new folder for the merged model and the processor")
     parser.add_argument("--base", help="the base model, if it is not where adapter_config.json says")

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..files import write_text
-from .secrets import masked_command
+from ..secrets import masked_command, without_secrets
 from .statistics import result_of
 from .summary import describe_mode, versions
 from .templates import environment
@@ -75,4 +75,4 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         has_before=before is not None,
         separators=args.train_separators,
     )
-    write_text(folder / "README.md", text)
+    write_text(folder / "README.md", without_secrets(text))

@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from ..errors import InputError
+from ..secrets import without_secrets_in
 
 # Flags that may differ between the processes of one run.
 MAY_DIFFER_BETWEEN_RANKS = {
@@ -122,7 +123,7 @@ def settings_of(args, training_args, **more) -> dict:
     """
     values = training_args.to_dict() | vars(args) | {"world_size": training_args.world_size} | more
     values = {name: value for name, value in values.items() if name not in NEUTRAL and "token" not in name.split("_")}
-    return json.loads(json.dumps(values, default=str, sort_keys=True))
+    return without_secrets_in(json.loads(json.dumps(values, default=str, sort_keys=True)))
 
 
 def model_fingerprint(name: str) -> str | None:
@@ -144,6 +145,7 @@ def check_settings(stored: dict, now: dict, source: Path, anyway: bool):
 
     stored: the settings in `source`, a checkpoint or a finished run; now: those of this run.
     """
+    stored = without_secrets_in(stored)  # versions that wrote secrets into checkpoints are still resumed from
     names = [name for name in sorted(stored.keys() | now.keys()) if stored.get(name) != now.get(name)]
     structural = [name for name in names if name in STRUCTURAL]
     if not names or anyway and not structural:
@@ -160,7 +162,7 @@ def check_settings(stored: dict, now: dict, source: Path, anyway: bool):
 
 def check_flags_equal_on_all_ranks(args, training_args):
     """Raises InputError if processes were started with different flags: they would wait for one another for ever."""
-    flags = json.loads(json.dumps(training_args.to_dict() | vars(args), default=str))
+    flags = without_secrets_in(json.loads(json.dumps(training_args.to_dict() | vars(args), default=str)))
     first, *others = gather_object([{k: v for k, v in flags.items() if k not in MAY_DIFFER_BETWEEN_RANKS}])
     for rank, other in enumerate(others, 1):
         if names := [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]:
