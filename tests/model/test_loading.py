@@ -52,7 +52,15 @@ def test_both_published_checkpoints_train_and_keep_their_config(name, hub_reposi
     # Phi-3-vision's repository has no processor_config.json, and 16 crops in its preprocessor_config.json.
     assert Phi3VProcessor.from_pretrained(source).image_processor.num_crops == (4 if "3.5" in name else 16)
     config, saved = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path))
-    own = {"_name_or_path", "_attn_implementation", "auto_map", "torch_dtype", "transformers_version", "use_cache"}
+    own = {
+        "_name_or_path",
+        "_attn_implementation",
+        "auto_map",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "vision_config",
+    }
     for key in config.keys() - own:
         assert saved[key] == config[key], key
     names = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"].keys()
