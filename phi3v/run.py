@@ -22,6 +22,7 @@ from .data.sampler import sampler_for
 from .data.sizes import Size, all_sizes, fingerprint
 from .errors import blaming
 from .files import write_json
+from .hub import fetch_model
 from .model.loading import base_and_adapter, load_saved, nf4_config, not_quantized
 from .ranks import is_first
 from .report.card import write_model_card
@@ -50,14 +51,17 @@ class Run:
     def __init__(self, args, training_args: TrainingArguments):
         """args, training_args: as `parse_arguments` returns them.
 
-        Finds the checkpoint to resume from and sets the seed. Raises InputError if the checkpoint is not whole, and if
-        ranks have different flags or see different folders.
+        Fetches the model from the Hub, finds the checkpoint to resume from and sets the seed. Raises InputError if the
+        model can't be fetched, if the checkpoint is not whole, and if ranks have different flags or see different
+        folders.
         """
         self.args, self.training_args = args, training_args
         self.output_dir = Path(training_args.output_dir)
         quiet_console(args.no_tqdm)
         self.preemption = Preemption()
         check_flags_equal_on_all_ranks(args, training_args)
+        with training_args.main_process_first(desc="model"):
+            fetch_model(base_and_adapter(args.model_name_or_path)[0], weights=not (args.estimate or args.check_data))
         if args.dry_run and is_first():
             shutil.rmtree(self.output_dir, ignore_errors=True)  # left by a dry run that was stopped
             self.output_dir.mkdir()
