@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from hashlib import file_digest, sha1
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from huggingface_hub.utils._http import default_client_factory
 from .errors import InputError
 from .files import read_json, replacing
 from .hub_faults import TIMEOUT, Fault, explain, refused, without_password
+from .hub_names import Wanted, data_commits, is_hub_name
 from .ranks import is_first_of_node
 
 CONFIGS = ["config.json", "adapter_config.json"]  # a model has the one, an adapter the other
@@ -35,7 +35,7 @@ TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 TOKENIZER += ["tokenizer.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*"]
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = [*CONFIGS, *TOKENIZER, INDEX, "generation_config.json", "preprocessor_config.json"]
-SMALL_FILES += ["processor_config.json"]
+SMALL_FILES += ["processor_config.json", "finished.json"]  # the last by which the output of a run is known
 WEIGHTS = ["model.safetensors", "adapter_model.safetensors", "separators.safetensors"]
 CARDS = ["README.md", "dataset_infos.json", ".huggingface.yaml"]  # what describes a data set's columns and files
 
@@ -51,51 +51,27 @@ OFFLINE_ASKED_FOR_DATA = os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("
 hub_is_down = False  # whether an earlier fetch of this process found that
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A repository on the Hub, and how messages speak of it."""
-
-    repo: str
-    kind: str = "model"  # or "dataset"
-    revision: str | None = None
-    config: str | None = None  # of a data set
-
-    def __str__(self):
-        config = f" ({self.config})" if self.config else ""
-        return f"{self.repo}{f'@{self.revision}' if self.revision else ''}{config}"
-
-    @property
-    def command(self) -> str:
-        """The command that downloads it."""
-        command = f"hf download {self.repo}"
-        if self.revision:
-            command += f" --revision {self.revision}"
-        if self.kind == "dataset":
-            command += " --repo-type dataset"
-        return command + (f" --include README.md --include '{self.config}/*'" if self.config else "")
-
-
 # ---- What a run needs
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether `name` is a repository, such as owner/name, and no folder."""
-    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).exists()
-
-
-def fetch_model(name: str, weights: bool = True, revision: str | None = None) -> Path:
+def fetch_model(name: str, weights: bool = True, revision: str | None = None, check: Callable | None = None) -> Path:
     """Makes sure that a model, or an adapter, is in the cache. Returns its folder there, whose name is the commit.
 
     name: a repository on the Hub; for a local folder, that folder is returned.
     weights: without them, fetches the configuration, the processor and the tokenizer alone.
+    check: called with the folder before its weights are fetched; may raise an InputError.
     Raises InputError if the files can't be had or are damaged.
     """
     if not is_hub_name(name):
+        if check:
+            check(Path(name))
         return Path(name)
     wanted = Wanted(name, revision=revision)
     folder = _fetch(wanted, SMALL_FILES, lambda folder: any((folder / config).is_file() for config in CONFIGS))
     if not any((folder / config).is_file() for config in CONFIGS):
         raise InputError(f"{wanted} has no config.json on the Hub: is it a model?")
+    if check:
+        check(folder)
     if not weights:
         return folder
     try:
@@ -122,7 +98,9 @@ def fetch_data(repo: str, config: str | None, revision: str | None = None) -> Pa
         found = list(folder.glob(f"{config}/*.parquet" if config else "**/*.parquet"))
         return bool(found) and not missing_parts(found)
 
-    return _fetch(Wanted(repo, "dataset", revision, config), [*CARDS, files], is_whole)
+    folder = _fetch(Wanted(repo, "dataset", revision, config), [*CARDS, files], is_whole)
+    data_commits[repo] = folder.name
+    return folder
 
 
 def missing_parts(files: list[Path]) -> list[str]:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from ..errors import InputError, Problems
 from ..hub import fetch_data, missing_parts
+from ..hub_names import data_revision
 from ..ranks import is_first, is_first_of_node
 from .annotations import ROLES, text_problem
 from .images import read_image
@@ -23,20 +24,23 @@ PLACE = "place_of_row"  # a column with the row's place as messages name it: dat
 TEXTS_ABOUT_IMAGES = {"images": [datasets.Image], "texts": [{"user": str, "assistant": str}]}
 
 
-def load_table(repo: str, config: str | None, split: str, data_dir: str | None, columns: dict) -> datasets.Dataset:
+def load_table(
+    repo: str, config: str | None, split: str, data_dir: str | None, columns: dict, revisions: str | None = None
+) -> datasets.Dataset:
     """A split of a data set, or a slice of a split ("train[500:]"), with the additional columns `ROW` and `PLACE`.
 
     repo, config: the data set's repository on the Hub, and the name of its configuration.
     data_dir: a local folder to read instead of the Hub. It holds a folder with the repository's own name, laid out like
         a snapshot of the repository.
     columns: the columns that the table must have, with their types, such as `TEXTS_ABOUT_IMAGES`.
+    revisions: --data_revision.
     Raises InputError if the split can't be loaded, lacks a column, has it with another type, or is empty.
     """
     source = repo if data_dir is None else Path(data_dir) / repo.split("/")[1]
     where, name = f"{source}{f' ({config})' if config else ''}", split.split("[")[0]
     if data_dir is not None and not source.is_dir():
         raise InputError(f"--data_dir {data_dir} holds no folder {source.name}, a copy of {repo}")
-    folder = fetch_data(repo, config) if data_dir is None else source
+    folder = fetch_data(repo, config, data_revision(repo, revisions)) if data_dir is None else source
     files = sorted((folder / (config or "data")).glob(f"{name}-*.parquet"))
     if missing := missing_parts(files):
         raise InputError(f"{where}, split {name}: {folder} lacks {_some(missing)}: copy all files of the data set")
