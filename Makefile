@@ -70,5 +70,5 @@ test: .venv/installed-test
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
-shared: .venv/installed
-	$(BIN)/python tools/shared_blocks.py
+shared:
+	$(PYTHON) tools/shared_blocks.py

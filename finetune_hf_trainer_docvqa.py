@@ -2,7 +2,6 @@
 
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py                  # 1,000 questions
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --full_train     # several questions a page
-
     # Ampere or newer: bf16 and flash attention are the best settings
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --bf16 --use_flash_attention --batch_size 64 \\
         --output_dir OUT --learning_rate 5e-6 --num_train_epochs 2
@@ -67,13 +66,13 @@ class RecipeArguments(RunArguments):
     data_dir: str | None = HfArg(default=None, help="folder with copies of both data sets; default: the Hub")
     full_train: bool = HfArg(default=False, help="train on all of the_cauldron's DocVQA, instead of 1,000 questions")
     eval_split: str = HfArg(default="test", help="split of docvqa_1200_examples to evaluate on")
-    num_crops: int = HfArg(default=16, help="at most this many crops an image, 1 to 16: more detail takes more time")
+    num_crops: int = HfArg(default=16, help="at most this many crops per image, 1 to 16: more detail takes more time")
     # shared: flags. A block between "shared" and "end shared" is the same in every script that has it: edit it in
     # finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
     max_train_samples: int | None = HfArg(default=None, help="train on the first N examples only")
     max_eval_samples: int | None = HfArg(default=None, help="evaluate on the first N examples only")
     model_name_or_path: str = HfArg(default="microsoft/Phi-3.5-vision-instruct", help="a folder, or a name on the Hub")
-    freeze_vision_model: bool = HfArg(default=False, help="train the language model alone, with its text embedding")
+    freeze_vision_model: bool = HfArg(default=False, help="freeze tower, projector and separators")
     train_projector: bool = HfArg(default=False, help="with --freeze_vision_model: train the projector nevertheless")
     use_lora: bool = HfArg(default=False, help="train adapters alone; needs no DeepSpeed")
     use_qlora: bool = HfArg(default=False, help="--use_lora on a base in 4 bits (NF4): a third of the memory, slower")
@@ -83,11 +82,11 @@ class RecipeArguments(RunArguments):
     lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
     use_dora: bool = HfArg(default=False, help="with LoRA: DoRA, often a bit better, and slower")
     train_separators: bool = HfArg(default=False, help="with LoRA: train the separators of crop rows and images too")
-    batch_size: int = HfArg(default=16, help="examples an optimizer step, over all processes")
+    batch_size: int = HfArg(default=16, help="examples per optimizer step, over all processes")
     batch_size_per_gpu: int = HfArg(default=1, help="micro-batch: examples that a process handles at once")
     wd: float = HfArg(default=0.01, help="weight decay")
     vision_lr: float | None = HfArg(default=None, help="learning rate of the tower; default: --learning_rate")
-    projector_lr: float | None = HfArg(default=None, help="of projector and separators; default: --learning_rate")
+    projector_lr: float | None = HfArg(default=None, help="for projector and separators; default: --learning_rate")
     no_eval_before: bool = HfArg(default=False, help="skip the evaluation before training")
     max_new_tokens: int = HfArg(default=64, help="longest answer in tokens")
     _groups = {  # the first flag under each title of --help
@@ -181,7 +180,7 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
             use_safetensors=True,  # never unpickles
             output_loading_info=True,
         )
-        check_complete(loading_info, args.model_name_or_path)
+        check_complete(loading_info, f"--model_name_or_path {args.model_name_or_path}")
         return choose_trained(model, args)
 
 
@@ -264,6 +263,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         evaluation=evaluation,
         vision_lr=args.vision_lr,
         projector_lr=args.projector_lr,
+        keep_best=args.keep_best,
         run=run,
     )
     run.begin(trainer)  # prints the plan and one example

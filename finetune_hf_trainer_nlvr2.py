@@ -58,13 +58,13 @@ class RecipeArguments(RunArguments):
     data_dir: str | None = HfArg(default=None, help="folder that holds a copy of the_cauldron; default: the Hub")
     eval_split: str | None = HfArg(default=None, help="split to evaluate on; default: the first 500 rows of train")
     as_turns: bool = HfArg(default=False, help="train on all statements of a pair as turns of one conversation")
-    num_crops: int = HfArg(default=16, help="at most this many crops an image, 1 to 16: more detail takes more time")
+    num_crops: int = HfArg(default=16, help="at most this many crops per image, 1 to 16: more detail takes more time")
     # shared: flags. A block between "shared" and "end shared" is the same in every script that has it: edit it in
     # finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
     max_train_samples: int | None = HfArg(default=None, help="train on the first N examples only")
     max_eval_samples: int | None = HfArg(default=None, help="evaluate on the first N examples only")
     model_name_or_path: str = HfArg(default="microsoft/Phi-3.5-vision-instruct", help="a folder, or a name on the Hub")
-    freeze_vision_model: bool = HfArg(default=False, help="train the language model alone, with its text embedding")
+    freeze_vision_model: bool = HfArg(default=False, help="freeze tower, projector and separators")
     train_projector: bool = HfArg(default=False, help="with --freeze_vision_model: train the projector nevertheless")
     use_lora: bool = HfArg(default=False, help="train adapters alone; needs no DeepSpeed")
     use_qlora: bool = HfArg(default=False, help="--use_lora on a base in 4 bits (NF4): a third of the memory, slower")
@@ -74,11 +74,11 @@ class RecipeArguments(RunArguments):
     lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
     use_dora: bool = HfArg(default=False, help="with LoRA: DoRA, often a bit better, and slower")
     train_separators: bool = HfArg(default=False, help="with LoRA: train the separators of crop rows and images too")
-    batch_size: int = HfArg(default=16, help="examples an optimizer step, over all processes")
+    batch_size: int = HfArg(default=16, help="examples per optimizer step, over all processes")
     batch_size_per_gpu: int = HfArg(default=1, help="micro-batch: examples that a process handles at once")
     wd: float = HfArg(default=0.01, help="weight decay")
     vision_lr: float | None = HfArg(default=None, help="learning rate of the tower; default: --learning_rate")
-    projector_lr: float | None = HfArg(default=None, help="of projector and separators; default: --learning_rate")
+    projector_lr: float | None = HfArg(default=None, help="for projector and separators; default: --learning_rate")
     no_eval_before: bool = HfArg(default=False, help="skip the evaluation before training")
     max_new_tokens: int = HfArg(default=64, help="longest answer in tokens")
     _groups = {  # the first flag under each title of --help
@@ -154,7 +154,7 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
             use_safetensors=True,  # never unpickles
             output_loading_info=True,
         )
-        check_complete(loading_info, args.model_name_or_path)
+        check_complete(loading_info, f"--model_name_or_path {args.model_name_or_path}")
         return choose_trained(model, args)
 
 
@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         evaluation=evaluation,
         vision_lr=args.vision_lr,
         projector_lr=args.projector_lr,
+        keep_best=args.keep_best,
         run=run,
     )
     run.begin(trainer)  # prints the plan and one example

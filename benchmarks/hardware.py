@@ -17,7 +17,6 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # the scripts, which are not part of the installed package
 with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints lines when it is imported
     import finetune_hf_trainer_docvqa as docvqa
     from phi3v import Phi3VProcessor

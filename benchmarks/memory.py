@@ -42,8 +42,8 @@ def measure(name: str):
     from peft import LoraConfig
 
     from phi3v import Phi3VForCausalLM
-    from phi3v.arguments import read_deepspeed_config
     from phi3v.data.sizes import Size
+    from phi3v.deepspeed_config import read_deepspeed_config
     from phi3v.model.adapters import add_adapter
     from phi3v.model.loading import nf4_config, not_quantized
     from phi3v.ranks import start_alone

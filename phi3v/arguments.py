@@ -4,7 +4,6 @@
 decides what they leave open and makes the output folder.
 """
 
-import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import is_bitsandbytes_available
 
 from .command_line import parse_flags
+from .deepspeed_config import read_deepspeed_config
 from .errors import InputError
 from .files import read_json
 from .flag_rules import check_flags
@@ -135,18 +135,21 @@ def parse_arguments(
     presets: the flags that each --preset sets; doc: the script's docstring.
     Returns an instance of `recipe_class` and a TrainingArguments. Raises InputError.
     """
-    args, trainer, given = parse_flags(recipe_class, trainer_defaults() | training, presets, doc.splitlines()[0], argv)
+    defaults = trainer_defaults() | training
+    deepspeed = defaults.pop("deepspeed", None)
+    args, trainer, given = parse_flags(recipe_class, defaults, presets, doc.splitlines()[0], argv)
     start_alone()
     args.use_lora |= args.use_qlora
-    if "deepspeed" not in given and (args.use_lora or args.evaluate_only):
-        trainer["deepspeed"] = None  # adapters are small, and an evaluation has no optimizer
+    if "deepspeed" not in given and not (args.use_lora or args.evaluate_only):
+        trainer["deepspeed"] = deepspeed  # adapters are small, and an evaluation has no optimizer
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
     check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER)
     return args, resolve(args, trainer, given)
 
 
 def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
-    """Decides what the flags leave open, changes `args` accordingly, and makes the output folder.
+    """Decides what the flags leave open, changes `args` accordingly, and makes the output folder. After a restart by
+    torchrun, joins the other ranks.
 
     Raises InputError for a model folder or an output folder that can't be used, and for a precision or an attention
     implementation that this machine lacks.
@@ -157,9 +160,10 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
     if args.max_tokens_per_gpu not in (None, "auto"):
         args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
+    restarted = join_after_restart(trainer["ddp_timeout"])
     if args.evaluate_only or args.dry_run:
         trainer["resume_from_checkpoint"] = None  # so that either flag can be added to the command of any run
-    elif join_after_restart(trainer["ddp_timeout"]) and find_checkpoint("auto", Path(trainer["output_dir"]))[0]:
+    elif restarted and find_checkpoint("auto", Path(trainer["output_dir"]))[0]:
         trainer["resume_from_checkpoint"] = "auto"  # not the checkpoint that the first attempt may have resumed from
     _check_model(args, trainer["output_dir"])
     resume = trainer["resume_from_checkpoint"]
@@ -204,24 +208,6 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         raise InputError(" ".join(str(e).split())) from None
 
 
-def read_deepspeed_config(path: str | Path | None) -> dict | None:
-    """The content of a DeepSpeed json; None for None and "none". Raises InputError."""
-    if path is None or str(path) == "none":
-        return None
-    try:
-        config = read_json(path)
-    except OSError:
-        raise InputError(f"--deepspeed {path} can't be read: give a json file, or none") from None
-    except ValueError as e:
-        raise InputError(f"--deepspeed {path} is not valid JSON: {e}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-        raise InputError(f"--deepspeed {path} must hold a JSON object, and so must its zero_optimization")
-    if not torch.accelerator.is_available():
-        # DeepSpeed would compile a shared-memory all-reduce at first use, which takes a minute and a C++ compiler.
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    return config
-
-
 def _check_model(args, output_dir: str):
     if not args.evaluate_only:
         refuse_adapter(args.model_name_or_path, Path(args.model_name_or_path))
@@ -256,7 +242,7 @@ def num_crops_of_run(name: str | Path) -> int | None:
     marks = (FINISHED, BEST_EVALUATION, MANIFEST, "adapter_config.json")
     try:
         return read_json(folder / "preprocessor_config.json")["num_crops"] if _has_any(folder, marks) else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

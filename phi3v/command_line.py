@@ -1,6 +1,6 @@
 """The command line of a script: its own flags and the Trainer's, and the --help that shows both.
 
-Knows argparse and nothing of what the flags mean; flag_rules.py knows which of them contradict one another.
+It only reads the flags; flag_rules.py checks how they combine.
 """
 
 import argparse
@@ -63,13 +63,13 @@ REFUSED = {
     "liger_kernel_config": "it has no kernels for this model",
 }
 
-TRAINERS_OWN = "the Trainer's own, most used"  # title in --help
+TRAINERS_OWN = "the Trainer's most used flags"  # title in --help
 # Flags of the Trainer that --help describes; it only lists the names of the others.
 USUAL = {
     "output_dir": "where the model, reports and checkpoints go",
     "num_train_epochs": "passes over the training data",
     "max_steps": "optimizer steps, in place of epochs",
-    "learning_rate": "the highest, after warm-up",
+    "learning_rate": "learning rate after warm-up, when it is highest",
     "lr_scheduler_type": "linear, cosine, constant, …",
     "warmup_steps": "a number of steps, or below 1 a share of all",
     "optim": "adamw_torch_fused, adamw_bnb_8bit, sgd, …",

@@ -6,6 +6,7 @@ changes nothing, and raises InputError with one line. `check_flags` applies all 
 
 import math
 
+from .deepspeed_config import zero_stage
 from .errors import InputError
 
 # Flags that count something.
@@ -116,11 +117,6 @@ def check_deepspeed(args, deepspeed: dict):
             )
 
 
-def zero_stage(deepspeed: dict) -> int:
-    """The ZeRO stage of a DeepSpeed config: 0 to 3."""
-    return deepspeed.get("zero_optimization", {}).get("stage", 0)
-
-
 def check_launcher(launcher: dict[str, str]):
     for kind in ("deepspeed", "fsdp", "megatron_lm", "parallelism_config"):
         if launcher.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() in ("true", "1"):
@@ -140,6 +136,6 @@ def check_micro_batches(args, given: set[str], world_size: int, has_accelerator:
     at_once = world_size * args.batch_size_per_gpu  # examples that all processes handle at the same time
     if args.batch_size % at_once and not args.evaluate_only:
         raise InputError(
-            f"--batch_size {args.batch_size} can't be divided: {world_size} processes x --batch_size_per_gpu "
-            f"{args.batch_size_per_gpu} must divide it"
+            f"--batch_size {args.batch_size} must be a multiple of processes x --batch_size_per_gpu, "
+            f"{world_size} x {args.batch_size_per_gpu}"
         )

@@ -18,7 +18,7 @@ from .console import quiet_console, say
 from .data.check import check_data
 from .data.conversations import ConversationDataset
 from .data.preview import render_example
-from .data.sampler import sampler_for
+from .data.sampler import StepSampler, sampler_for
 from .data.sizes import all_sizes, fingerprint
 from .errors import blaming
 from .files import write_json
@@ -45,6 +45,7 @@ class Run:
 
     checkpoint: the folder to resume from, or None; preemption: stops the run when a signal arrives.
     After `prepare`: sampler (this rank's micro-batches), meter, settings (what the result depends on).
+    After `begin`: facts (what the report and the model card say about the run).
     """
 
     def __init__(self, args, training_args: TrainingArguments):
@@ -76,10 +77,12 @@ class Run:
         refuse_pickles()
         self.stored_settings = stored_settings(self.checkpoint)
         set_seed(training_args.seed)
+        if is_deepspeed_zero3_enabled():
+            deepspeed.init_distributed()  # ZeRO-3 splits a model while it loads, before the Trainer exists
 
     @functools.cached_property
     def config(self) -> Phi3VConfig:
-        """Of the model that is trained or evaluated."""
+        """The configuration of the model that is trained or evaluated."""
         with blaming("model_name_or_path", self.args.model_name_or_path):
             return Phi3VConfig.from_pretrained(self.saved.base_folder)
 
@@ -93,22 +96,22 @@ class Run:
         return {"commits": commits} if commits else {}
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """The most tokens that an example may have to be trained on."""
         return self.args.max_length or self.config.max_position_embeddings
 
     def dataset(self, conversations, processor, for_generation: bool = False) -> ConversationDataset:
         """Conversations to train on, or with `for_generation` to evaluate on, encoded when they are needed."""
-        longest = self.config.max_position_embeddings if for_generation else self.longest
+        max_length = self.config.max_position_embeddings if for_generation else self.max_length
         truncate, skip_bad = self.args.truncate and not for_generation, self.args.on_bad_example == "skip"
-        return ConversationDataset(conversations, processor, for_generation, longest, truncate, skip_bad)
+        return ConversationDataset(conversations, processor, for_generation, max_length, truncate, skip_bad)
 
     def check_data(self, train, held_out, processor):
         """For --check_data: decodes every image and prints a summary. Raises InputError for data with problems."""
         self.commits()
         if is_first():
             workers, no_bars = self.training_args.dataloader_num_workers, self.training_args.disable_tqdm
-            check_data(train, held_out, processor, self.longest, workers, no_bars)
+            check_data(train, held_out, processor, self.max_length, workers, no_bars)
 
     def evaluate_only(self, evaluation: Evaluation):
         """For --evaluate_only: evaluates a saved model or adapter; writes evaluation.json and evaluation.html."""
@@ -169,31 +172,14 @@ class Run:
             # A resumed run keeps what it began with: cached features differ from computed ones by rounding.
             cached=self.stored_settings.get("cached", False) if args.cache_vision_features else False,
         )
-        if is_finished(training_args, self.settings, args.resume_anyway):
+        if is_finished(args, training_args, self.settings):
             say(f"{self.output_dir} holds a finished run: there is nothing left to do")
             return None
         model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
-        prepare_output(training_args, self.settings, self.checkpoint, args.resume_anyway, model_bytes, checkpoint_bytes)
-        self.steps = training_args.max_steps
-        steps_per_epoch = math.ceil(len(sizes) / args.batch_size)
-        if self.steps <= 0:
-            self.steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
-        self.sampler = sampler_for(
-            train_dataset,
-            sizes,
-            args.batch_size,
-            examples_per_gpu=args.batch_size_per_gpu,
-            max_tokens=self.plan.tokens,
-            share_images=args.share_images,
-            seed=training_args.seed,
-            epochs=math.ceil(self.steps / steps_per_epoch),
-            rank=training_args.process_index,
-            world_size=training_args.world_size,
-        )
+        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes)
+        self.steps, self.sampler = self._plan_steps(train_dataset)
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
         self.meter = Meter(self.estimate.costs[self.plan.checkpointing], self.peak_flops)
-        if is_deepspeed_zero3_enabled():
-            deepspeed.init_distributed()  # ZeRO-3 splits the model while it loads, before the Trainer exists
         self.training_args = replace(
             training_args,
             gradient_accumulation_steps=self.sampler.accumulation,
@@ -201,9 +187,29 @@ class Run:
         )
         return self.training_args
 
+    def _plan_steps(self, train_dataset: ConversationDataset) -> tuple[int, StepSampler]:
+        """The number of optimizer steps of the whole training, and this rank's micro-batches of each."""
+        args, training_args, sizes = self.args, self.training_args, train_dataset.sizes
+        steps_per_epoch = math.ceil(len(sizes) / args.batch_size)
+        steps = training_args.max_steps
+        if steps <= 0:
+            steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
+        return steps, sampler_for(
+            train_dataset,
+            sizes,
+            args.batch_size,
+            examples_per_gpu=args.batch_size_per_gpu,
+            max_tokens=self.plan.tokens,
+            share_images=args.share_images,
+            seed=training_args.seed,
+            epochs=math.ceil(steps / steps_per_epoch),
+            rank=training_args.process_index,
+            world_size=training_args.world_size,
+        )
+
     @property
     def shares_images(self) -> bool:
-        """Whether questions about one image stand behind one copy of it, which flash attention can't do."""
+        """Whether questions about the same image share one copy of its tokens, which flash attention can't compute."""
         return self.args.share_images and self.args.attn_implementation != "flash_attention_2"
 
     def begin(self, trainer: RecipeTrainer):
@@ -211,13 +217,13 @@ class Run:
         args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
         model, train_dataset = trainer.model, trainer.train_dataset
         activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
-        self.about = {"memory": str(plan), "data": describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))}
-        self.about |= self.hub_commits
-        facts = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
-        facts |= {"steps": self.steps, "n_parameters": estimate.parameters}
+        data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))
+        self.facts = {"memory": str(plan), "data": data} | self.hub_commits
+        details = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
+        details |= {"steps": self.steps, "n_parameters": estimate.parameters}
         if is_first():
             print(render_example(train_dataset))
-            say(describe_run(model, args, training_args, self.about, **facts))
+            say(describe_run(model, args, training_args, self.facts, **details))
             print(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
             for warning in questionable_settings(
                 args, training_args, estimate.parameters, train_dataset.sizes, self.steps
@@ -255,7 +261,7 @@ class Run:
 
     def write_page(self, trainer: RecipeTrainer, before: dict | None, after: dict | None):
         if is_first():
-            write_page(self.training_args, before, after, self.about, trainer.evaluation.example, trainer.state)
+            write_page(self.training_args, before, after, self.facts, trainer.evaluation.example, trainer.state)
 
     def save(self, trainer: RecipeTrainer):
         """Saves the model under the Hub's tensor names, or the adapter, and the processor."""
@@ -275,8 +281,8 @@ class Run:
             say(f"{len(skipped)} examples were left out, as --on_bad_example skip says:", *(f"  {s}" for s in skipped))
         self.write_page(trainer, before, after)
         if is_first():
-            self.about |= {"steps": state.global_step, "epochs": f"{state.epoch:.3g}"}
-            write_model_card(self.args, self.training_args, self.about, before, after, precision_of(self.training_args))
+            self.facts |= {"steps": state.global_step, "epochs": f"{state.epoch:.3g}"}
+            write_model_card(self.args, self.training_args, self.facts, before, after, precision_of(self.training_args))
         change = " -> ".join(f"{report[name]:.4f}" for report in (before, after) if report)
         where = "" if self.args.dry_run else f"; the model, its processor and report.html are in {self.output_dir}"
         say(f"{name} {change}{where}")

@@ -38,5 +38,5 @@ def test_rank_0_alone_reports_and_torchrun_ends(toy_data, tmp_path):
     flags = ["--data_dir", toy_data, "--output_dir", tmp_path, *COMMON, "--batch_size", "3"]
     run = torchrun(ROOT / "finetune_hf_trainer_ucf101.py", *flags)
     assert run.returncode == 1  # torchrun's own status
-    assert run.stderr.count("error: --batch_size 3 can't be shared out: 2 processes") == 1
+    assert run.stderr.count("error: --batch_size 3 must be a multiple of processes") == 1
     assert "exitcode  : 2" in run.stderr

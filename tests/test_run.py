@@ -104,7 +104,7 @@ def test_a_dry_run_fails_if_the_saved_model_gives_other_answers(toy_data, tmp_pa
         save_file({name: torch.randn_like(x) for name, x in load_file(path).items()}, path, {"format": "pt"})
 
     monkeypatch.setattr(RecipeTrainer, "save_model", damaging)
-    with pytest.raises(InputError, match="loaded again, the model answers otherwise"):
+    with pytest.raises(InputError, match="loaded again, gives other answers"):
         script.main(arguments(toy_data, tmp_path, "--dry_run"))
 
 
@@ -128,7 +128,7 @@ exit_on_input_error(lambda: script.main(flags))
 @pytest.mark.parametrize(
     "odd, said",
     [
-        (["--no_eval_before"], "processes 0 and 1 were started with other flags: no_eval_before: false, true"),
+        (["--no_eval_before"], "processes 0 and 1 were started with different flags: no_eval_before: false, true"),
         (["--data_dir", "OTHER"], "processes 0 and 1 have different data (24 and 20 examples)"),
     ],
 )

@@ -18,9 +18,9 @@ class StepSampler(Sampler[list[int]]):
     Every rank draws the same steps of `batch_size` examples, in a random order that follows from `seed` and the epoch.
     Examples with the same images stay together. Each rank gets `accumulation` micro-batches per step. They either have
     `examples_per_gpu` examples each, or at most `max_tokens` tokens each; with `max_tokens`, `accumulation` is what the
-    fullest step of all epochs needs. At the same time, ranks get micro-batches with nearly equal numbers of tokens. The
-    last step of an epoch may be smaller. If it leaves a rank without an example, the rank gets the shortest example i
-    as ~i, which stands for the example without targets.
+    fullest step of all epochs needs. The micro-batches that ranks compute at the same moment have nearly equal numbers
+    of tokens. The last step of an epoch may be smaller. If it leaves a rank without an example, the rank gets the
+    shortest example i as ~i, which stands for the example without targets.
 
     sizes: of each example.
     images_keys: for each example a key that is equal for examples with the same images; None if it shares none.

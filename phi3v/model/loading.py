@@ -1,6 +1,5 @@
 """Loads a saved model or adapter, in 4 bits or not, and refuses a model that lacks weights."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from ..errors import InputError
+from ..files import read_json
 from ..hub import fetch_model
 from ..hub_names import is_hub_name, split_revision
 from .adapters import load_adapter
@@ -56,7 +56,7 @@ def base_and_adapter(name: str | Path) -> tuple[str, str | None, Path | None]:
     if not config.is_file():
         return str(name), None, None
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = read_json(config)
         base, revision = content["base_model_name_or_path"], content.get("revision")
     except (ValueError, KeyError, TypeError, AttributeError):
         base = revision = None

@@ -1,6 +1,5 @@
 """Turns one prompt or many, with images, into the token ids and crops that the official processor makes."""
 
-import json
 import re
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from ..files import write_json
+from ..files import read_json, write_json
 from .configuration_phi3v import auto_map
 from .image_processing_phi3v import Phi3VImageProcessor, as_list
 
@@ -60,7 +59,7 @@ class Phi3VProcessor(ProcessorMixin):
         common = {"auto_map": auto_map("AutoProcessor"), "processor_class": type(self).__name__}
         write_json(folder / "processor_config.json", common, sort_keys=True)
         tokenizer_config = folder / "tokenizer_config.json"
-        saved = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+        saved = read_json(tokenizer_config)
         # The names are those that transformers 4 knows. The removed keys describe this load, not the tokenizer.
         saved["additional_special_tokens"] = saved.pop("extra_special_tokens", [])
         saved["tokenizer_class"] = "PreTrainedTokenizerFast"

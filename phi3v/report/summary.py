@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from transformers import TrainingArguments
 
+from ..deepspeed_config import zero_stage
+
 LARGE = 1e9  # parameters; the rates below hold for models of this size and larger, not for small ones
 # (lowest, highest) learning rate of each mode; outside of these, training has hardly ever gone well.
 SENSIBLE_RATES = {"full": (1e-6, 1e-4), "frozen": (5e-6, 3e-4), "lora": (5e-5, 1e-3)}
@@ -43,7 +45,7 @@ def describe_run(
     micro_batch = f"up to {max_tokens:,} tokens" if max_tokens else f"{args.batch_size_per_gpu} examples"
     parallel = "one process"
     if training_args.deepspeed:
-        parallel = f"DeepSpeed ZeRO-{training_args.deepspeed.get('zero_optimization', {}).get('stage', 0)}"
+        parallel = f"DeepSpeed ZeRO-{zero_stage(training_args.deepspeed)}"
     elif training_args.world_size > 1:
         parallel = "DDP"
     warmup = training_args.get_warmup_steps(steps)

@@ -1,7 +1,7 @@
 """Checkpoints that appear whole or not at all.
 
 The Trainer writes a checkpoint in OUTPUT_DIR/unfinished/; `publish` lists its files in a manifest and then moves it to
-its place. So a folder checkpoint-N is either whole, or its manifest says what is missing.
+its place. A folder checkpoint-N is whole if all files in its manifest are there; without a manifest it is not whole.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ DISK_FULL = re.compile(r"No space left|quota exceeded|file write failed|unexpect
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a folder checkpoint-N."""
-    return int(checkpoint.name.removeprefix(PREFIX))
+    """The step in the name of a folder checkpoint-N, which may also be called abandoned-checkpoint-N."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -89,7 +89,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"its {name} has {found[name]:,} bytes, not {short_json(size)}"
     try:
         state = read_json(checkpoint / "trainer_state.json")
-        if int(state["global_step"]) != int(checkpoint.name.rpartition("-")[2]):
+        if int(state["global_step"]) != step_of(checkpoint):
             return f"its trainer_state.json is of step {state['global_step']}"
     except UNREADABLE:
         return "its trainer_state.json can't be read"

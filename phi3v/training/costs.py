@@ -61,7 +61,8 @@ class Costs:
         """Counts one row through a linear layer and its adapters. Returns whether any of its weights train, so that
         its input must be kept.
 
-        ends_layer: nothing in its layer needs its result, so that recomputing the layer stops before it.
+        ends_layer: this is the layer's last product. Recomputation skips it, because no gradient in the layer needs its
+            result.
         """
         base = _base(linear)
         n_in, n_out, trains = base.in_features, base.out_features, base.weight.requires_grad
@@ -74,7 +75,7 @@ class Costs:
         return trains or bool(adapters)
 
     def _norm(self, unit, norm, width, statistics, rows=1):
-        """statistics: bytes that a norm keeps for each row beside the row itself."""
+        """statistics: bytes that a norm keeps for each row in addition to the row."""
         if self.needs_gradient or self._trains(norm):
             self._keep(unit, rows * (width * self.stream_bytes + statistics))
 
@@ -240,7 +241,7 @@ class Costs:
     def peak_bytes(self, workload: Workload) -> float:
         """The most that the two passes hold at once, without parameters and their gradients.
 
-        That is what the forward pass keeps, and beside it the larger of two things: one layer that is computed again
+        That is the sum of what the forward pass keeps and the larger of two things: one layer that is computed again
         with its temporaries, or one chunk of logits with the gradient of the head.
         """
         quantities, size = self._quantities(workload), self.compute_bytes

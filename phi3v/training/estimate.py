@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..data.sizes import Size
+from ..deepspeed_config import zero_stage
 from ..errors import blaming
 from ..model.configuration_phi3v import Phi3VConfig
 from ..model.loading import not_quantized
@@ -41,8 +42,8 @@ class Memory:
     """Bytes on one device.
 
     weights, gradients, optimizer: what stays during the whole training.
-    passes: the most that the forward and backward pass take beside these: activations and buffers.
-    update: what the optimizer's step takes beside them, when the two passes are over.
+    passes: the most that the forward and backward pass take in addition to these: activations and buffers.
+    update: what the optimizer's step takes in addition to them, when the two passes are over.
     context: what the GPU's libraries and its allocator take.
     """
 
@@ -139,7 +140,7 @@ class Estimate:
     def _with_deepspeed(self, weights: float, passes: float) -> tuple[float, ...]:
         """The same with DeepSpeed, as version 0.19 allocates memory."""
         zero, size = self.deepspeed.get("zero_optimization", {}), self.stream_bytes
-        stage, share = zero.get("stage", 0), self.trained / self.world_size
+        stage, share = zero_stage(self.deepspeed), self.trained / self.world_size
         weights += self.trained * size
         offloaded = self.on_gpu and zero.get("offload_optimizer", {}).get("device", "none") != "none"
         optimizer = 0.0 if offloaded else share * 12  # fp32 weights and Adam's two moments

@@ -47,8 +47,8 @@ def generate_answers(
     sizes = all_sizes(dataset, "measuring examples", disable_tqdm)
     # The longest examples come first, so that a lack of memory shows at once.
     order = sorted(range(len(dataset)), key=lambda i: (-sizes[i].tokens, i))
-    # Every rank gets equally many, so that some examples are answered twice: under ZeRO-3 all ranks must call the model
-    # equally often.
+    # Under ZeRO-3 all ranks must call the model equally often, so every rank gets the same number of examples, and some
+    # examples are answered twice.
     own = [order[i % len(order)] for i in range(rank, -(-len(order) // world_size) * world_size, world_size)]
     device = device or model.device
     partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]  # by ZeRO-3, on the right device already
@@ -140,7 +140,7 @@ class Evaluation:
         """Evaluates a model that is not trained, writes evaluation.json to the output folder, and returns its content.
         Every rank calls it."""
         report = self.report(model, args, on_batch)
-        if args.process_index == 0:
+        if ranks.is_first():
             write_evaluation(Path(args.output_dir) / "evaluation.json", report)
         return report
 

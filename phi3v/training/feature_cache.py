@@ -124,7 +124,8 @@ def cache_features(
     limit: bytes that `folder` may hold, including what other runs have left there.
     earlier_choice: whether the run that is resumed has used cached features. The resumed run then does the same,
         because cached features differ from recomputed ones by rounding. None for a new run, which measures.
-    is_stopped: called after every image; as soon as it returns True on any rank, all ranks raise Interrupted.
+    is_stopped: called after every image. A rank on which it returns True stops after that image; all ranks raise
+        Interrupted when they next exchange results.
     Raises InputError if the folder can't be written, if an image can't be read, and if there is too little room for the
     features of a run that has used them before.
     """
@@ -205,7 +206,7 @@ def _shortage_of_room(cache: FeatureCache, folder: Path, limit: float, crops: in
 
 
 def _model_digest(vision, processor, dtype: torch.dtype) -> str:
-    """A digest of everything that features depend on beside the image."""
+    """A digest of everything that features depend on apart from the image."""
     image_processor = processor.image_processor
     facts = [FORMAT, str(dtype), image_processor.num_crops, image_processor.image_mean, image_processor.image_std]
     digest = hashlib.sha256(repr(facts).encode())

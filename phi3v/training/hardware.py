@@ -72,17 +72,17 @@ def _check_accelerator():
             )
 
 
-def choose_precision(bf16: bool, fp16: bool, fp32: bool, elsewhere: bool = False) -> str:
+def choose_precision(bf16: bool, fp16: bool, fp32: bool, for_another_machine: bool = False) -> str:
     """The precision that the flags ask for, as a key of DTYPES; by default fp16 on a GPU and fp32 on a CPU.
 
-    elsewhere: the run is only estimated, for another machine that has a GPU. Then fp16 gives "bf16", which takes the
-        same memory and the same time.
+    for_another_machine: the run is only estimated, for another machine that has a GPU. Then fp16 gives "bf16",
+        which takes the same memory and the same time.
     Raises InputError if the flags ask for more than one precision, or for one that this machine lacks.
     """
     asked = [name for name, on in (("bf16", bf16), ("fp16", fp16), ("fp32", fp32)) if on]
     if len(asked) > 1:
         raise InputError(f"--{asked[0]} and --{asked[1]} contradict each other: give one")
-    if elsewhere:
+    if for_another_machine:
         return "fp32" if fp32 else "bf16"
     _check_accelerator()
     has_gpu = torch.accelerator.is_available()
@@ -113,13 +113,13 @@ def weights_dtype(training_args, adapters_only: bool) -> torch.dtype:
     return compute_dtype(training_args) if training_args.deepspeed or adapters_only else torch.float32
 
 
-def choose_attention(asked: str | None, use_flash: bool, precision: str, elsewhere: bool = False) -> str:
+def choose_attention(asked: str | None, use_flash: bool, precision: str, for_another_machine: bool = False) -> str:
     """The attention implementation that the flags ask for; by default flash attention if it can run here, else sdpa.
 
     asked: the value of --attn_implementation, None if not given.
     use_flash: whether --use_flash_attention is given, which is short for asking for flash attention.
-    elsewhere: the run is only estimated, for another machine. Then flash attention gives "sdpa", which takes the same
-        memory and the same time.
+    for_another_machine: the run is only estimated, for another machine. Then flash attention gives "sdpa",
+        which takes the same memory and the same time.
     Raises InputError for an unknown implementation, if the flags contradict each other, and for flash attention if
     something that it needs is missing.
     """
@@ -128,7 +128,7 @@ def choose_attention(asked: str | None, use_flash: bool, precision: str, elsewhe
     asked = "flash_attention_2" if use_flash else asked
     if asked is not None and asked not in ATTENTION:
         raise InputError(f"--attn_implementation {asked} is unknown: choose one of {', '.join(ATTENTION)}")
-    if elsewhere:
+    if for_another_machine:
         return "eager" if asked == "eager" else "sdpa"
     missing = None
     if not _is_ampere():

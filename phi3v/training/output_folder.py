@@ -1,4 +1,4 @@
-"""The output folder of a run: what is in it afterwards is of this run alone, and the disk has room for it."""
+"""Prepares the output folder: checks the room on the disk, and moves away what an earlier run has left there."""
 
 import itertools
 import math
@@ -10,14 +10,16 @@ from accelerate.utils import gather_object
 
 from ..errors import InputError
 from ..files import read_json
+from ..ranks import is_first
 from .checkpoints import UNFINISHED, checkpoints, clear_unfinished, file_sizes, step_of, stored_settings
-from .settings import check_settings
+from .settings import check_settings, with_defaults
 
 FINISHED = "finished.json"  # the settings of a run that has done everything asked for
 BEST = "best"  # folder of the model that has evaluated best
 BEST_EVALUATION = "evaluation.json"  # in BEST: the step and the evaluation of that model
 REPLACED_BEST = "replaced-best"  # in UNFINISHED: the former BEST, while the new one takes its place
-# Everything a run writes, checkpoints apart. Left by an earlier run, it would be taken for this run's.
+# Everything a run writes except checkpoints. It is moved away before a new run; otherwise it would look like the new
+# run's results.
 RESULTS = (
     BEST, FINISHED, "tokenizer*.json", "preprocessor_config.json", "processor_config.json",
     "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
@@ -27,35 +29,37 @@ DISK_SPEED = 5e8  # bytes/s, a guess at how fast checkpoints are written
 TORCHRUN_PATIENCE = 25  # seconds: torchrun kills 30 s after it has passed on a signal
 
 
-def is_finished(training_args, settings: dict, anyway: bool) -> bool:
+def is_finished(args, training_args, settings: dict) -> bool:
     """Whether `--resume_from_checkpoint auto` finds a finished run with the same settings in the output folder.
 
-    Raises InputError if that run had other settings; with `anyway` (--resume_anyway), training resumes instead.
+    Raises InputError if that run had other settings; with --resume_anyway, training resumes instead.
     """
     finished = Path(training_args.output_dir) / FINISHED
     if training_args.resume_from_checkpoint != "auto" or not finished.is_file():
         return False
     before = read_json(finished)
     now = settings | {"cached": before.get("cached")}  # known only once training has begun
-    if before != now and anyway:
+    before = with_defaults(before, now, args, training_args)
+    if before != now and args.resume_anyway:
         return False
     check_settings(before, now, finished, anyway=False)
     return True
 
 
 def prepare_output(
-    training_args, settings: dict, checkpoint: Path | None, anyway: bool, model_bytes: float, checkpoint_bytes: float
+    args, training_args, settings: dict, checkpoint: Path | None, model_bytes: float, checkpoint_bytes: float
 ):
     """Makes the output folder ready for training. Every rank calls it; only rank 0 changes files.
 
-    settings: as `settings_of` returns them; checkpoint: to resume from; anyway: --resume_anyway.
+    settings: as `settings_of` returns them; checkpoint: to resume from, or None.
     model_bytes, checkpoint_bytes: what the model and one checkpoint will take on the disk.
     Raises InputError for a checkpoint of other settings, and for a disk without enough room.
     """
     output_dir = Path(training_args.output_dir)
     if checkpoint:
-        check_settings(stored_settings(checkpoint), settings, checkpoint, anyway)
-    if training_args.process_index != 0:
+        before = with_defaults(stored_settings(checkpoint), settings, args, training_args)
+        check_settings(before, settings, checkpoint, args.resume_anyway)
+    if not is_first():
         return
     kept = (training_args.save_total_limit or 1) if training_args.save_strategy != "no" else 0
     check_space(output_dir, model_bytes, checkpoint_bytes, kept)
@@ -74,7 +78,7 @@ def prepare_output(
 
 def set_aside_later(output_dir: Path, step: int):
     """Renames checkpoints of steps after `step`, and the best model if it is from later: they are damaged, or of a
-    training that took another course, and would be taken for this run's."""
+    training that took another course, and would look like this run's."""
     later = [path for path in checkpoints(output_dir) if step_of(path) > step]
     record = output_dir / BEST / BEST_EVALUATION
     if record.is_file() and read_json(record)["step"] > step:
@@ -86,7 +90,7 @@ def set_aside_later(output_dir: Path, step: int):
 
 
 def set_aside_results(output_dir: Path):
-    """Moves what an earlier run has left into a folder earlier-N, so that nothing of it is lost or taken for new."""
+    """Moves what an earlier run has left into a folder earlier-N, so that it is not lost."""
     found = [path for pattern in RESULTS for path in output_dir.glob(pattern)]
     if not any(path.suffix == ".safetensors" or path.name == BEST for path in found):
         return

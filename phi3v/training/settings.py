@@ -4,6 +4,7 @@ The names and meaning of what `settings_of` returns must stay as they are: check
 checkpoint lacks means the default that it had then.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -30,7 +31,7 @@ MAY_DIFFER_BETWEEN_RANKS = {
     "cache_vision_features",
 }
 
-# Settings that do not change what is trained. A run with another value of any other setting is another run.
+# Settings that do not change what is trained. All other settings must be the same when a run resumes.
 NEUTRAL = {
     "output_dir",
     "data_dir",  # the content of the data is compared, not where it lies
@@ -46,7 +47,7 @@ NEUTRAL = {
     "max_eval_samples",
     "max_new_tokens",
     "eval_split",
-    "max_tokens_per_gpu",  # the number that "auto" came to is compared
+    "max_tokens_per_gpu",  # the number that was chosen is compared
     "on_bad_example",
     "cache_vision_features",  # whether features were cached is compared, not where
     "cache_vision_gib",
@@ -81,8 +82,8 @@ NEUTRAL = {
     "use_cpu",
 }
 
-# Settings that decide the shape or the content of the optimizer's state, so that no other value can resume from it, and
-# what to do if they differ.
+# Settings that decide the shape or the content of the optimizer's state. A checkpoint can't be resumed with other
+# values of these, not even with --resume_anyway. Each text says what to do.
 STRUCTURAL = {
     "world_size": "start as many processes as before",
     "deepspeed": "give the same --deepspeed as before",
@@ -124,7 +125,21 @@ def settings_of(args, training_args, **more) -> dict:
 
     args: a script's flags; training_args: a TrainingArguments; more: what else the result depends on.
     """
-    values = training_args.to_dict() | vars(args) | {"world_size": training_args.world_size} | more
+    return _as_json(training_args.to_dict() | vars(args) | {"world_size": training_args.world_size} | more)
+
+
+def with_defaults(stored: dict, now: dict, args, training_args) -> dict:
+    """Stored settings, with the default of every flag that did not exist yet when they were stored.
+
+    now: this run's settings, which have all flags; args, training_args: as for `settings_of`.
+    """
+    fields = [field for source in (training_args, args) for field in dataclasses.fields(source)]
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    defaults |= {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    return {name: value for name, value in _as_json(defaults).items() if name in now} | stored
+
+
+def _as_json(values: dict) -> dict:
     values = {name: value for name, value in values.items() if name not in NEUTRAL and "token" not in name.split("_")}
     return without_secrets_in(json.loads(json.dumps(values, default=str, sort_keys=True)))
 
@@ -198,7 +213,7 @@ def check_commits_equal_on_all_ranks(commits: dict[str, str]):
 
 
 def micro_batch_tokens(asked: int | str | None, checkpoint: Path | None, stored: dict) -> int | str | None:
-    """--max_tokens_per_gpu; if it is "auto" and the run resumes, the number that it came to in the resumed run.
+    """--max_tokens_per_gpu; if it is "auto" and the run resumes, the number that was chosen when the run began.
 
     Raises InputError if the resumed run did not fill micro-batches by tokens.
     """

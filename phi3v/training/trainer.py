@@ -1,7 +1,6 @@
 """The Trainer with what a long run needs: whole checkpoints, stopping in time, throughput, evaluation by answers."""
 
 import gc
-import json
 import math
 import os
 import shutil
@@ -17,9 +16,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..data.sampler import EpochLoader
 from ..errors import InputError, blaming
-from ..files import write_json
+from ..files import read_json, write_json
 from ..model.adapters import load_separators, save_separators
-from .checkpoints import UNFINISHED, clear_unfinished, disk_full_as_input_error, publish
+from ..ranks import is_first
+from .checkpoints import PREFIX, UNFINISHED, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
 from .health import TrainingHealth
 from .optimizer import set_part_rates
@@ -50,9 +50,9 @@ class RecipeTrainer(Trainer):
 
     evaluation: the questions to answer, and how answers are scored.
     run: the parts of the run that training uses: `sampler` (this rank's micro-batches), `meter` (throughput and
-        memory), `preemption` (signals), `settings` (kept in every checkpoint), and `args.keep_best` (whether the model
-        that evaluates best is kept, in the folder BEST).
+        memory), `preemption` (signals), and `settings` (kept in every checkpoint).
     vision_lr, projector_lr: learning rates of the tower and the projector, if they differ from the others'.
+    keep_best: whether the model that evaluates best is kept, in the folder BEST.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class RecipeTrainer(Trainer):
         run,
         vision_lr: float | None = None,
         projector_lr: float | None = None,
+        keep_best: bool = False,
         **kwargs,
     ):
         try:
@@ -80,7 +81,7 @@ class RecipeTrainer(Trainer):
         self.preemption = run.preemption
         self.settings = run.settings
         self.part_rates = vision_lr, projector_lr
-        self.keep_best = run.args.keep_best
+        self.keep_best = keep_best
         self.health = TrainingHealth()
         self.trackers = Trackers(self)
 
@@ -114,7 +115,7 @@ class RecipeTrainer(Trainer):
         return Path(super()._get_output_dir(trial)) / UNFINISHED  # `publish` moves a whole checkpoint out of it
 
     def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir) / UNFINISHED / f"checkpoint-{self.state.global_step}"
+        folder = Path(self.args.output_dir) / UNFINISHED / f"{PREFIX}{self.state.global_step}"
         with disk_full_as_input_error(folder):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -160,7 +161,7 @@ class RecipeTrainer(Trainer):
         folder, name = Path(self.args.output_dir) / BEST, report["metric"]
         best = -math.inf
         if (folder / BEST_EVALUATION).is_file():
-            earlier = json.loads((folder / BEST_EVALUATION).read_text(encoding="utf-8"))
+            earlier = read_json(folder / BEST_EVALUATION)
             if earlier["num_examples"] == report["num_examples"]:  # otherwise the two can't be compared
                 best = earlier.get(name, best)
         if not gather_object([report[name] > best])[0]:  # rank 0 decides, as only it may see the new file
@@ -212,7 +213,7 @@ def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
     report = evaluation.report(load_saved(), args)
-    if args.process_index == 0:
+    if is_first():
         shutil.rmtree(folder)
         pairs = zip(after["predictions"], report["predictions"], strict=True)
         if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:

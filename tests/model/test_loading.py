@@ -24,7 +24,7 @@ def test_a_model_that_lacks_something_is_refused(toy_data, tmp_path):
         with pytest.raises(InputError, match=message):
             train_losses(toy_data, tmp_path / "out", "--deepspeed", "none", "--model_name_or_path", str(broken))
 
-    fails("lacks model.vision_embed_tokens.img_projection.0.weight")
+    fails("lacks the weights model.vision_embed_tokens.img_projection.0.weight")
     content = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
     fails("--model_name_or_path")

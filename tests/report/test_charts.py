@@ -11,7 +11,7 @@ def test_curves(tmp_path):
     html, page = report(tmp_path, history=history)
     titles = [a["aria-label"].partition(" over")[0] for a in page.all("svg", role="img")]
     assert titles == ["Loss", "Gradient norm", "MFU", "eval_accuracy"]
-    assert "1 values that are not finite are left out" in page.text and "30% at step 10" in page.text
+    assert "1 values are NaN or infinite and are left out" in page.text and "30% at step 10" in page.text
     for line in page.all("polyline"):
         points = [tuple(map(float, point.split(","))) for point in line["points"].split()]
         assert len(points) == len(line["data-steps"].split()) == len(line["data-values"].split())

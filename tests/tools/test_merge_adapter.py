@@ -75,7 +75,7 @@ def test_merging_into_the_rounded_base_gives_the_model_that_qlora_trained(traine
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nowhere", "out"], "nowhere holds no adapter_config.json"), (["ADAPTER", "."], ". is not empty")],
+    [(["nowhere", "out"], "nowhere has no adapter_config.json"), (["ADAPTER", "."], ". is not empty")],
 )
 def test_merging_what_cannot_be_merged(arguments, message, trained, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)

@@ -60,7 +60,7 @@ def test_damaged_checkpoints_are_not_used(kind, finished_run, tmp_path):
     found, messages = find_checkpoint("auto", out)
     assert found == out / "checkpoint-10" and "warning: " in messages[0] and message in messages[0]
     bad = out / ("checkpoint-99" if kind == "of another step" else "checkpoint-12")
-    with pytest.raises(InputError, match="is no whole checkpoint"):
+    with pytest.raises(InputError, match="is not a whole checkpoint"):
         find_checkpoint(str(bad), out)
 
 

@@ -2,8 +2,9 @@
 
 import json
 
+import pytest
 import torch
-from helpers import CHECKPOINT, SHORT, arguments, parse_command
+from helpers import CHECKPOINT, ROOT, SHORT, arguments, parse_command, torchrun
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM
@@ -24,6 +25,15 @@ def test_answers_come_in_order_whatever_the_batch(processor, toy_examples):
     assert len(set(wanted)) > 1
     for batch_size in (1, 4, 16):
         assert generate_answers(model, processor, data, batch_size, 12, disable_tqdm=True) == wanted
+
+
+@pytest.mark.slow
+def test_evaluation_alone_runs_under_zero_3(toy_data, tmp_path):
+    """ZeRO-3 splits the model while it loads, so the process group must exist before."""
+    flags = ["--evaluate_only", "--fp32", "--deepspeed", ROOT / "ds_config" / "zero3.json"]
+    run = torchrun(ROOT / "finetune_hf_trainer_ucf101.py", *arguments(toy_data, tmp_path / "out", *flags))
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["num_examples"] == 6
 
 
 # --keep_best

@@ -36,6 +36,15 @@ def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(toy_data,
     assert {path.name for path in out.glob("abandoned-*")} == {f"abandoned-checkpoint-{n}" for n in (6, 8, 10)}
 
 
+def test_a_checkpoint_that_was_set_aside_can_be_resumed_from(toy_data, finished_run, tmp_path, capfd):
+    out = tmp_path / "out"
+    copy_up_to_checkpoint(finished_run("full"), out, 10)
+    (out / "checkpoint-8").rename(out / "abandoned-checkpoint-8")
+    flags = ["--resume_from_checkpoint", out / "abandoned-checkpoint-8", "--max_steps", "9"]
+    trainer = train_resumable(toy_data, out, *RESUMABLE_MODES["full"], *flags, "--resume_anyway")
+    assert trainer.state.global_step == 9 and "resuming from" in capfd.readouterr().out
+
+
 def test_no_room_for_checkpoints_is_said_at_the_start(toy_data, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)

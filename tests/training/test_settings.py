@@ -1,6 +1,7 @@
 """A checkpoint can only be resumed with the settings that its run's result depends on."""
 
 import shutil
+from dataclasses import dataclass, field
 
 import pytest
 from helpers import (
@@ -45,7 +46,7 @@ def test_other_settings_are_refused(flags, message, can_go_on, toy_data, finishe
         train_resumable(toy_data, out, *resume, "--resume_anyway")
         assert digest_of_weights(out) != digest_of_weights(finished_run("full"))
     if not can_go_on:
-        with pytest.raises(InputError, match="to go on from it, "):
+        with pytest.raises(InputError, match="to resume from it, "):
             train_resumable(toy_data, out, *resume, "--resume_anyway")
 
 
@@ -79,3 +80,34 @@ def test_evaluation_may_be_added_to_a_run_that_resumes(toy_data, tmp_path):
     (tmp_path / "finished.json").unlink()
     trainer = script.main([*flags, "--resume_from_checkpoint", "auto", "--eval_steps", "1", "--keep_best"])
     assert trainer.state.global_step == 2 and (tmp_path / "best" / "model.safetensors").is_file()
+
+
+@dataclass
+class FlagsOfLater:
+    """A script's flags in a later version, which has two flags more."""
+
+    learning_rate: float = 1e-3
+    new_number: int = 3
+    new_list: list = field(default_factory=lambda: ["a"])
+
+
+class NoTrainerFlags:
+    world_size = 1
+
+    def to_dict(self):
+        return {}
+
+
+def test_a_flag_that_a_checkpoint_does_not_know_yet_had_its_default(tmp_path):
+    stored = {"learning_rate": 1e-3, "world_size": 1}
+
+    def check(args):
+        now = settings.settings_of(args, NoTrainerFlags())
+        stored_then = settings.with_defaults(stored, now, args, FlagsOfLater())
+        settings.check_settings(stored_then, now, tmp_path, anyway=False)
+
+    check(FlagsOfLater())
+    with pytest.raises(InputError, match="new_number: 3 then, 4 now"):
+        check(FlagsOfLater(new_number=4))
+    with pytest.raises(InputError, match='new_list: \\["a"\\] then, \\["b"\\] now'):
+        check(FlagsOfLater(new_list=["b"]))
