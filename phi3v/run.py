@@ -30,11 +30,11 @@ from .report.page import write_page
 from .report.summary import describe_run, describe_sizes, questionable_settings
 from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
-from .training.estimate import estimate_run
 from .training.evaluation import Evaluation
 from .training.feature_cache import cache_features
 from .training.hardware import compute_dtype, device_memory, peak_flops, precision_of
 from .training.meter import Meter
+from .training.outline import estimate_run
 from .training.output_folder import FINISHED, check_same_folder, is_finished, prepare_output
 from .training.stopping import Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run

@@ -21,6 +21,7 @@ WITHOUT_A_TEST_FILE = {
     "data.preview": "report/test_summary.py trains, and reads the example that is printed before the first step",
     "report.templates": "report/test_page.py and report/test_card.py read what the templates render",
     "training.meter": "it measures speed; training/test_trackers.py checks that its numbers are logged",
+    "training.outline": "training/test_estimate.py compares what it estimates",
     "training.workload": "training/test_costs.py compares costs of its workloads with what torch counts",
 }
 TESTS_OF_SEVERAL_MODULES = {

@@ -2,30 +2,16 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from transformers import TrainingArguments
 
-from ..data.sizes import Size
 from ..deepspeed_config import zero_stage
-from ..errors import blaming
-from ..model.configuration_phi3v import Phi3VConfig
-from ..model.loading import not_quantized
-from ..model.modeling_phi3v import Phi3VForCausalLM
 from .activation_checkpointing import DESCRIPTIONS, KINDS
 from .costs import Costs
-from .hardware import (
-    GPUS,
-    USABLE_SHARE,
-    compute_dtype,
-    device_memory,
-    peak_flops,
-    published_peak,
-    weights_dtype,
-)
+from .hardware import GPUS, USABLE_SHARE, device_memory, peak_flops, published_peak
 from .workload import Workload, workload_of_example
 
 GPU_CONTEXT = 1.0 * 2**30  # bytes that the driver's context, cuBLAS and NCCL take on a GPU
@@ -293,21 +279,3 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def estimate_run(args, training_args: TrainingArguments, sizes: list[Size], choose_trained: Callable) -> Estimate:
-    """What training on examples of these sizes needs, computed from a model without weights."""
-    with blaming("model_name_or_path", args.model_name_or_path), torch.device("meta"):
-        config = Phi3VConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision)
-        config._attn_implementation = args.attn_implementation
-        outline = Phi3VForCausalLM(config).to(weights_dtype(training_args, args.use_lora))
-        outline = choose_trained(outline, args)
-    return Estimate(
-        outline,
-        sizes,
-        args.estimate_gpus or training_args.world_size,
-        compute_dtype(training_args).itemsize,
-        training_args.deepspeed,
-        not_quantized(args.quantize_vision) if args.use_qlora else None,
-        on_gpu=args.estimate or torch.accelerator.is_available(),
-    )

@@ -74,11 +74,13 @@ def test_weights_that_are_missing_are_named():
 
 
 def test_the_base_of_an_adapter_is_the_one_that_it_names(tmp_path):
-    assert loading.base_and_adapter("someone/model") == ("someone/model", None)
-    assert loading.base_and_adapter(str(tmp_path)) == (str(tmp_path), None)
+    assert loading.base_and_adapter("someone/model") == ("someone/model", None, None)
+    assert loading.base_and_adapter(str(tmp_path)) == (str(tmp_path), None, None)
     config = tmp_path / "adapter_config.json"
     config.write_text('{"base_model_name_or_path": "someone/base"}')
-    assert loading.base_and_adapter(str(tmp_path)) == ("someone/base", tmp_path)
+    assert loading.base_and_adapter(tmp_path) == ("someone/base", None, tmp_path)
+    config.write_text('{"base_model_name_or_path": "someone/base", "revision": "abc"}')
+    assert loading.base_and_adapter(tmp_path) == ("someone/base", "abc", tmp_path)
     for content in ("{}", "[]", "{", '{"base_model_name_or_path": null}'):
         config.write_text(content)
         with pytest.raises(InputError, match="does not name a base_model_name_or_path"):
