@@ -9,7 +9,13 @@ from helpers import ROOT
 PACKAGE = ROOT / "phi3v"
 SCRIPTS = sorted(ROOT.glob("finetune_hf_trainer_*.py"))
 ROOMS = ("model", "data", "training", "report")
-FOUNDATION = {"errors", "files", "hub", "hub_faults", "ranks"}  # modules at the top of phi3v that every other module may import
+FOUNDATION = {
+    "errors",
+    "files",
+    "hub",
+    "hub_faults",
+    "ranks",
+}  # modules at the top of phi3v that every other module may import
 # For each room, the other rooms that it may import.
 ARROWS = {"model": set(), "data": {"model"}, "training": {"model", "data"}, "report": set()}
 MAY_IMPORT_ROOMS = {"run", "arguments"}  # of the modules at the top of phi3v; __init__ imports only model

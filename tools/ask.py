@@ -21,6 +21,7 @@ from phi3v.data.annotations import check_text
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import encode_conversation
 from phi3v.errors import InputError, exit_on_input_error
+from phi3v.hub import fetch_model
 from phi3v.model.adapters import load_adapter
 from phi3v.model.loading import base_and_adapter, load_saved, nf4_config
 from phi3v.model.processing_phi3v import IMAGE_TAG
@@ -75,6 +76,11 @@ def load(args: argparse.Namespace):
     """
     dtype = DTYPES[args.dtype]
     place = args.base or base_and_adapter(args.folder)[0]
+    hint = ": give --base" if args.adapter and not args.base else ""
+    try:
+        fetch_model(place)
+    except InputError as e:
+        raise InputError(f"{e}{hint}") from None
     try:
         own = args.folder if (Path(args.folder) / "preprocessor_config.json").is_file() else place
         processor = Phi3VProcessor.from_pretrained(own, num_crops=args.num_crops)
@@ -91,8 +97,7 @@ def load(args: argparse.Namespace):
     except InputError:
         raise
     except Exception as e:  # the libraries that read the folder raise errors of many classes
-        hint = ": give --base" if place != args.folder else ""
-        raise InputError(f"{place} can't be loaded ({' '.join(f'{e!r}'.split())[:300]}){hint}") from None
+        raise InputError(f"{place} can't be loaded ({' '.join(f'{e!r}'.split())}){hint}") from None
 
 
 def encode(processor: Phi3VProcessor, turns: list[dict]) -> dict[str, torch.Tensor]:

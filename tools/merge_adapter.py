@@ -15,6 +15,7 @@ import torch
 
 from phi3v import Phi3VProcessor
 from phi3v.errors import InputError, exit_on_input_error
+from phi3v.hub import fetch_model
 from phi3v.model.adapters import merge_adapter
 from phi3v.model.loading import base_and_adapter, load_saved, nf4_config
 from phi3v.training.hardware import DTYPES
@@ -47,6 +48,10 @@ def main(argv: list[str] | None = None):
     # Merging in fp32 rounds only once. With --dequantize the base model is loaded in the precision of the run, because
     # the run rounded it to 4 bits from there.
     dtype = DTYPES[args.dtype] if args.dequantize else torch.float32
+    try:
+        fetch_model(base)
+    except InputError as e:
+        raise InputError(f"{e}{'' if args.base else ': give --base'}") from None
     try:
         model = load_saved(base, dtype=dtype, quantization=quantization)
     except OSError as e:
