@@ -27,21 +27,26 @@ import json
 import lzma
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
 import tarfile
 import threading
+import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import av
 from tqdm import tqdm
 
 HUB_DATASET, HUB_ARCHIVE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
+ATTEMPTS, LONGEST_WAIT = 4, 900  # downloads that are tried, and seconds between two of them
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm")
 JPEG_QUALITY = 95
@@ -233,13 +238,62 @@ def find_source(source: str | None) -> Path:
         if not Path(source).exists():
             raise InputError(f"--source {source} does not exist: give a folder {LAYOUT} or a .tar.gz of one")
         return Path(source)
-    from huggingface_hub import hf_hub_download
+    return download()
 
-    try:
-        return Path(hf_hub_download(HUB_DATASET, HUB_ARCHIVE, repo_type="dataset"))
-    except Exception as e:  # the errors of a download have no class in common
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{HUB_DATASET} can't be downloaded ({reason}): pass a local copy with --source") from None
+
+def download() -> Path:
+    """The archive from the Hub, compared with the Hub's SHA-256; the cached one if the Hub can't be reached.
+
+    Raises InputError if it can't be had or is damaged.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    get = partial(hf_hub_download, HUB_DATASET, HUB_ARCHIVE, repo_type="dataset")
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            if not constants.is_offline_mode():
+                # Fails within seconds if the Hub can't be reached; the download itself would retry for minutes.
+                HfApi().dataset_info(HUB_DATASET, timeout=10)
+            path = Path(get())
+            break
+        except Exception as e:  # the errors of a download have no class in common
+            cause = e
+            while cause.__cause__:
+                cause = cause.__cause__
+            reason = " ".join(str(cause).split()) or type(cause).__name__
+            response = getattr(e, "response", None)
+        with suppress(Exception):
+            path = Path(get(local_files_only=True))
+            print(f"{HUB_DATASET} can't be fetched ({reason}): reads the cached copy instead")
+            break
+        wait = response.headers.get("Retry-After", "") if response is not None else ""
+        wait = int(wait) if wait.isdigit() else 2 ** (attempt - 1)
+        final = (
+            constants.is_offline_mode()
+            or response is not None
+            and response.status_code not in (408, 429)
+            and response.status_code < 500
+        )
+        if final or attempt == ATTEMPTS or wait > LONGEST_WAIT:
+            command = f"hf download {HUB_DATASET} {HUB_ARCHIVE} --repo-type dataset"
+            raise InputError(
+                f"{HUB_DATASET} can't be downloaded ({reason}): try again later, check HF_ENDPOINT and the proxy "
+                f"variables, or run `{command}` on another machine and pass the file with --source"
+            )
+        print(f"{HUB_DATASET} can't be downloaded ({reason}): tries again in {wait} s", flush=True)
+        time.sleep(wait)
+    # In the cache, the name of a large file's content is its SHA-256 on the Hub.
+    expected = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if re.fullmatch("[0-9a-f]{64}", expected):
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            command = f"rm {shlex.quote(os.path.realpath(path))}"
+            raise InputError(
+                f"{HUB_ARCHIVE} of {HUB_DATASET} in the cache is damaged, as its SHA-256 is not the Hub's: run "
+                f"`{command}` and start again, and it is downloaded anew"
+            )
+    return path
 
 
 def fingerprint(root: Path, files: list[Path]) -> str:

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest, sha1
@@ -62,6 +62,7 @@ def fetch_model(name: str, weights: bool = True, revision: str | None = None, ch
     check: called with the folder before its weights are fetched; may raise an InputError.
     Raises InputError if the files can't be had or are damaged.
     """
+    go_offline()
     if not is_hub_name(name):
         if check:
             check(Path(name))
@@ -109,12 +110,8 @@ def missing_parts(files: list[Path]) -> list[str]:
     for path in files:
         if found := re.match(r"(.*)-(\d+)-of-(\d+)", path.name):
             parts[path.parent, found[1], found[3]].add(found[2])
-    return [
-        f"{parent.name}/{stem}-{number:0{len(n)}}-of-{n}"
-        for (parent, stem, n), there in parts.items()
-        for number in range(int(n))
-        if f"{number:0{len(n)}}" not in there
-    ]
+    wanted = ((*key, f"{number:0{len(key[2])}}") for key in parts for number in range(int(key[2])))
+    return [f"{folder.name}/{stem}-{k}-of-{n}" for folder, stem, n, k in wanted if k not in parts[folder, stem, n]]
 
 
 # ---- Fetching
@@ -188,11 +185,11 @@ def _cached(wanted: Wanted, patterns: list[str], is_whole: Callable) -> Path | N
 @contextlib.contextmanager
 def _online(shown: Wanted):
     """Lets this process talk to the Hub, with faults and retries in our hands."""
-    verbosity = logging.get_verbosity()
+    verbosity, asked = logging.get_verbosity(), Counter()
 
     def client():
         made = default_client_factory()
-        made.send = functools.partial(_send, made.send, shown)
+        made.send = functools.partial(_send, made.send, shown, asked)
         return made
 
     try:
@@ -206,21 +203,23 @@ def _online(shown: Wanted):
         go_offline()
 
 
-def _send(send: Callable, shown: Wanted, request: httpx2.Request, **options) -> httpx2.Response:
-    """Sends a request. Raises Fault at once where huggingface_hub would retry for minutes in silence."""
+def _send(send: Callable, shown: Wanted, asked: Counter, request: httpx2.Request, **options) -> httpx2.Response:
+    """Sends a request. Raises Fault at once where huggingface_hub would retry for minutes, or read the cache, in
+    silence. asked: how often each address was asked for in this attempt."""
     limits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {k: limits.get(k) or TIMEOUT for k in ("connect", "read", "write", "pool")}
-    resumes = "range" in request.headers
-    if resumes:
-        print(f"{shown}: the connection was cut; resumes the download", flush=True)
+    address = request.method, request.url.copy_with(query=None)
+    asked[address] += 1
+    if asked[address] == 2:
+        print(f"{shown}: the connection broke off; goes on with the download", flush=True)
     try:
         response = send(request, **options)
     except (httpx2.RequestError, httpx2.InvalidURL) as e:
-        if resumes:
-            raise  # huggingface_hub tries several times, and a new attempt would begin the file anew
+        if asked[address] > 1:
+            raise  # huggingface_hub goes on where the download broke off, five times; a new attempt starts anew
         raise explain(e) from e
-    if response.status_code in (408, 429) or response.status_code >= 500:
-        response.close()
+    if response.status_code >= 400:
+        response.read()
         raise refused(response)
     return response
 
@@ -239,7 +238,8 @@ def _check_contents(folder: Path, patterns: list[str], shown: Wanted):
         checked = dict(read_json(record))
     except (OSError, ValueError, TypeError):
         checked = {}
-    names = filter_repo_objects([path.relative_to(folder).as_posix() for path in folder.rglob("*")], patterns)
+    every = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    names = filter_repo_objects(every, allow_patterns=patterns)
     new = {}
     for path in (folder / name for name in names):
         etag = Path(os.readlink(path)).name if path.is_symlink() else ""

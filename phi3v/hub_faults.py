@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx2
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 
 TIMEOUT = 10.0  # seconds to wait for an answer
 
@@ -36,13 +36,19 @@ def without_password(url: str) -> str:
 
 
 def refused(response: httpx2.Response) -> Fault:
-    """For a status with which a server says that it can't answer now."""
+    """For an answer whose status is an error."""
     status, host = response.status_code, response.request.url.host
-    wait = retry_after(response.headers) if status in (429, 503) else None
     if status == 429:
         help = "start again in some minutes: the Hub limits the requests of an address, and allows more with HF_TOKEN"
-        return Fault(f"{host} answered 429, too many requests", help, wait, passes=True)
-    return Fault(f"{host} answered {status} {response.reason_phrase}".strip(), wait=wait, passes=True)
+        return Fault(f"{host} answered 429, too many requests", help, retry_after(response.headers), passes=True)
+    if status == 408 or status >= 500:
+        wait = retry_after(response.headers) if status == 503 else None
+        return Fault(f"{host} answered {status} {response.reason_phrase}".strip(), wait=wait, passes=True)
+    try:
+        hf_raise_for_status(response)
+    except HfHubHTTPError as e:
+        return explain(e)
+    return Fault(f"{host} answered {status}")
 
 
 def retry_after(headers) -> float | None:
@@ -61,14 +67,16 @@ def retry_after(headers) -> float | None:
 def explain(error: BaseException) -> Fault:
     """What an exception of huggingface_hub or of its HTTP client means."""
     causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, Fault):
-            return cause
+    is_tls = any(isinstance(cause, ssl.SSLError) for cause in causes)
+    # huggingface_hub often raises an error of its own, which says less than its cause.
+    error = next((cause for cause in causes if isinstance(cause, (Fault, httpx2.RequestError, HfHubHTTPError))), error)
+    if isinstance(error, Fault):
+        return error
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, HfHubHTTPError):
         return _explain_answer(error)
     if isinstance(error, (httpx2.RequestError, httpx2.InvalidURL)):
-        return _explain_network(error, text, any(isinstance(cause, ssl.SSLError) for cause in causes))
+        return _explain_network(error, text, is_tls)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "enough free disk space" in text:
         return Fault(f"the disk is full ({text})", f"free some space, or set HF_HOME, now {constants.HF_HOME}")
     if isinstance(error, OSError) and error.errno:

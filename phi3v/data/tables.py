@@ -45,14 +45,14 @@ def load_table(
     if missing := missing_parts(files):
         raise InputError(f"{where}, split {name}: {folder} lacks {_some(missing)}: copy all files of the data set")
     # Without data_files, `datasets` wants the files of the first configuration that the README lists, whichever it is.
-    data_files = {name: [str(path.relative_to(folder)) for path in files]} if files and config else None
+    data_files = {name: [str(path.relative_to(folder)) for path in files]} if files else None
     cache_dir = _cache_dir(folder, files)
     try:
         table = datasets.load_dataset(str(folder), config, split=name, data_files=data_files, cache_dir=cache_dir)
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(table)})
         rows = range(len(table))[part.from_ : part.to]
     except Exception as e:  # the many things that can go wrong here share no other class
-        reason = _damage(files, from_hub=data_dir is None) or _reason(e)
+        reason = _damage(files, data_dir is None) or _reason(e)
         raise InputError(f"{where}, split {split}, can't be loaded: {reason}") from None
     for column, wanted in columns.items():
         if column not in table.column_names:
@@ -85,7 +85,7 @@ def _places(where: str, files: list[Path], n_rows: int) -> list[str]:
     return [f"{where} row {i} (row {k} of {name})" for i, (name, k) in enumerate(in_files)]
 
 
-def _damage(files: list[Path], from_hub: bool) -> str | None:
+def _damage(files: list[Path], in_hub_cache: bool) -> str | None:
     """Which of the parquet files is damaged, from which row on, and what to do; None if all can be read."""
     for path in files:
         row = 0
@@ -96,7 +96,7 @@ def _damage(files: list[Path], from_hub: bool) -> str | None:
         except (OSError, pa.ArrowException, ValueError) as e:
             name, reason = f"{path.parent.name}/{path.name}", " ".join(str(e).split())
             help = "copy the file again"
-            if from_hub:
+            if in_hub_cache:
                 help = f"run `rm {shlex.quote(os.path.realpath(path))}` and start again, and it is downloaded anew"
             return f"{name} is damaged at its row {row} ({reason}): {help}"
     return None
