@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 from helpers import BASE, CHECKPOINT, arguments
-from hub_repositories import CAULDRON, MINI, MODEL
+from hub_repositories import CAULDRON, MINI, MODEL, VIDEOS
 from safetensors.torch import load_file, save_file
 from test_hub import own_copy, reachable  # noqa: F401 (a fixture)
 
+import convert_ucf101
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_ucf101 as script
 from phi3v import hub_names
@@ -185,6 +186,16 @@ def test_revisions_of_data(reachable, tmp_path):  # noqa: F811
         train("unused", "--data_revision", f"{CAULDRON}@v1")
     with pytest.raises(InputError, match=f"{MINI}@v9 can't be fetched .*no such revision"):
         train("wrong", "--data_revision", "v9")
+
+
+@pytest.mark.slow
+def test_the_revision_of_videos(reachable, tmp_path):  # noqa: F811
+    videos = own_copy(reachable, tmp_path / "root", f"datasets/{VIDEOS}")
+    shutil.copytree(videos, videos.with_name(f"{videos.name}@v1"))
+    (videos / "UCF101_subset.tar.gz").write_bytes(b"damaged")
+    assert convert_ucf101.main(["--out_dir", str(tmp_path / "out"), "--data_revision", "v1"]) == 0
+    manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert (manifest["repository"], manifest["commit"]) == (VIDEOS, reachable.commit(VIDEOS, "datasets", "v1"))
 
 
 # ---- Adapters on the Hub
