@@ -27,21 +27,26 @@ import json
 import lzma
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
 import tarfile
 import threading
+import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import av
 from tqdm import tqdm
 
 HUB_DATASET, HUB_ARCHIVE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
+ATTEMPTS, LONGEST_WAIT = 4, 900  # downloads that are tried, and seconds between two of them
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm")
 JPEG_QUALITY = 95
@@ -227,19 +232,70 @@ def unpack(archive: Path, folder: Path):
         raise InputError(f"{archive} can't be unpacked ({e}): is it complete, and a .tar.gz?") from None
 
 
-def find_source(source: str | None) -> Path:
+def find_source(source: str | None, revision: str | None = None) -> Path:
     """The local folder or archive to convert. If none is given, downloads the archive from the Hub."""
+    if source and revision:
+        raise InputError(f"--data_revision {revision} is for data on the Hub, and contradicts --source")
     if source:
         if not Path(source).exists():
             raise InputError(f"--source {source} does not exist: give a folder {LAYOUT} or a .tar.gz of one")
         return Path(source)
-    from huggingface_hub import hf_hub_download
+    return download(revision)
 
-    try:
-        return Path(hf_hub_download(HUB_DATASET, HUB_ARCHIVE, repo_type="dataset"))
-    except Exception as e:  # the errors of a download have no class in common
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{HUB_DATASET} can't be downloaded ({reason}): pass a local copy with --source") from None
+
+def download(revision: str | None = None) -> Path:
+    """The archive from the Hub, compared with the Hub's SHA-256; the cached one if the Hub can't be reached.
+
+    revision: a branch, tag or commit. Raises InputError if the archive can't be had or is damaged.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    get = partial(hf_hub_download, HUB_DATASET, HUB_ARCHIVE, repo_type="dataset", revision=revision)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            if not constants.is_offline_mode():
+                # Fails within seconds if the Hub can't be reached; the download itself would retry for minutes.
+                HfApi().dataset_info(HUB_DATASET, revision=revision, timeout=10)
+            path = Path(get())
+            break
+        except Exception as e:  # the errors of a download have no class in common
+            cause = e
+            while cause.__cause__:
+                cause = cause.__cause__
+            reason = masked(" ".join(str(cause).split()) or type(cause).__name__)
+            response = getattr(e, "response", None)
+        with suppress(Exception):
+            path = Path(get(local_files_only=True))
+            print(f"{HUB_DATASET} can't be fetched ({reason}): reads the cached copy instead")
+            break
+        wait = response.headers.get("Retry-After", "") if response is not None else ""
+        wait = int(wait) if wait.isdigit() else 2 ** (attempt - 1)
+        final = (
+            constants.is_offline_mode()
+            or response is not None
+            and response.status_code not in (408, 429)
+            and response.status_code < 500
+        )
+        if final or attempt == ATTEMPTS or wait > LONGEST_WAIT:
+            command = f"hf download {HUB_DATASET} {HUB_ARCHIVE} --repo-type dataset"
+            raise InputError(
+                f"{HUB_DATASET} can't be downloaded ({reason}): try again later, check HF_ENDPOINT and the proxy "
+                f"variables, or run `{command}` on another machine and pass the file with --source"
+            )
+        print(f"{HUB_DATASET} can't be downloaded ({reason}): tries again in {wait} s", flush=True)
+        time.sleep(wait)
+    # In the cache, the name of a large file's content is its SHA-256 on the Hub.
+    expected = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if re.fullmatch("[0-9a-f]{64}", expected):
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            command = f"rm {shlex.quote(os.path.realpath(path))}"
+            raise InputError(
+                f"{HUB_ARCHIVE} of {HUB_DATASET} in the cache is damaged, as its SHA-256 is not the Hub's: run "
+                f"`{command}` and start again, and it is downloaded anew"
+            )
+    return path
 
 
 def fingerprint(root: Path, files: list[Path]) -> str:
@@ -305,7 +361,9 @@ def fresh_folder(path: Path):
 def convert(args: argparse.Namespace) -> int:
     """Runs the conversion; returns the exit status."""
     out = Path(args.out_dir).resolve()
-    source = find_source(args.source)
+    source = find_source(args.source, args.data_revision)
+    # The name of a snapshot's folder in the Hub's cache is the commit.
+    place = {} if args.source else {"repository": HUB_DATASET, "commit": source.parent.name}
     videos = None if source.is_file() else find_videos(source, source)
     sha256 = fingerprint(source, [path for paths in videos.values() for path in paths] if videos else [source])
     settings = {"source_sha256": sha256, "num_frames": args.num_frames, "jpeg_quality": JPEG_QUALITY}
@@ -325,7 +383,8 @@ def convert(args: argparse.Namespace) -> int:
                 unpack(source, unpacked)
                 videos = find_videos(unpacked, source)
             result = write_conversion(videos, partial, args.num_frames, args.num_workers)
-            manifest = json.dumps({"settings": settings, **result}, indent=2, ensure_ascii=False)
+            manifest = {"settings": settings, **place, **result}
+            manifest = json.dumps(manifest, indent=2, ensure_ascii=False)
             (partial / "conversion.json").write_text(manifest + "\n", encoding="utf-8")
             partial.rename(out)  # `out` is an empty folder or does not exist
     except OSError as e:
@@ -372,6 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--source", help=f"folder {LAYOUT} or a .tar.gz of one; default: {HUB_DATASET} on the Hub")
+    parser.add_argument("--data_revision", help="branch, tag or commit of the data on the Hub; default: main")
     parser.add_argument("--out_dir", default="./ucf101", help="new or empty folder (default: %(default)s)")
     parser.add_argument(
         "--tmp_dir", help="folder in which an archive is unpacked meanwhile; default: beside the output"
@@ -390,8 +450,17 @@ def main(argv: list[str] | None = None) -> int:
         message, status = "a worker process was killed, perhaps for lack of memory: try fewer --num_workers", 2
     except (InputError, OSError) as e:
         message, status = " ".join(str(e).split()), 2
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {masked(message)}", file=sys.stderr)
     return status
+
+
+def masked(text: str) -> str:
+    """The text with a mask in place of tokens, and of users and passwords in addresses."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if len(token) >= 8:
+        text = text.replace(token, "•••")
+    text = re.sub(r"(--[\w-]*(?:token|key|passw|secret)[\w-]*(?:=|\s+))\S+", r"\1•••", text, flags=re.IGNORECASE)
+    return re.sub(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{16,}", "•••", text)
 
 
 if __name__ == "__main__":

@@ -120,11 +120,13 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
 def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[Conversations, Conversations]:
     """Conversations to train on and to evaluate on, one for each question about a page."""
     mini, columns = "nielsr/docvqa_1200_examples", {"image": Image, "query": {"en": str}, "answers": [str], "id": str}
-    held_out = load_table(mini, None, args.eval_split, args.data_dir, columns)
+    where = {"data_dir": args.data_dir, "revisions": args.data_revision}
+    held_out = load_table(mini, None, args.eval_split, columns=columns, **where)
     if args.full_train:
-        train = load_table("HuggingFaceM4/the_cauldron", "docvqa", "train", args.data_dir, TEXTS_ABOUT_IMAGES)
+        cauldron, columns = "HuggingFaceM4/the_cauldron", TEXTS_ABOUT_IMAGES
+        train = load_table(cauldron, "docvqa", "train", columns=columns, **where)
         return cauldron_questions(without_seen_images(train, held_out, bad), bad), questions(held_out, bad)
-    train = load_table(mini, None, "train", args.data_dir, columns)
+    train = load_table(mini, None, "train", columns=columns, **where)
     return questions(without_seen_images(train, held_out, bad), bad), questions(held_out, bad)
 
 
@@ -174,6 +176,7 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
     with blaming("model_name_or_path", args.model_name_or_path):
         model, loading_info = Phi3VForCausalLM.from_pretrained(
             args.model_name_or_path,
+            revision=args.model_revision,
             dtype=dtype,
             attn_implementation=args.attn_implementation,
             quantization_config=quantization,
@@ -201,6 +204,7 @@ def choose_trained(model: Phi3VForCausalLM, args: RecipeArguments):
             r=args.lora_rank,
             lora_alpha=args.lora_alpha_ratio * args.lora_rank,
             lora_dropout=args.lora_dropout,
+            revision=args.model_revision,  # of the base
             use_dora=args.use_dora,
             init_lora_weights="gaussian",
             target_modules=targets,
@@ -241,7 +245,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         train, held_out = load_data(args, run.bad_examples)
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
-        processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
+        processor = Phi3VProcessor.from_pretrained(run.saved.folder, num_crops=args.num_crops)
     if args.check_data:
         return run.check_data(train, held_out, processor)
     eval_dataset = run.dataset(held_out, processor, for_generation=True)

@@ -115,7 +115,8 @@ def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[Co
     """Conversations to train on and to evaluate on, one for each question about a picture."""
 
     def load(split):
-        return load_table("HuggingFaceM4/the_cauldron", "hateful_memes", split, args.data_dir, TEXTS_ABOUT_IMAGES)
+        where = {"data_dir": args.data_dir, "revisions": args.data_revision}
+        return load_table("HuggingFaceM4/the_cauldron", "hateful_memes", split, columns=TEXTS_ABOUT_IMAGES, **where)
 
     held_out = load(args.eval_split or "train[:500]")
     train = without_seen_images(load("train" if args.eval_split else "train[500:]"), held_out, bad)
@@ -142,6 +143,7 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
     with blaming("model_name_or_path", args.model_name_or_path):
         model, loading_info = Phi3VForCausalLM.from_pretrained(
             args.model_name_or_path,
+            revision=args.model_revision,
             dtype=dtype,
             attn_implementation=args.attn_implementation,
             quantization_config=quantization,
@@ -169,6 +171,7 @@ def choose_trained(model: Phi3VForCausalLM, args: RecipeArguments):
             r=args.lora_rank,
             lora_alpha=args.lora_alpha_ratio * args.lora_rank,
             lora_dropout=args.lora_dropout,
+            revision=args.model_revision,  # of the base
             use_dora=args.use_dora,
             init_lora_weights="gaussian",
             target_modules=targets,
@@ -211,7 +214,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         train, held_out = load_data(args, run.bad_examples)
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
-        processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
+        processor = Phi3VProcessor.from_pretrained(run.saved.folder, num_crops=args.num_crops)
     if args.check_data:
         return run.check_data(train, held_out, processor)
     eval_dataset = run.dataset(held_out, processor, for_generation=True)

@@ -135,6 +135,7 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
     with blaming("model_name_or_path", args.model_name_or_path):
         model, loading_info = Phi3VForCausalLM.from_pretrained(
             args.model_name_or_path,
+            revision=args.model_revision,
             dtype=dtype,
             attn_implementation=args.attn_implementation,
             quantization_config=quantization,
@@ -162,6 +163,7 @@ def choose_trained(model: Phi3VForCausalLM, args: RecipeArguments):
             r=args.lora_rank,
             lora_alpha=args.lora_alpha_ratio * args.lora_rank,
             lora_dropout=args.lora_dropout,
+            revision=args.model_revision,  # of the base
             use_dora=args.use_dora,
             init_lora_weights="gaussian",
             target_modules=targets,
@@ -204,7 +206,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         train, held_out = load_data(args, run.bad_examples)
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
-        processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
+        processor = Phi3VProcessor.from_pretrained(run.saved.folder, num_crops=args.num_crops)
     if args.check_data:
         return run.check_data(train, held_out, processor)
     eval_dataset = run.dataset(held_out, processor, for_generation=True)

@@ -18,7 +18,8 @@ from .deepspeed_config import read_deepspeed_config
 from .errors import InputError
 from .files import read_json
 from .flag_rules import check_flags
-from .model.loading import base_and_adapter
+from .hub_names import data_revisions, is_hub_name, model_and_revision
+from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
 from .training.checkpoints import MANIFEST, find_checkpoint
 from .training.hardware import choose_attention, choose_precision
@@ -42,8 +43,16 @@ class RunArguments:
         default="error",
         help="error, or skip: leave out examples that are wrong or whose images can't be read, and list them",
     )
+    data_revision: str | None = HfArg(
+        default=None,
+        help="branch, tag or commit of the data on the Hub; OWNER/NAME@REVISION,… for several data sets; default: main",
+    )
     check_data: bool = HfArg(
         default=False, help="decode every image, print a summary of the data, and end without training"
+    )
+    model_revision: str | None = HfArg(
+        default=None,
+        help="branch, tag or commit of the model on the Hub; --model_name_or_path OWNER/NAME@REVISION says the same",
     )
     attn_implementation: str | None = HfArg(
         default=None, help="flash_attention_2, sdpa or eager; default: the best that is installed and the GPU can run"
@@ -92,7 +101,7 @@ class RunArguments:
     # The first flag of each title in --help; a script's own dataclass uses the same titles.
     _groups = {
         "max_length": "data",
-        "attn_implementation": "model",
+        "model_revision": "model",
         "max_tokens_per_gpu": "optimisation",
         "evaluate_only": "evaluation",
         "preset": "the run",
@@ -146,6 +155,8 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     Raises InputError for a model folder or an output folder that can't be used, and for a precision or an attention
     implementation that this machine lacks.
     """
+    args.model_name_or_path, args.model_revision = model_and_revision(args.model_name_or_path, args.model_revision)
+    data_revisions(args.data_revision)
     if args.use_qlora and not is_bitsandbytes_available():
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
     if args.max_tokens_per_gpu not in (None, "auto"):
@@ -160,7 +171,10 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise InputError(f"--resume_from_checkpoint {resume} does not exist: give a folder checkpoint-N, or auto")
     if args.evaluate_only and "num_crops" not in given:
-        args.num_crops = _num_crops_of_run(args.model_name_or_path) or args.num_crops
+        if is_hub_name(args.model_name_or_path):
+            args.num_crops = None  # as the repository says, or else the default: `Run` asks for it
+        else:
+            args.num_crops = num_crops_of_run(args.model_name_or_path) or args.num_crops
     if args.dry_run:
         folder = Path(trainer["output_dir"]) / "dry_run"
         trainer.update(max_steps=2, output_dir=str(folder), report_to="none", save_steps=1)
@@ -196,12 +210,9 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
 
 
 def _check_model(args, output_dir: str):
-    base, adapter = base_and_adapter(args.model_name_or_path)
-    if adapter and not args.evaluate_only:
-        raise InputError(
-            f"--model_name_or_path {adapter} holds an adapter: give its base {base}, or merge them with "
-            "tools/merge_adapter.py, or --evaluate_only"
-        )
+    if not args.evaluate_only:
+        refuse_adapter(args.model_name_or_path, Path(args.model_name_or_path))
+    base = base_and_adapter(args.model_name_or_path)[0]
     _check_model_folder(base)
     folder = Path(output_dir).resolve()
     if not args.evaluate_only and Path(base).resolve() in (folder, folder / BEST):
@@ -226,7 +237,7 @@ def _check_model_folder(name: str):
         raise InputError(f"--model_name_or_path {name} holds a model of type {model_type}, must be phi3_v")
 
 
-def _num_crops_of_run(name: str) -> int | None:
+def num_crops_of_run(name: str | Path) -> int | None:
     """--num_crops of the run that saved this model or adapter; None if no run of these scripts did."""
     folder = Path(name)
     marks = (FINISHED, BEST_EVALUATION, MANIFEST, "adapter_config.json")

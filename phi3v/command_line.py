@@ -10,7 +10,7 @@ import sys
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from .errors import InputError
+from .errors import InputError, Parser
 
 # Flags of the Trainer that the recipe has under another name, or that can't work here, with the reason.
 REFUSED = {
@@ -108,10 +108,7 @@ class _Formatter(argparse.HelpFormatter):
         return f"{action.help} (%(default)s)"
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
-
+class _Parser(HfArgumentParser, Parser):
     def group(self, recipe_class: type):
         """Sorts the flags for --help under titles: the script's own first, then the Trainer's most used ones."""
         titles = titles_of(recipe_class)

@@ -6,13 +6,14 @@ import warnings
 from transformers.utils import logging
 
 from .ranks import is_first
+from .secrets import without_secrets
 
 
 def say(*lines: str):
-    """Prints on rank 0 alone."""
+    """Prints on rank 0 alone, with tokens and passwords masked."""
     if is_first():
         for line in lines:
-            print(line, flush=True)
+            print(without_secrets(line), flush=True)
 
 
 def quiet_console(no_bars: bool):

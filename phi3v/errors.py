@@ -1,5 +1,6 @@
 """Errors in what a user gave: one message, printed by one rank, and exit status 2."""
 
+import argparse
 import contextlib
 import signal
 import sys
@@ -8,11 +9,22 @@ import time
 from safetensors import SafetensorError
 
 from .ranks import is_first, leave_group
+from .secrets import mask_logs_and_tracebacks, masked_command, without_secrets
 
 
 class InputError(ValueError):
     """Something that a user gave is wrong. The message says where, what is wrong, and what to do, in one line for each
-    problem."""
+    problem. Tokens and passwords in it are masked."""
+
+    def __init__(self, message: str):
+        super().__init__(without_secrets(message))
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises InputError for a command line that it does not understand, and masks the values of flags like --token."""
+
+    def error(self, message):
+        raise InputError(f"{masked_command(message)} (see --help)")
 
 
 class Problems:
@@ -133,6 +145,7 @@ def blaming(flag: str, value):
 
 def exit_on_input_error(main):
     """Calls `main`. An InputError ends the process with `error: …` and status 2, without a traceback."""
+    mask_logs_and_tracebacks()
     try:
         main()
         leave_group()

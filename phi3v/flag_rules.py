@@ -71,6 +71,8 @@ def check_values(args, trainer: dict, given: set[str]):
         value = getattr(args, name, trainer.get(name))
         if value is not None and not 0 < value < math.inf:  # this also refuses NaN
             raise InputError(f"--{name} is {value}, must be above 0")
+    if args.data_revision and args.data_dir:
+        raise InputError(f"--data_revision {args.data_revision} is for data on the Hub, and contradicts --data_dir")
     for name in ("save_steps", "eval_steps"):
         if name in given and not trainer[name] > 0:
             raise InputError(f"--{name} is {trainer[name]}, must be above 0")

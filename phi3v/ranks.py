@@ -28,6 +28,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_first_of_node() -> bool:
+    """Whether this is the first process of its node, which fetches files for all processes of the node."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def start_alone():
     """Makes this process a world of one if torchrun did not start it: sets the variables that torch, accelerate and
     DeepSpeed read."""

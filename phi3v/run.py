@@ -9,33 +9,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
-import torch
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from . import Phi3VConfig, Phi3VForCausalLM
+from . import Phi3VConfig
+from .arguments import num_crops_of_run
 from .console import quiet_console, say
 from .data.check import check_data
 from .data.conversations import ConversationDataset
 from .data.preview import render_example
 from .data.sampler import StepSampler, sampler_for
-from .data.sizes import Size, all_sizes, fingerprint
+from .data.sizes import all_sizes, fingerprint
 from .errors import BadExamples, blaming, listing
 from .files import write_json
-from .model.loading import base_and_adapter, load_saved, nf4_config, not_quantized
+from .hub_names import check_data_revisions, data_commits
+from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
 from .ranks import is_first
 from .report.card import write_model_card
 from .report.page import write_page
 from .report.summary import describe_run, describe_sizes, questionable_settings
-from .training import activation_checkpointing
+from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
-from .training.estimate import Estimate
 from .training.evaluation import Evaluation
 from .training.feature_cache import cache_features
-from .training.hardware import compute_dtype, device_memory, peak_flops, precision_of, weights_dtype
+from .training.hardware import compute_dtype, device_memory, peak_flops, precision_of
 from .training.meter import Meter
+from .training.outline import estimate_run
 from .training.output_folder import FINISHED, check_same_folder, is_finished, prepare_output
-from .training.settings import check_flags_equal_on_all_ranks, micro_batch_tokens, model_fingerprint, settings_of
 from .training.stopping import Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
 
@@ -52,15 +52,24 @@ class Run:
     def __init__(self, args, training_args: TrainingArguments):
         """args, training_args: as `parse_arguments` returns them.
 
-        Finds the checkpoint to resume from and sets the seed. Raises InputError if the checkpoint is not whole, and if
-        ranks have different flags or see different folders.
+        Fetches the model from the Hub, finds the checkpoint to resume from and sets the seed. Raises InputError if the
+        model can't be fetched, if the checkpoint is not whole, and if ranks have different flags or see different
+        folders.
         """
         self.args, self.training_args = args, training_args
         self.output_dir = Path(training_args.output_dir)
         quiet_console(args.no_tqdm)
         self.preemption = Preemption()
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
-        check_flags_equal_on_all_ranks(args, training_args)
+        settings.check_flags_equal_on_all_ranks(args, training_args)
+        data_commits.clear()  # of an earlier run in this process
+        with training_args.main_process_first(desc="model"):
+            name, weights = args.model_name_or_path, not (args.estimate or args.check_data)
+            check = None if args.evaluate_only else functools.partial(refuse_adapter, name)
+            self.saved = find_saved(name, args.model_revision, weights=weights, check=check)
+        args.model_revision = self.saved.commits.get(name)
+        if args.num_crops is None:
+            args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
         if args.dry_run and is_first():
             shutil.rmtree(self.output_dir, ignore_errors=True)  # left by a dry run that was stopped
             self.output_dir.mkdir()
@@ -77,7 +86,16 @@ class Run:
     def config(self) -> Phi3VConfig:
         """The configuration of the model that is trained or evaluated."""
         with blaming("model_name_or_path", self.args.model_name_or_path):
-            return Phi3VConfig.from_pretrained(base_and_adapter(self.args.model_name_or_path)[0])
+            return Phi3VConfig.from_pretrained(self.saved.base_folder)
+
+    def commits(self) -> dict[str, dict[str, str]]:
+        """For the report: the commits on the Hub of the model and the data, once they are loaded. Every rank calls it.
+
+        Raises InputError if ranks have different ones, and if --data_revision names data that are not read."""
+        check_data_revisions(self.args.data_revision)
+        commits = self.saved.commits | data_commits
+        settings.check_commits_equal_on_all_ranks(commits)
+        return {"commits": commits} if commits else {}
 
     @property
     def max_length(self) -> int:
@@ -92,6 +110,7 @@ class Run:
 
     def check_data(self, train, held_out, processor):
         """For --check_data: decodes every image and prints a summary. Raises InputError for data with problems."""
+        self.commits()
         if is_first():
             workers, no_bars = self.training_args.dataloader_num_workers, self.training_args.disable_tqdm
             say(*listing(self.bad_examples.left_out))
@@ -99,22 +118,23 @@ class Run:
 
     def evaluate_only(self, evaluation: Evaluation):
         """For --evaluate_only: evaluates a saved model or adapter; writes evaluation.json and evaluation.html."""
-        model = self.load_saved(self.args.model_name_or_path)
+        commits = self.commits()
+        model = self.load_saved(self.saved)
         report = evaluation.write(model, self.training_args, self.preemption.check)
         if is_first():
             left_out = self.left_out(evaluation)
             say(*listing(left_out))
-            about = {"model": self.args.model_name_or_path}
+            about = {"model": self.args.model_name_or_path} | commits
             write_page(
                 self.training_args, None, report, about, evaluation.example, name="evaluation.html", left_out=left_out
             )
 
-    def load_saved(self, name: str):
+    def load_saved(self, saved: Saved):
         dtype = compute_dtype(self.training_args)
         quantization = nf4_config(dtype, self.args.quantize_vision) if self.args.use_qlora else None
-        with blaming("model_name_or_path", name):
+        with blaming("model_name_or_path", saved.folder):
             return load_saved(
-                name,
+                saved,
                 dtype=dtype,
                 attn_implementation=self.args.attn_implementation,
                 quantization=quantization,
@@ -131,6 +151,7 @@ class Run:
         what a run would need, and if the output folder holds the finished run already.
         """
         args, training_args = self.args, self.training_args
+        self.hub_commits = self.commits()
         sizes = all_sizes(train_dataset, "measuring examples", training_args.disable_tqdm)
         # An evaluation example that can't be read should fail now and not after hours of training.
         all_sizes(eval_dataset, "measuring evaluation examples", training_args.disable_tqdm)
@@ -141,19 +162,20 @@ class Run:
         self.plan = self.estimate.plan(
             args.batch_size,
             args.batch_size_per_gpu,
-            micro_batch_tokens(args.max_tokens_per_gpu, self.checkpoint, self.stored_settings),
+            settings.micro_batch_tokens(args.max_tokens_per_gpu, self.checkpoint, self.stored_settings),
             activation_checkpointing.kind_from_flag(training_args.activation_checkpointing),
             device_memory(),
         )
         if args.estimate:
             say(self.estimate.describe(self.plan.workload, training_args.num_train_epochs))
             return None
-        self.settings = settings_of(
+        self.settings = settings.settings_of(
             args,
             training_args,
             tokens=self.plan.tokens,
             data=fingerprint(sizes),
-            model=model_fingerprint(args.model_name_or_path),
+            model=args.model_revision or settings.model_fingerprint(args.model_name_or_path),
+            **({"data_commits": dict(sorted(data_commits.items()))} if data_commits else {}),
             # A resumed run keeps what it began with: cached features differ from computed ones by rounding.
             cached=self.stored_settings.get("cached", False) if args.cache_vision_features else False,
         )
@@ -202,15 +224,13 @@ class Run:
         args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
         model, train_dataset = trainer.model, trainer.train_dataset
         activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
-        self.facts = {
-            "memory": str(plan),
-            "data": describe_sizes(train_dataset.sizes, len(trainer.eval_dataset)),
-        }
+        data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))
+        self.facts = {"memory": str(plan), "data": data} | self.hub_commits
         details = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
         details |= {"steps": self.steps, "n_parameters": estimate.parameters}
         if is_first():
             print(render_example(train_dataset))
-            print(describe_run(model, args, training_args, self.facts, **details))
+            say(describe_run(model, args, training_args, self.facts, **details))
             print(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
             for warning in questionable_settings(
                 args, training_args, estimate.parameters, train_dataset.sizes, self.steps
@@ -283,22 +303,4 @@ class Run:
         where = "" if self.args.dry_run else f"; the model, its processor and report.html are in {self.output_dir}"
         say(f"{name} {change}{where}")
         if self.args.dry_run:
-            finish_dry_run(trainer, after, lambda: self.load_saved(str(self.output_dir)))
-
-
-def estimate_run(args, training_args: TrainingArguments, sizes: list[Size], choose_trained: Callable) -> Estimate:
-    """What training on examples of these sizes needs, computed from a model without weights."""
-    with blaming("model_name_or_path", args.model_name_or_path), torch.device("meta"):
-        config = Phi3VConfig.from_pretrained(args.model_name_or_path)
-        config._attn_implementation = args.attn_implementation
-        outline = Phi3VForCausalLM(config).to(weights_dtype(training_args, args.use_lora))
-        outline = choose_trained(outline, args)
-    return Estimate(
-        outline,
-        sizes,
-        args.estimate_gpus or training_args.world_size,
-        compute_dtype(training_args).itemsize,
-        training_args.deepspeed,
-        not_quantized(args.quantize_vision) if args.use_qlora else None,
-        on_gpu=args.estimate or torch.accelerator.is_available(),
-    )
+            finish_dry_run(trainer, after, lambda: self.load_saved(find_saved(str(self.output_dir))))

@@ -107,3 +107,26 @@ def finished_run(toy_data, tmp_path_factory):
         return made[mode]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def hub_repositories(tmp_path_factory) -> Path:
+    """Small models and data sets with the Hub's names and layouts. Tests must not change them."""
+    from hub_repositories import write_repositories
+
+    folder = tmp_path_factory.mktemp("hub")
+    write_repositories(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(hub_repositories):
+    """A Hub on this machine that serves `hub_repositories`, without faults and with an empty list of requests.
+
+    Start a process with `env=hub.environment(home)`, where `home` is a new folder. A test that changes a repository
+    copies what it needs to a folder of its own first, and sets `hub.root`.
+    """
+    from loopback_hub import LoopbackHub
+
+    with LoopbackHub(hub_repositories) as server:
+        yield server

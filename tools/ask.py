@@ -11,6 +11,7 @@ question. An empty line or Ctrl-D ends the conversation.
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,16 +21,12 @@ from phi3v import Phi3VProcessor
 from phi3v.data.annotations import check_text
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import encode_conversation
-from phi3v.errors import InputError, exit_on_input_error
+from phi3v.errors import InputError, Parser, exit_on_input_error
+from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import load_adapter
-from phi3v.model.loading import base_and_adapter, load_saved, nf4_config
+from phi3v.model.loading import find_saved, load_saved, nf4_config
 from phi3v.model.processing_phi3v import IMAGE_TAG
 from phi3v.training.hardware import ATTENTION, DTYPES, choose_attention, choose_precision
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -52,11 +49,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--num_crops {args.num_crops}, --max_new_tokens {args.max_new_tokens}: must be at least 1")
     if args.question is not None:
         check_text(args.question, "--question")
-    if not Path(args.folder).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", args.folder):
+    args.folder, args.revision = split_revision(args.folder, "folder")
+    if not Path(args.folder).is_dir() and not is_hub_name(args.folder):
         raise InputError(f"{args.folder} is not a folder: give the model's folder first, then the images")
-    args.adapter = Path(args.folder) if (Path(args.folder) / "adapter_config.json").is_file() else None
-    if args.base and not args.adapter:
-        raise InputError(f"--base {args.base} is only for an adapter, but {args.folder} has no adapter_config.json")
+    check_base(args, Path(args.folder))
     if args.dtype is None and torch.accelerator.is_available():
         old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "fp16" if old else "bf16"
@@ -68,31 +64,40 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_base(args: argparse.Namespace, folder: Path):
+    """Raises InputError if --base is given for a folder that holds no adapter."""
+    if args.base and folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        raise InputError(f"--base {args.base} is only for an adapter, but {args.folder} has no adapter_config.json")
+
+
 def load(args: argparse.Namespace):
     """The processor and the model.
 
     Before the model is loaded, which takes long, all images are read. Raises InputError for what can't be loaded.
     """
     dtype = DTYPES[args.dtype]
-    place = args.base or base_and_adapter(args.folder)[0]
+    hint = "" if args.base else ": give --base"
+    saved = find_saved(args.folder, args.revision, base=args.base, check=partial(check_base, args), base_help=hint)
+    place = saved.base
     try:
-        own = args.folder if (Path(args.folder) / "preprocessor_config.json").is_file() else place
+        own = saved.folder if (saved.folder / "preprocessor_config.json").is_file() else saved.base_folder
         processor = Phi3VProcessor.from_pretrained(own, num_crops=args.num_crops)
         encode(processor, [{"images": args.images, "user": "?", "assistant": ""}])
         model = load_saved(
-            place,
+            saved,
             dtype=dtype,
             attn_implementation=args.attn_implementation,
             quantization=nf4_config(dtype) if args.load_in_4bit else None,
             device=torch.accelerator.current_accelerator(check_available=True) or "cpu",
+            with_adapter=False,
         )
         place = args.folder
-        return processor, (load_adapter(model, args.adapter) if args.adapter else model).eval()
+        return processor, (load_adapter(model, saved.adapter) if saved.adapter else model).eval()
     except InputError:
         raise
     except Exception as e:  # the libraries that read the folder raise errors of many classes
-        hint = ": give --base" if place != args.folder else ""
-        raise InputError(f"{place} can't be loaded ({' '.join(f'{e!r}'.split())[:300]}){hint}") from None
+        hint = hint if place != args.folder else ""
+        raise InputError(f"{place} can't be loaded ({' '.join(f'{e!r}'.split())}){hint}") from None
 
 
 def encode(processor: Phi3VProcessor, turns: list[dict]) -> dict[str, torch.Tensor]:

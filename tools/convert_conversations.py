@@ -31,7 +31,7 @@ from phi3v.data.annotations import read_conversations
 from phi3v.data.formats import Formats
 from phi3v.data.split import groups_of_shared_images, split_by_image
 from phi3v.data.unsupported import is_media_file
-from phi3v.errors import BadExamples, InputError, exit_on_input_error, listing
+from phi3v.errors import BadExamples, InputError, Parser, exit_on_input_error, listing
 from phi3v.files import replacing_folder
 
 ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf)://|data:", re.IGNORECASE)
@@ -109,7 +109,7 @@ def read_examples(args: argparse.Namespace, bad: BadExamples, images: Images) ->
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--source", type=Path, required=True, help=".csv, .tsv, .json or .jsonl")
     parser.add_argument(
         "--images_dir", type=Path, help="folder that the image names are relative to; default: the folder of --source"

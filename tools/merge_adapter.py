@@ -8,21 +8,29 @@ base model as it was before rounding, which is what most users of QLoRA do. With
 rounded base model; then --dtype must be the precision of the run.
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from phi3v import Phi3VProcessor
-from phi3v.errors import InputError, exit_on_input_error
+from phi3v.errors import InputError, Parser, exit_on_input_error
+from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import merge_adapter
-from phi3v.model.loading import base_and_adapter, load_saved, nf4_config
+from phi3v.model.loading import find_saved, load_saved, nf4_config
 from phi3v.training.hardware import DTYPES
 
 
+def check_adapter(name: str, folder: Path, files: tuple[str, ...] = ("adapter_config.json",)):
+    """Raises InputError if one of the files of an adapter is missing in its folder."""
+    for file in files:
+        if not (folder / file).is_file():
+            raise InputError(f"{name} has no {file}: give the output folder of a LoRA run")
+
+
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("adapter", type=Path, help="output folder of a run with --use_lora or --use_qlora")
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("adapter", help="output folder of a run with --use_lora or --use_qlora, or its name on the Hub")
     parser.add_argument("output_dir", type=Path, help="new folder for the merged model and the processor")
     parser.add_argument("--base", help="the base model, if it is not where adapter_config.json says")
     parser.add_argument(
@@ -33,29 +41,32 @@ def main(argv: list[str] | None = None):
         "--quantize_vision", action="store_true", help="give this if the run had it; needs --dequantize"
     )
     args = parser.parse_args(argv)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (args.adapter / name).is_file():
-            raise InputError(f"{args.adapter} has no {name}: give the output folder of a LoRA run")
+    args.adapter, revision = split_revision(args.adapter, "adapter")
+    if not is_hub_name(args.adapter):
+        check_adapter(args.adapter, Path(args.adapter), ("adapter_config.json", "adapter_model.safetensors"))
     if args.quantize_vision and not args.dequantize:
         parser.error("--quantize_vision has no effect without --dequantize")
     if args.output_dir.is_file():
         raise InputError(f"{args.output_dir} is a file")
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise InputError(f"{args.output_dir} is not empty: choose a new folder")
-    base = args.base or base_and_adapter(str(args.adapter))[0]
     quantization = nf4_config(torch.float32, args.quantize_vision) if args.dequantize else None
     # Merging in fp32 rounds only once. With --dequantize the base model is loaded in the precision of the run, because
     # the run rounded it to 4 bits from there.
     dtype = DTYPES[args.dtype] if args.dequantize else torch.float32
+    hint = "" if args.base else ": give --base"
+    check = partial(check_adapter, args.adapter)
+    saved = find_saved(args.adapter, revision, base=args.base, check=check, base_help=hint)
     try:
-        model = load_saved(base, dtype=dtype, quantization=quantization)
+        model = load_saved(saved, dtype=dtype, quantization=quantization, with_adapter=False)
     except OSError as e:
-        raise InputError(f"the base model {base} can't be loaded ({' '.join(str(e).split())}): give --base") from None
-    merged = merge_adapter(model, args.adapter).to(DTYPES[args.dtype])
+        reason = " ".join(str(e).split())
+        raise InputError(f"the base model {saved.base} can't be loaded ({reason}): give --base") from None
+    merged = merge_adapter(model, saved.folder).to(DTYPES[args.dtype])
     merged.save_pretrained(args.output_dir)
-    Phi3VProcessor.from_pretrained(args.adapter).save_pretrained(args.output_dir)
+    Phi3VProcessor.from_pretrained(saved.folder).save_pretrained(args.output_dir)
     n_parameters = sum(p.numel() for p in merged.parameters())
-    print(f"{args.output_dir}: {base} merged with {args.adapter}, {n_parameters:,} parameters")
+    print(f"{args.output_dir}: {saved.base} merged with {args.adapter}, {n_parameters:,} parameters")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ..errors import InputError
 def image_name(image) -> str:
     """The name of an image in messages."""
     if isinstance(image, dict):
-        return image.get("path") or "an image of the table"
+        return image.get("name") or image.get("path") or "an image of the table"
     return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
 
 

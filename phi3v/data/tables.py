@@ -2,50 +2,105 @@
 
 import hashlib
 import os
+import shlex
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..errors import BadExamples, InputError
-from ..ranks import is_first
+from ..hub import fetch_data, missing_parts
+from ..hub_names import data_revision
+from ..ranks import is_first, is_first_of_node
 from .annotations import ROLES, text_problem
 from .images import read_image
 from .unsupported import tag_problem
 
 ROW = "row_in_split"  # a column with the number that a row has in its split
+PLACE = "place_of_row"  # a column with the row's place as messages name it: data set, split, file and row
 TEXTS_ABOUT_IMAGES = {"images": [datasets.Image], "texts": [{"user": str, "assistant": str}]}
 
 
-def load_table(repo: str, config: str | None, split: str, data_dir: str | None, columns: dict) -> datasets.Dataset:
-    """A split of a data set, or a slice of a split ("train[500:]"), with the additional column `ROW`.
+def load_table(
+    repo: str, config: str | None, split: str, data_dir: str | None, columns: dict, revisions: str | None = None
+) -> datasets.Dataset:
+    """A split of a data set, or a slice of a split ("train[500:]"), with the additional columns `ROW` and `PLACE`.
 
     repo, config: the data set's repository on the Hub, and the name of its configuration.
     data_dir: a local folder to read instead of the Hub. It holds a folder with the repository's own name, laid out like
         a snapshot of the repository.
     columns: the columns that the table must have, with their types, such as `TEXTS_ABOUT_IMAGES`.
+    revisions: --data_revision.
     Raises InputError if the split can't be loaded, lacks a column, has it with another type, or is empty.
     """
     source = repo if data_dir is None else Path(data_dir) / repo.split("/")[1]
-    where = f"{source}{f' ({config})' if config else ''}"
+    where, name = f"{source}{f' ({config})' if config else ''}", split.split("[")[0]
     if data_dir is not None and not source.is_dir():
         raise InputError(f"--data_dir {data_dir} holds no folder {source.name}, a copy of {repo}")
-    cache_dir = None if data_dir is None else _cache_dir(source)
+    folder = fetch_data(repo, config, data_revision(repo, revisions)) if data_dir is None else source
+    files = sorted((folder / (config or "data")).glob(f"{name}-*.parquet"))
+    if missing := missing_parts(files):
+        raise InputError(f"{where}, split {name}: {folder} lacks {_some(missing)}: copy all files of the data set")
+    # Without data_files, `datasets` wants the files of the first configuration that the README lists, whichever it is.
+    data_files = {name: [str(path.relative_to(folder)) for path in files]} if files else None
+    cache_dir = _cache_dir(folder, files)
     try:
-        name = split.split("[")[0]
-        table = datasets.load_dataset(str(source), config, split=name, cache_dir=cache_dir)
+        table = datasets.load_dataset(str(folder), config, split=name, data_files=data_files, cache_dir=cache_dir)
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(table)})
         rows = range(len(table))[part.from_ : part.to]
     except Exception as e:  # the many things that can go wrong here share no other class
-        raise InputError(f"{where}, split {split}, can't be loaded: {' '.join(str(e).split())[:300]}") from None
-    for name, wanted in columns.items():
-        if name not in table.column_names:
-            raise InputError(f"{where} has no column {name!r}, only {', '.join(table.column_names)}")
-        if not _fits(table.features[name], wanted):
-            raise InputError(f"{where}: column {name!r} is {table.features[name]}, must be {wanted}")
+        reason = _damage(files, data_dir is None) or _reason(e)
+        raise InputError(f"{where}, split {split}, can't be loaded: {reason}") from None
+    for column, wanted in columns.items():
+        if column not in table.column_names:
+            raise InputError(f"{where} has no column {column!r}, only {', '.join(table.column_names)}")
+        if not _fits(table.features[column], wanted):
+            raise InputError(f"{where}: column {column!r} is {table.features[column]}, must be {wanted}")
     if len(rows) == 0:
         raise InputError(f"{where}, split {split}, is empty: it has {len(table)} rows")
-    return table.select(rows).add_column(ROW, list(rows))
+    places = _places(f"{where}, {name}", files, len(table))[rows.start : rows.stop]
+    return table.select(rows).add_column(ROW, list(rows)).add_column(PLACE, places)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more files" if len(names) > 10 else "")
+
+
+def _reason(error: Exception) -> str:
+    """What an exception and its cause say. `datasets` often has the reason only in the cause."""
+    cause = error.__cause__
+    texts = [" ".join(str(e).split()) or type(e).__name__ for e in (error, cause) if e]
+    return ": ".join(text.rstrip(".") for text in dict.fromkeys(texts))
+
+
+def _places(where: str, files: list[Path], n_rows: int) -> list[str]:
+    """For each row of a split, how messages name it."""
+    counts = [pq.read_metadata(path).num_rows for path in files]
+    if sum(counts) != n_rows:  # files of another kind, or in another order
+        return [f"{where} row {i}" for i in range(n_rows)]
+    in_files = ((path.name, k) for path, count in zip(files, counts, strict=True) for k in range(count))
+    return [f"{where} row {i} (row {k} of {name})" for i, (name, k) in enumerate(in_files)]
+
+
+def _damage(files: list[Path], in_hub_cache: bool) -> str | None:
+    """Which of the parquet files is damaged, from which row on, and what to do; None if all can be read."""
+    for path in files:
+        row = 0
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=1):
+                    row += len(batch)
+        except (OSError, pa.ArrowException, ValueError) as e:
+            name, reason = f"{path.parent.name}/{path.name}", " ".join(str(e).split())
+            help = "copy the file again"
+            if in_hub_cache:
+                help = f"run `rm {shlex.quote(os.path.realpath(path))}` and start again, and it is downloaded anew"
+            return f"{name} is damaged at its row {row} ({reason}): {help}"
+    return None
 
 
 def _fits(feature, wanted) -> bool:
@@ -60,16 +115,41 @@ def _fits(feature, wanted) -> bool:
 
 
 def undecoded(table: datasets.Dataset, index: int) -> dict:
-    """A row whose images are still `{"bytes", "path"}`. `open_image` opens them, whose errors name the image."""
-    return table.with_format("arrow")[index : index + 1].to_pylist()[0]
+    """A row whose images are still `{"bytes", "path"}`. `open_image` opens them, whose errors name the image by the
+    additional key `name`."""
+    row = table.with_format("arrow")[index : index + 1].to_pylist()[0]
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image) and isinstance(row[column], dict):
+            row[column]["name"] = f"{row[PLACE]}: its image"
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            for number, image in enumerate(row[column] or [], 1):
+                if isinstance(image, dict):
+                    image["name"] = f"{row[PLACE]}: its image {number}"
+    return row
 
 
-def _cache_dir(folder: Path) -> str:
-    """A cache folder for these files alone. In its usual cache, `datasets` would not notice that a file has changed,
-    and would keep returning the old content."""
-    files = [(str(path.relative_to(folder)), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"local-{hashlib.sha1(content.encode()).hexdigest()}")
+def _cache_dir(folder: Path, files: list[Path]) -> str:
+    """A cache folder for these files alone, or for all files in a folder if none are given. In its usual cache,
+    `datasets` would not notice that a file has changed, and would keep returning the old content."""
+    files = files or [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    states = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in states])
+    return str(_writable_cache() / f"local-{hashlib.sha1(content.encode()).hexdigest()}")
+
+
+@cache
+def _writable_cache() -> Path:
+    """The folder in which `datasets` keeps tables; a temporary one if that can't be written to."""
+    wanted = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=wanted).close()
+        return wanted
+    except OSError:
+        other = Path(tempfile.gettempdir()) / f"datasets-of-{os.getuid()}"
+        if is_first_of_node():
+            print(f"{wanted} can't be written to: tables are kept in {other}; HF_DATASETS_CACHE chooses another folder")
+        return other
 
 
 def without_seen_images(
@@ -105,7 +185,7 @@ def _hashes(table: datasets.Dataset, skip: bool):
             hashes.append([])
             for image in row[column] if isinstance(row[column], list) else [row[column]]:
                 try:
-                    rgb = read_image(image, f"row {row[ROW]}: its image")
+                    rgb = read_image(image, f"{row[PLACE]}: its image")
                 except InputError:
                     if skip:
                         continue
@@ -113,13 +193,13 @@ def _hashes(table: datasets.Dataset, skip: bool):
                 hashes[-1].append(hashlib.sha1(repr(rgb.size).encode() + rgb.tobytes()).hexdigest())
         return {"hashes": hashes}
 
-    pixels = table.select_columns([column, ROW]).with_format("arrow")
+    pixels = table.select_columns([column, PLACE]).with_format("arrow")
     hashed = pixels.map(
         digest,
         batched=True,
         batch_size=32,
         num_proc=min(8, len(os.sched_getaffinity(0))) if len(table) > 5000 else None,
-        remove_columns=[column, ROW],
+        remove_columns=[column, PLACE],
         desc="hashing images",
     )
     return hashed.with_format(None)["hashes"]

@@ -1,5 +1,7 @@
 """Loads a saved model or adapter, in 4 bits or not, and refuses a model that lacks weights."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -7,6 +9,8 @@ from transformers import BitsAndBytesConfig
 
 from ..errors import InputError
 from ..files import read_json
+from ..hub import fetch_model
+from ..hub_names import is_hub_name, split_revision
 from .adapters import load_adapter
 from .modeling_phi3v import Phi3VForCausalLM
 
@@ -42,40 +46,104 @@ def check_complete(loading_info: dict, name: str):
         raise InputError(f"{name} lacks the weights {', '.join(missing[:3])}{more}: is it a whole Phi-3.5-vision?")
 
 
-def base_and_adapter(name: str) -> tuple[str, Path | None]:
-    """(base model, folder of the adapter) if `name` is a folder with an adapter; (name, None) for anything else.
+def base_and_adapter(name: str | Path) -> tuple[str, str | None, Path | None]:
+    """(base model, its revision, folder of the adapter) if `name` is a folder with an adapter; (name, None, None) for
+    anything else.
 
     Raises InputError if the adapter does not name its base.
     """
     config = Path(name) / "adapter_config.json"
     if not config.is_file():
-        return name, None
+        return str(name), None, None
     try:
-        base = read_json(config)["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
+        content = read_json(config)
+        base, revision = content["base_model_name_or_path"], content.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        base = revision = None
     if not isinstance(base, str):
         raise InputError(f"{config} does not name a base_model_name_or_path")
-    return base, Path(name)
+    return base, revision if isinstance(revision, str) else None, Path(name)
+
+
+def refuse_adapter(name: str, folder: Path):
+    """Raises InputError if a folder, which --model_name_or_path names, holds an adapter."""
+    base, _, adapter = base_and_adapter(folder)
+    if adapter:
+        raise InputError(
+            f"--model_name_or_path {name} holds an adapter: give its base {base}, or merge them with "
+            "tools/merge_adapter.py, or --evaluate_only"
+        )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved model, or an adapter and its base, on this machine.
+
+    folder: of the model or the adapter; adapter: the same for an adapter, None for a model.
+    base: name of the whole model; base_folder: where it lies.
+    commits: of the repositories on the Hub that these are from, by name.
+    """
+
+    folder: Path
+    adapter: Path | None
+    base: str
+    base_folder: Path
+    commits: dict[str, str]
+
+
+def find_saved(
+    name: str,
+    revision: str | None = None,
+    *,
+    base: str | None = None,
+    weights: bool = True,
+    check: Callable[[Path], None] | None = None,
+    base_help: str = "",
+) -> Saved:
+    """Finds a model, or an adapter and its base, in local folders or in the Hub's cache, to which it fetches them.
+
+    name: a folder, or a repository on the Hub; revision: of that repository.
+    base: the adapter's base, if it is not the one that the adapter names: a folder, or owner/name or
+        owner/name@revision. The base that it names is loaded at the commit with which the adapter was trained.
+    weights: whether weights are fetched too. check: called with the folder of `name` before its weights are fetched.
+    Raises InputError if something can't be fetched, which for a base ends in `base_help`, and if an adapter does not
+    name its base.
+    """
+    folder = fetch_model(name, weights, revision, check)
+    commits = {name: folder.name} if is_hub_name(name) else {}
+    named_base, base_revision, adapter = base_and_adapter(folder)
+    if adapter is None:
+        return Saved(folder, None, name, folder, commits)
+    if base:
+        named_base, base_revision = split_revision(base, "base")
+    elif not is_hub_name(named_base):
+        base_revision = None
+    try:
+        base_folder = fetch_model(named_base, weights, base_revision)
+    except InputError as e:
+        raise InputError(f"{e}{base_help}") from None
+    if is_hub_name(named_base):
+        commits[named_base] = base_folder.name
+    return Saved(folder, adapter, named_base, base_folder, commits)
 
 
 def load_saved(
-    name: str,
+    saved: Saved,
     *,
     dtype: torch.dtype,
     attn_implementation: str | None = None,
     quantization: BitsAndBytesConfig | None = None,
     device: torch.device | str | None = None,
+    with_adapter: bool = True,
 ):
     """Loads what a run has saved: a Phi3VForCausalLM, or a PeftModel that wraps the base of a saved adapter.
 
-    name: a folder, or a repository on the Hub.
+    with_adapter: without it, loads the base alone.
     device: where the weights are loaded to. `quantization` needs it.
     Raises InputError if weights are missing, and whatever `from_pretrained` raises.
     """
-    source, adapter = base_and_adapter(name)
     model, loading_info = Phi3VForCausalLM.from_pretrained(
-        source,
+        saved.base_folder,
         use_safetensors=True,  # never unpickles
         output_loading_info=True,
         dtype=dtype,
@@ -83,5 +151,5 @@ def load_saved(
         quantization_config=quantization,
         device_map=None if device is None else {"": device},
     )
-    check_complete(loading_info, source)
-    return load_adapter(model, adapter) if adapter else model
+    check_complete(loading_info, saved.base)
+    return load_adapter(model, saved.adapter) if saved.adapter and with_adapter else model

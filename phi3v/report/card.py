@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..files import write_text
-from .secrets import masked_command
+from ..secrets import masked_command, without_secrets
 from .statistics import result_of
 from .summary import describe_mode, versions
 from .templates import environment
@@ -16,15 +16,17 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
     """Writes `README.md` beside the model: base model, data, settings, metric, and how to load the model.
 
     args: the recipe's flags; training_args: the run's TrainingArguments.
-    about: "data" as `describe_sizes` returns it, "epochs" and "steps" as they were trained.
+    about: "data" as `describe_sizes` returns it, "epochs" and "steps" as they were trained; "commits", if there are
+        any, of the model and the data on the Hub, by repository.
     before, after: contents of `eval_before.json`, None if there is none, and of `eval_after.json`.
     precision: "bf16", "fp16" or "fp32".
     """
     folder, script = Path(training_args.output_dir), Path(sys.argv[0]).name
     task = Path(sys.argv[0]).stem.removeprefix("finetune_hf_trainer_")
-    name = args.model_name_or_path
+    name, commits = args.model_name_or_path, about.get("commits", {})
     metadata = ModelCardData(
         base_model=name if not Path(name).exists() else None,
+        datasets=[repository for repository in commits if repository != name] or None,
         library_name="peft" if args.use_lora else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["phi3_v", "lora" if args.use_lora else "full-fine-tuning"],
@@ -40,6 +42,7 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         ],
     )
     facts = {
+        **{f"commit of {repository}": commit for repository, commit in commits.items()},
         **about["data"],
         "epochs": about["epochs"],
         "steps": about["steps"],
@@ -61,6 +64,7 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         metadata=metadata.to_yaml(),
         title=f"Phi-3.5-vision, {task}",
         base=name,
+        revision=commits.get(name),
         mode=describe_mode(args),
         script=script,
         metric=after["metric"],
@@ -75,4 +79,4 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         has_before=before is not None,
         separators=args.train_separators,
     )
-    write_text(folder / "README.md", text)
+    write_text(folder / "README.md", without_secrets(text))

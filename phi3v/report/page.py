@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ..files import replacing
+from ..secrets import SECRET, masked_command, masked_rows
 from .charts import CHART_AREA, charts_of
-from .secrets import SECRET, masked_command, masked_rows
 from .statistics import RIGHT_SCORE, paired_change, paired_rows, result_of
 from .summary import versions
 from .templates import environment

@@ -7,11 +7,13 @@ checkpoint lacks means the default that it had then.
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from accelerate.utils import gather_object
 
 from ..errors import InputError
+from ..secrets import without_secrets_in
 
 # Flags that may differ between the processes of one run.
 MAY_DIFFER_BETWEEN_RANKS = {
@@ -37,6 +39,8 @@ NEUTRAL = {
     "estimate_gpus",
     "check_data",
     "resume_anyway",
+    "model_revision",  # the commit that it stands for is compared, as "model"
+    "data_revision",  # likewise, as "data_commits"
     "resume_from_checkpoint",
     "no_tqdm",
     "no_eval_before",
@@ -139,7 +143,7 @@ def with_defaults(stored: dict, now: dict, args, training_args) -> dict:
 
 def _as_json(values: dict) -> dict:
     values = {name: value for name, value in values.items() if name not in NEUTRAL and "token" not in name.split("_")}
-    return json.loads(json.dumps(values, default=str, sort_keys=True))
+    return without_secrets_in(json.loads(json.dumps(values, default=str, sort_keys=True)))
 
 
 def model_fingerprint(name: str) -> str | None:
@@ -161,12 +165,23 @@ def check_settings(stored: dict, now: dict, source: Path, anyway: bool):
 
     stored: the settings in `source`, a checkpoint or a finished run; now: those of this run.
     """
+    stored = without_secrets_in(stored)  # versions that wrote secrets into checkpoints are still resumed from
+    # Earlier versions recorded no commits, and a local copy of the data has none; "data" compares its content.
+    if stored.get("model") is None:
+        now = now | {"model": stored.get("model")}
+    if not (stored.get("data_commits") and now.get("data_commits")):
+        stored, now = ({k: v for k, v in s.items() if k != "data_commits"} for s in (stored, now))
     names = [name for name in sorted(stored.keys() | now.keys()) if stored.get(name) != now.get(name)]
     structural = [name for name in names if name in STRUCTURAL]
     if not names or anyway and not structural:
         return
     lines = [f"{source} was written with other settings:"]
     lines += [f"  {name}: {short_json(stored.get(name))} then, {short_json(now.get(name))} now" for name in names]
+    if re.fullmatch("[0-9a-f]{40}", str(stored.get("model"))) and "model" in names:
+        lines.append(f"  --model_revision {stored['model']} trains from the former commit of the model")
+    if "data_commits" in names:
+        former = ",".join(f"{repo}@{commit}" for repo, commit in stored["data_commits"].items())
+        lines.append(f"  --data_revision {former} trains on the former commit of the data")
     if structural:
         ways = "; ".join(dict.fromkeys(STRUCTURAL[name] for name in structural))
         lines.append(f"to resume from it, {ways}; or train anew from its weights, in another --output_dir")
@@ -177,7 +192,7 @@ def check_settings(stored: dict, now: dict, source: Path, anyway: bool):
 
 def check_flags_equal_on_all_ranks(args, training_args):
     """Raises InputError if processes were started with different flags: they would wait for one another for ever."""
-    flags = json.loads(json.dumps(training_args.to_dict() | vars(args), default=str))
+    flags = without_secrets_in(json.loads(json.dumps(training_args.to_dict() | vars(args), default=str)))
     first, *others = gather_object([{k: v for k, v in flags.items() if k not in MAY_DIFFER_BETWEEN_RANKS}])
     for rank, other in enumerate(others, 1):
         if names := [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]:
@@ -185,6 +200,18 @@ def check_flags_equal_on_all_ranks(args, training_args):
                 f"{name}: {short_json(first.get(name))}, {short_json(other.get(name))}" for name in names
             )
             raise InputError(f"processes 0 and {rank} were started with different flags: {differences}")
+
+
+def check_commits_equal_on_all_ranks(commits: dict[str, str]):
+    """Raises InputError if the nodes' caches hold different commits of a repository. commits: by repository."""
+    first, *others = gather_object([commits])
+    for rank, other in enumerate(others, 1):
+        if different := [name for name in first if other.get(name) != first[name]]:
+            found = "; ".join(f"{name}: {first[name]}, {other.get(name)}" for name in different)
+            raise InputError(
+                f"processes 0 and {rank} read different commits from the caches of their nodes: {found}; give "
+                "--model_revision or --data_revision"
+            )
 
 
 def micro_batch_tokens(asked: int | str | None, checkpoint: Path | None, stored: dict) -> int | str | None:

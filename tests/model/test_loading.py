@@ -1,5 +1,6 @@
 """Loading refuses a base model that lacks weights or has only pickled ones, and finds the base of an adapter."""
 
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from helpers import CHECKPOINT, RESUMABLE_MODES, train_losses, train_resumable
 from safetensors.torch import load_file, save_file
 
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.errors import InputError
 from phi3v.model import loading
 
@@ -41,6 +43,30 @@ def test_pickled_weights_are_not_loaded(toy_data, tmp_path):
         train_resumable(toy_data, tmp_path / "a", *RESUMABLE_MODES["full"], "--model_name_or_path", folder)
 
 
+@pytest.mark.parametrize("name", ["Phi-3.5-vision-instruct", "Phi-3-vision-128k-instruct"])
+def test_both_published_checkpoints_train_and_keep_their_config(name, hub_repositories, toy_data, tmp_path):
+    source = hub_repositories / "models" / "microsoft" / name
+    flags = [*RESUMABLE_MODES["full"], "--model_name_or_path", source, "--max_steps", "1"]
+    trainer = train_resumable(toy_data, tmp_path, *flags)
+    assert type(trainer.model) is Phi3VForCausalLM and trainer.state.global_step == 1
+    # Phi-3-vision's repository has no processor_config.json, and 16 crops in its preprocessor_config.json.
+    assert Phi3VProcessor.from_pretrained(source).image_processor.num_crops == (4 if "3.5" in name else 16)
+    config, saved = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path))
+    own = {
+        "_name_or_path",
+        "_attn_implementation",
+        "auto_map",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "vision_config",
+    }
+    for key in config.keys() - own:
+        assert saved[key] == config[key], key
+    names = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"].keys()
+    assert load_file(tmp_path / "model.safetensors").keys() == names
+
+
 def test_weights_that_are_missing_are_named():
     loading.check_complete({"missing_keys": []}, "folder")
     with pytest.raises(InputError, match="^folder lacks the weights a, b, c and 2 more: "):
@@ -48,11 +74,13 @@ def test_weights_that_are_missing_are_named():
 
 
 def test_the_base_of_an_adapter_is_the_one_that_it_names(tmp_path):
-    assert loading.base_and_adapter("someone/model") == ("someone/model", None)
-    assert loading.base_and_adapter(str(tmp_path)) == (str(tmp_path), None)
+    assert loading.base_and_adapter("someone/model") == ("someone/model", None, None)
+    assert loading.base_and_adapter(str(tmp_path)) == (str(tmp_path), None, None)
     config = tmp_path / "adapter_config.json"
     config.write_text('{"base_model_name_or_path": "someone/base"}')
-    assert loading.base_and_adapter(str(tmp_path)) == ("someone/base", tmp_path)
+    assert loading.base_and_adapter(tmp_path) == ("someone/base", None, tmp_path)
+    config.write_text('{"base_model_name_or_path": "someone/base", "revision": "abc"}')
+    assert loading.base_and_adapter(tmp_path) == ("someone/base", "abc", tmp_path)
     for content in ("{}", "[]", "{", '{"base_model_name_or_path": null}'):
         config.write_text(content)
         with pytest.raises(InputError, match="does not name a base_model_name_or_path"):

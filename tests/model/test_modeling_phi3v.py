@@ -90,10 +90,16 @@ def test_rotary_at_real_size():
         torch.testing.assert_close(sin[0][rows], torch.tensor(saved[f"sin_{length}"])[0], rtol=0, atol=2e-5)
 
 
-def test_real_size_names_and_shapes():
+# Where config.json of Phi-3-vision-128k-instruct differs from that of Phi-3.5-vision-instruct.
+OLDER = {"rope_scaling": {"type": "su", "short_factor": [1.05] * 48, "long_factor": [1.03] * 47 + [64.0]}}
+OLDER |= {"sliding_window": 131072, "_name_or_path": "Phi-3-vision-128k-instruct"}
+
+
+@pytest.mark.parametrize("own", [{}, OLDER], ids=["Phi-3.5-vision-instruct", "Phi-3-vision-128k-instruct"])
+def test_real_size_names_and_shapes(own):
     hub = json.loads((GOLDEN / "hub_tensor_shapes.json").read_text())
     with torch.device("meta"):
-        model = Phi3VForCausalLM(Phi3VConfig(pad_token_id=32000))
+        model = Phi3VForCausalLM(Phi3VConfig(pad_token_id=32000, **own))
     assert {name: list(t.shape) for name, t in model.state_dict().items()} == hub
     assert len(hub) == 592
     assert sum(p.numel() for p in model.parameters()) == 4_146_621_440

@@ -484,6 +484,9 @@ def test_sources_of_another_layout(files, message, tmp_path, capfd):
         (["--num_workers", "-1"], "-1 is not a positive whole number"),
         (["--source", "nowhere"], "--source nowhere does not exist"),
         (["--frames", "4"], "unrecognized arguments: --frames 4"),
+        (["--source", "tests", "--data_revision", "v1"], "--data_revision v1 is for data on the Hub, and contradicts"),
+        (["--token", "s3cret"], "unrecognized arguments: --token ••• (see --help)"),
+        (["--source", "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"], "--source ••• does not exist"),
     ],
 )
 def test_wrong_flags(flags, message, tmp_path, capfd):
@@ -498,7 +501,9 @@ def test_the_default_source_is_the_archive_on_the_hub(source, tmp_path, monkeypa
 
     archive = pack(source, tmp_path / "hub.tar.gz")
     wanted = {("sayakpaul/ucf101-subset", "UCF101_subset.tar.gz", "dataset"): str(archive)}
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, repo_type: wanted[repo, file, repo_type])
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, file, repo_type, revision: wanted[repo, file, repo_type]
+    )
     assert convert("--out_dir", tmp_path / "out") == 0
     assert len((tmp_path / "out" / "ucf101_train.jsonl").read_text().splitlines()) == 6
 
@@ -511,4 +516,5 @@ def test_a_failed_download_names_the_way_out(tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     assert convert_ucf101.main(["--out_dir", str(tmp_path / "out")]) == 2
-    assert "can't be downloaded (no route to host): pass a local copy with --source" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "can't be downloaded (no route to host): " in error and "pass the file with --source" in error

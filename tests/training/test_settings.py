@@ -64,6 +64,15 @@ def test_a_base_that_has_changed_under_its_name_is_noticed(toy_data, finished_ru
         train_resumable(toy_data, tmp_path / "out", *flags, "--max_steps", "4", "--resume_from_checkpoint", "auto")
 
 
+def test_nodes_that_read_different_commits_are_named(monkeypatch):
+    monkeypatch.setattr(settings, "gather_object", lambda own: [*own, *own, {"a/b": "222", "c/d": "333"}])
+    settings.check_commits_equal_on_all_ranks({})
+    with pytest.raises(
+        InputError, match="processes 0 and 2 read different commits .*: a/b: 111, 222; give --model_rev"
+    ):
+        settings.check_commits_equal_on_all_ranks({"a/b": "111", "c/d": "333"})
+
+
 def test_settings_that_do_not_affect_the_result_may_differ(toy_data, finished_run, tmp_path):
     out = tmp_path / "out"
     copy_up_to_checkpoint(finished_run("full"), out, 8)
