@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -18,7 +17,6 @@ from .console import quiet_console, say
 from .data.check import check_data
 from .data.conversations import ConversationDataset
 from .data.preview import render_example
-from .data.sampler import StepSampler, sampler_for
 from .data.sizes import all_sizes, fingerprint
 from .errors import BadExamples, blaming, listing
 from .files import write_json
@@ -36,6 +34,7 @@ from .training.hardware import compute_dtype, device_memory, peak_flops, precisi
 from .training.meter import Meter
 from .training.outline import estimate_run
 from .training.output_folder import FINISHED, check_same_folder, is_finished, prepare_output
+from .training.steps import plan_steps
 from .training.stopping import Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
 
@@ -184,7 +183,7 @@ class Run:
             return None
         model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
         prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes)
-        self.steps, self.sampler = self._plan_steps(train_dataset)
+        self.steps, self.sampler = plan_steps(args, training_args, train_dataset, self.plan.tokens)
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
         self.meter = Meter(self.estimate.costs[self.plan.checkpointing], self.peak_flops)
         self.training_args = replace(
@@ -193,26 +192,6 @@ class Run:
             activation_checkpointing=activation_checkpointing.flag_for_trainer(self.plan.checkpointing),
         )
         return self.training_args
-
-    def _plan_steps(self, train_dataset: ConversationDataset) -> tuple[int, StepSampler]:
-        """The number of optimizer steps of the whole training, and this rank's micro-batches of each."""
-        args, training_args, sizes = self.args, self.training_args, train_dataset.sizes
-        steps_per_epoch = math.ceil(len(sizes) / args.batch_size)
-        steps = training_args.max_steps
-        if steps <= 0:
-            steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
-        return steps, sampler_for(
-            train_dataset,
-            sizes,
-            args.batch_size,
-            examples_per_gpu=args.batch_size_per_gpu,
-            max_tokens=self.plan.tokens,
-            share_images=args.share_images,
-            seed=training_args.seed,
-            epochs=math.ceil(steps / steps_per_epoch),
-            rank=training_args.process_index,
-            world_size=training_args.world_size,
-        )
 
     @property
     def shares_images(self) -> bool:
