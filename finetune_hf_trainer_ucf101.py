@@ -196,7 +196,8 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         train, held_out = load_data(args)
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
-        processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
+        more = {"num_crops": args.num_crops, "exif_rotate": args.exif_rotate}
+        processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, **more)
     if args.check_data:
         return run.check_data(train, held_out, processor)
     eval_dataset = run.dataset(held_out, processor, for_generation=True)

@@ -44,6 +44,12 @@ class RunArguments:
     check_data: bool = HfArg(
         default=False, help="decode every image, print a summary of the data, and end without training"
     )
+    exif_rotate: bool | None = HfArg(
+        default=None,
+        help="turn photos upright as their EXIF data say, in training and wherever the result is used; default: as the "
+        "model's processor says, and the official one uses the stored pixels",
+        metadata={"nargs": "?", "const": True},  # so that the flag needs no value
+    )
     attn_implementation: str | None = HfArg(
         default=None, help="flash_attention_2, sdpa or eager; default: the best that is installed and the GPU can run"
     )

@@ -26,6 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from phi3v.data.annotations import read_conversations, text_problem
+from phi3v.data.images import save_upright
 from phi3v.errors import InputError, exit_on_input_error
 from phi3v.files import replacing_folder
 
@@ -116,8 +117,11 @@ def turns(where: str, messages: list[tuple], images: list) -> list[dict]:
     return made
 
 
-def link_image(name, images_dir: Path, target: Path, where: str) -> str:
-    """Links or copies an image into the folder `target` and returns its name there."""
+def link_image(name, images_dir: Path, target: Path, where: str, turned: list | None = None) -> str:
+    """Links or copies an image into the folder `target` and returns its name there.
+
+    turned: if it is a list, images that EXIF says to turn are written upright, and their names are added to it.
+    """
     if not isinstance(name, str) or not name:
         raise InputError(f"{where}: image is {name!r:.80}, must be a file name")
     source = (images_dir / name).resolve()
@@ -127,6 +131,9 @@ def link_image(name, images_dir: Path, target: Path, where: str) -> str:
     copy = target / name
     copy.parent.mkdir(parents=True, exist_ok=True)
     if not copy.exists():
+        if turned is not None and save_upright(source, copy):
+            turned.append(name)
+            return name
         try:
             os.link(source, copy)
         except OSError:  # a link to another disk is not possible
@@ -144,6 +151,11 @@ def main(argv: list[str] | None = None):
     parser.add_argument(
         "--val_share", type=float, default=0.1, help="fraction of the examples for evaluation (default: %(default)s)"
     )
+    parser.add_argument(
+        "--exif_rotate",
+        action="store_true",
+        help="write photos upright that their EXIF data say to turn; a JPEG among them is compressed once more",
+    )
     args = parser.parse_args(argv)
     if not args.source.is_file():
         raise InputError(f"--source {args.source} does not exist")
@@ -154,13 +166,14 @@ def main(argv: list[str] | None = None):
     images_dir = args.images_dir or args.source.parent
     is_table = args.source.suffix in (".csv", ".tsv")
     lines, every = {"train": [], "val": []}, max(2, round(1 / args.val_share))
+    turned = [] if args.exif_rotate else None
     rows = (rows_of_table if is_table else rows_of_json)(args.source)
     try:
         with replacing_folder(args.out_dir) as partial:
             for number, (where, conversation) in enumerate(tqdm(rows, desc="converting", unit="example")):
                 for turn in conversation:
                     turn["images"] = [
-                        link_image(name, images_dir, partial / "images", where) for name in turn["images"]
+                        link_image(name, images_dir, partial / "images", where, turned) for name in turn["images"]
                     ]
                     for role in ("user", "assistant"):
                         if problem := text_problem(turn[role]):
@@ -178,6 +191,8 @@ def main(argv: list[str] | None = None):
                 read_conversations(path, partial / "images")
     except UnicodeDecodeError as e:
         raise InputError(f"{args.source} is not UTF-8 ({e.reason} at byte {e.start + 1}): save it as UTF-8") from None
+    if turned:
+        print(f"{len(turned):,} images were turned upright, as their EXIF data say")
     print(f"{args.out_dir}: {len(lines['train'])} training and {len(lines['val'])} evaluation examples")
 
 

@@ -37,11 +37,18 @@ class Phi3VProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, num_crops: int | None = None, **kwargs):
-        """Loads from a folder or the Hub. `num_crops` replaces the saved maximum of sub-crops per image."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, num_crops: int | None = None, exif_rotate: bool | None = None, **kwargs
+    ):
+        """Loads from a folder or the Hub.
+
+        num_crops, exif_rotate: replace what is saved, the maximum of sub-crops per image and whether images are turned
+            upright as their EXIF data say.
+        """
         image_processor = Phi3VImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if num_crops is not None:
-            image_processor = Phi3VImageProcessor(**{**image_processor.to_dict(), "num_crops": num_crops})
+        given = {"num_crops": num_crops, "exif_rotate": exif_rotate}
+        if given := {name: value for name, value in given.items() if value is not None}:
+            image_processor = Phi3VImageProcessor(**{**image_processor.to_dict(), **given})
         # In transformers 5, the tokenizer class that the Hub's files name drops the space token after special tokens.
         # The plain fast tokenizer follows tokenizer.json, and gives the ids with which the model was trained.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)

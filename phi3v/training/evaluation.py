@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from .. import ranks
 from ..data.collate import Collator
 from ..data.conversations import ConversationDataset
+from ..data.images import as_seen
 from ..data.sizes import all_sizes
 from ..files import write_json
 from ..model.modeling_phi3v import Phi3VForCausalLM
@@ -147,7 +148,9 @@ class Evaluation:
     def example(self, i: int) -> dict:
         """The images and the question of an example, as `write_html_report` takes them."""
         turns = self.dataset.conversations[i]["conversations"]
-        return {"images": [image for turn in turns for image in turn["images"]], "question": turns[-1]["user"]}
+        exif_rotate = self.dataset.processor.image_processor.exif_rotate
+        images = [as_seen(image, exif_rotate) for turn in turns for image in turn["images"]]
+        return {"images": images, "question": turns[-1]["user"]}
 
 
 def write_evaluation(path: Path, report: dict):
