@@ -4,12 +4,12 @@ import hashlib
 import json
 
 import bad_inputs
-import finetune_hf_trainer_ucf101 as script
 import numpy as np
 import pytest
 from helpers import CHECKPOINT, SHORT, arguments
 from PIL import ExifTags, Image
 
+import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import ConversationDataset
