@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         train, held_out = load_data(args, run.bad_examples)
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
-        processor = Phi3VProcessor.from_pretrained(run.saved.folder, num_crops=args.num_crops)
+        processor = Phi3VProcessor.from_pretrained(run.saved.folder, args.num_crops, args.exif_rotate)
     if args.check_data:
         return run.check_data(train, held_out, processor)
     eval_dataset = run.dataset(held_out, processor, for_generation=True)

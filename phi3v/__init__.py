@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoVideoProcessor,
 )
 
 from .model.configuration_phi3v import Phi3VConfig
@@ -20,5 +21,7 @@ AutoImageProcessor.register(
     Phi3VConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), Phi3VImageProcessor)
 )
 AutoProcessor.register(Phi3VConfig, Phi3VProcessor)
+# There is none. Without this line `pipeline` would look for one on the Hub, and ask whether to run code from there.
+AutoVideoProcessor.register(Phi3VConfig, video_processor_classes={})
 
 __all__ = ["Phi3VConfig", "Phi3VForCausalLM", "Phi3VImageProcessor", "Phi3VProcessor"]

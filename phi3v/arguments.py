@@ -50,6 +50,12 @@ class RunArguments:
     check_data: bool = HfArg(
         default=False, help="decode every image, print a summary of the data, and end without training"
     )
+    exif_rotate: bool | None = HfArg(
+        default=None,
+        help="turn photos upright as their EXIF data say, in training and wherever the result is used; default: as the "
+        "model's processor says, and the official one uses the stored pixels",
+        metadata={"nargs": "?", "const": True},  # so that the flag needs no value
+    )
     model_revision: str | None = HfArg(
         default=None,
         help="branch, tag or commit of the model on the Hub; --model_name_or_path OWNER/NAME@REVISION says the same",

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from phi3v.data.annotations import read_conversations
 from phi3v.data.formats import Formats
+from phi3v.data.images import save_upright
 from phi3v.data.split import groups_of_shared_images, split_by_image
 from phi3v.data.unsupported import is_media_file
 from phi3v.errors import BadExamples, InputError, Parser, exit_on_input_error, listing
@@ -85,12 +86,16 @@ def _below(folder: str, path: str) -> str | None:
     return os.path.relpath(path, folder) if os.path.commonpath([folder, path]) == folder != path else None
 
 
-def link_image(file: str, copy: Path):
+def place_image(file: str, copy: Path, exif_rotate: bool) -> bool:
+    """Links or copies an image; with `exif_rotate`, writes an upright copy if EXIF says to turn it, and returns True."""
     copy.parent.mkdir(parents=True, exist_ok=True)
+    if exif_rotate and save_upright(file, copy):
+        return True
     try:
         os.link(file, copy)
     except OSError:  # a link to another disk is not possible
         shutil.copyfile(file, copy)
+    return False
 
 
 def read_examples(args: argparse.Namespace, bad: BadExamples, images: Images) -> tuple[list[dict], list[str]]:
@@ -129,6 +134,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="keep tags such as <video> as text, and <image> in answers and in examples without images",
     )
+    parser.add_argument(
+        "--exif_rotate",
+        action="store_true",
+        help="write photos upright that their EXIF data say to turn; a JPEG among them is compressed once more",
+    )
     args = parser.parse_args(argv)
     if not args.source.is_file():
         raise InputError(f"--source {args.source} does not exist")
@@ -143,10 +153,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
-    bad, found = (
-        BadExamples(args.on_bad_example == "skip"),
-        Images(args.images_dir or args.source.parent, args.follow_links),
-    )
+    bad = BadExamples(args.on_bad_example == "skip")
+    found = Images(args.images_dir or args.source.parent, args.follow_links)
     examples, notes = read_examples(args, bad, found)
     images = [{name for turn in example["conversations"] for name in turn["images"]} for example in examples]
     try:
@@ -155,8 +163,9 @@ def main(argv: list[str] | None = None):
         raise InputError(f"{args.source}: {e}") from None
     with replacing_folder(args.out_dir) as partial:
         (partial / "images").mkdir()
+        turned = 0
         for name in tqdm(sorted(set().union(*images)), desc="linking", unit="image"):
-            link_image(found.files[name], partial / "images" / name)
+            turned += place_image(found.files[name], partial / "images" / name, args.exif_rotate)
         for split in ("train", "val"):
             own = [json.dumps(e, ensure_ascii=False) for i, e in enumerate(examples) if (i in kept) == (split == "val")]
             path = partial / f"ucf101_{split}.jsonl"
@@ -170,6 +179,8 @@ def main(argv: list[str] | None = None):
             f"{together:,} examples share images with others; those are on the same side, so that the evaluation has "
             f"{len(kept) / len(examples):.1%} of all examples"
         )
+    if turned:
+        print(f"{turned:,} images were turned upright, as their EXIF data say")
     print(f"{args.out_dir}: {len(examples) - len(kept)} training and {len(kept)} evaluation examples")
 
 

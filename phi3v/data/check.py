@@ -14,15 +14,16 @@ from tqdm import tqdm
 
 from ..errors import InputError, Problems
 from ..model.processing_phi3v import Phi3VProcessor
+from ..model.rgb import exif_orientation, to_rgb
 from .conversations import chat_text
-from .images import image_name, open_image, to_rgb
+from .images import image_name, open_image
 
-EXIF_ORIENTATION = 0x0112
 # Kinds of images that are accepted but treated in a way that may surprise, each with how.
 ANIMATED = "animated or of several pages: the first frame is used"
 CMYK = "CMYK: converted without a colour profile"
 DEEP = "16-bit grey: the upper 8 bits are used"
-ROTATED = "turned by EXIF: used as stored, not turned"
+ROTATED = "turned by EXIF: used as stored, not turned (--exif_rotate turns them upright)"
+UPRIGHT = "turned by EXIF: turned upright, as --exif_rotate says"
 TRANSPARENT = "transparent: used as if opaque, with the colours stored under it"
 HUGE = "of more than {:.0f} megapixels: slow to decode"
 _REMEMBERED = 10_000  # images whose result a worker keeps
@@ -127,16 +128,17 @@ def examine_image(image, image_processor) -> tuple[int, list[str], str | None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns about large images and odd metadata without naming the image
             with open_image(image) as opened:
-                tokens = image_processor.calc_num_image_tokens_from_image_size(*to_rgb(opened, image_name(image)).size)
-                return tokens, special_kinds(opened), None
+                rgb = to_rgb(opened, image_name(image), image_processor.exif_rotate)
+                tokens = image_processor.calc_num_image_tokens_from_image_size(*rgb.size)
+                return tokens, special_kinds(opened, image_processor.exif_rotate), None
     except InputError as e:
         return 0, [], str(e)
     except ValueError as e:  # the image processor refuses empty and too thin images, and knows no names
         return 0, [], f"{image_name(image)}: {e}"
 
 
-def special_kinds(image: Image.Image) -> list[str]:
-    """The kinds of the list above that a decoded image belongs to."""
+def special_kinds(image: Image.Image, exif_rotate: bool) -> list[str]:
+    """The kinds of the list above that a decoded image belongs to. exif_rotate: whether it is turned upright."""
 
     def least_opaque() -> int:
         return image.convert("RGBA").getextrema()[3][0] if image.has_transparency_data else 255
@@ -146,8 +148,8 @@ def special_kinds(image: Image.Image) -> list[str]:
         kinds.append(CMYK)
     if image.mode == "I" or image.mode.startswith("I;16"):
         kinds.append(DEEP)
-    if _value_or_default(1, lambda: image.getexif().get(EXIF_ORIENTATION, 1)) not in (0, 1):
-        kinds.append(ROTATED)
+    if exif_orientation(image) != 1:
+        kinds.append(UPRIGHT if exif_rotate else ROTATED)
     if _value_or_default(255, least_opaque) < 255:
         kinds.append(TRANSPARENT)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:

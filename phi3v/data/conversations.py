@@ -63,7 +63,7 @@ def encode_images(processor: Phi3VProcessor, images: list) -> tuple[torch.Tensor
     size = image_processor.image_size
     tiles, grids = [torch.zeros(0, size, size, 3, dtype=torch.uint8)], []
     for image in images:
-        rgb = read_image(image)
+        rgb = read_image(image, exif_rotate=image_processor.exif_rotate)
         grids.append(_grid(image_processor, image, rgb.size))
         tiles.append(image_processor.tiles(rgb))
     return torch.cat(tiles), grids
@@ -165,10 +165,14 @@ class ConversationDataset(Dataset):
     def _size_or_square(self, image) -> tuple[int, int]:
         """(width, height) of an image in pixels; those of a single crop if they can't be read or used."""
         try:
-            self.processor.image_processor.crop_grid(*image_size(image))
-            return image_size(image)
+            size = self._image_size(image)
+            self.processor.image_processor.crop_grid(*size)
+            return size
         except ValueError:  # InputError is one
             return (self.processor.image_processor.image_size,) * 2
+
+    def _image_size(self, image) -> tuple[int, int]:
+        return image_size(image, self.processor.image_processor.exif_rotate)
 
     def _encode_text(self, index: int, text: str, grids) -> dict:
         example = _encode_text(self.processor, text, grids)
@@ -206,7 +210,7 @@ class ConversationDataset(Dataset):
     def size(self, index: int) -> Size:
         """The example's Size, from its text and the headers of its images. Raises InputError as items do."""
         text, images = self._chat(index)
-        sizes = [self._size_or_square(image) if self.skip_bad else image_size(image) for image in images]
+        sizes = [self._size_or_square(image) if self.skip_bad else self._image_size(image) for image in images]
         grids = [_grid(self.processor.image_processor, image, size) for image, size in zip(images, sizes, strict=True)]
         encoded = self._encode_text(index, text, grids)
         ids, targets = encoded["input_ids"], encoded["labels"] != IGNORE_INDEX

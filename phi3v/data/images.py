@@ -3,10 +3,10 @@
 import io
 import os
 
-import numpy as np
 from PIL import Image
 
 from ..errors import InputError
+from ..model.rgb import TURNS, exif_orientation, to_rgb, upright_size
 
 
 def image_name(image) -> str:
@@ -50,41 +50,50 @@ def open_image(image, name: str | None = None, header_only: bool = False) -> Ima
     return opened
 
 
-def image_size(image) -> tuple[int, int]:
-    """(width, height) in pixels, from the image's header alone. Raises InputError as `open_image` does."""
+def image_size(image, exif_rotate: bool = False) -> tuple[int, int]:
+    """(width, height) in pixels, from the image's header alone. Raises InputError as `open_image` does.
+
+    exif_rotate: of the image turned upright, as `to_rgb` does it.
+    """
     if isinstance(image, Image.Image):
-        return image.size
+        return upright_size(image, exif_rotate)
     with open_image(image, header_only=True) as opened:
-        return opened.size
+        return upright_size(opened, exif_rotate)
 
 
 def _is_empty(image) -> bool:
     return not (image.getbuffer().nbytes if isinstance(image, io.BytesIO) else os.path.getsize(image))
 
 
-def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
-    """Three channels of 8 bits. Pixels equal those of the official processor, except for 16-bit grey.
-
-    Like the official processor, this drops transparency, so that the colours stored under it show; it converts CMYK
-    without a colour profile; and it does not rotate by EXIF. PIL, and thus the official processor, would clip 16-bit
-    grey above 255 to white. This function takes the upper 8 bits, as PIL does for 16-bit colour.
-    Raises InputError for modes that PIL can't convert, and for grey values that are floating point or need more than 16
-    bits, because their value for white is unknown.
-    """
-    try:
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no fixed range: save it with 8 bits a channel")
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            grey = np.asarray(image)
-            if grey.size and (grey.min() < 0 or grey.max() > 65535):
-                raise ValueError(f"its values go from {grey.min()} to {grey.max()}: save it with 8 bits a channel")
-            return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
-    except ValueError as e:
-        raise InputError(f"{name}, of mode {image.mode}, can't be converted to RGB ({e})") from None
-
-
-def read_image(image, name: str | None = None) -> Image.Image:
+def read_image(image, name: str | None = None, exif_rotate: bool = False) -> Image.Image:
     """Opens an image as `open_image` does and converts it as `to_rgb` does. Raises InputError as they do."""
     with open_image(image, name) as opened:
-        return to_rgb(opened, name or image_name(image))
+        return to_rgb(opened, name or image_name(image), exif_rotate)
+
+
+def as_seen(image, exif_rotate: bool):
+    """The image as the model sees it, to be shown to a user: turned upright if `exif_rotate`; else as it was given.
+
+    An image that can't be read is returned as it is, for the caller to handle.
+    """
+    try:
+        return read_image(image, exif_rotate=True) if exif_rotate else image
+    except InputError:
+        return image
+
+
+def save_upright(source: str | os.PathLike, target: str | os.PathLike) -> bool:
+    """Writes an upright copy of an image that EXIF says to turn, without EXIF data, in the format of its file.
+
+    Returns False, and writes nothing, if the image is upright already. Raises InputError if it can't be read.
+    """
+    with open_image(source, header_only=True) as header:
+        if exif_orientation(header) == 1:
+            return False
+    with open_image(source) as image:
+        turned = image.transpose(TURNS[exif_orientation(image)])
+        colours = {"icc_profile": image.info["icc_profile"]} if image.info.get("icc_profile") else {}
+        format = "JPEG" if image.format == "MPO" else image.format  # an MPO is a JPEG with more pictures behind it
+    turned.info = {}
+    turned.save(target, format, quality=95, **colours)
+    return True

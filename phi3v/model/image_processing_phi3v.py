@@ -15,6 +15,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_phi3v import auto_map, merged_tokens_per_side
+from .rgb import to_rgb, upright_size
 
 WHITE = (255, 255, 255)
 
@@ -25,6 +26,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
     image_mean, image_std: for each channel, of pixel values between 0 and 1.
     image_size: the side of a crop in pixels; patch_size: the side of the tower's patches in pixels. The Hub's
         preprocessor_config.json does not mention them.
+    exif_rotate: whether images are turned upright as their EXIF data say. The official processor does not.
     Raises ValueError if num_crops is less than 1 or image_size is not a multiple of two patches.
     """
 
@@ -38,6 +40,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         do_convert_rgb: bool = True,
         image_size: int = 336,
         patch_size: int = 14,
+        exif_rotate: bool = False,
         **kwargs,
     ):
         kwargs.pop("num_img_tokens", None)  # follows from the sizes
@@ -52,6 +55,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         self.do_convert_rgb = do_convert_rgb
         self.image_size = image_size
         self.patch_size = patch_size
+        self.exif_rotate = exif_rotate
 
     @property
     def crop_tokens_per_side(self) -> int:
@@ -91,13 +95,20 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     def calc_num_image_tokens(self, images) -> list[int]:
         """`calc_num_image_tokens_from_image_size` of each image, PIL or numpy."""
-        return [self.calc_num_image_tokens_from_image_size(*to_pil(image).size) for image in as_list(images)]
+        return [self.calc_num_image_tokens_from_image_size(*self.size_of(image)) for image in as_list(images)]
+
+    def size_of(self, image) -> tuple[int, int]:
+        """(width, height) in pixels of one image, PIL or numpy, after it was turned if `exif_rotate`."""
+        return upright_size(to_pil(image), self.exif_rotate)
 
     def tiles(self, image) -> torch.Tensor:
-        """The sub-crops of one image, PIL or numpy, row by row: uint8 (h*w, S, S, 3)."""
+        """The sub-crops of one image, PIL or numpy, row by row: uint8 (h*w, S, S, 3).
+
+        Raises what `to_rgb`, `resized_size` and `to_pil` raise.
+        """
         image = to_pil(image)
         if self.do_convert_rgb:
-            image = image.convert("RGB")
+            image = to_rgb(image, exif_rotate=self.exif_rotate)
         width, height = self.resized_size(*image.size)
         h, w = self.crop_grid(*image.size)
         size = self.image_size
@@ -114,11 +125,10 @@ class Phi3VImageProcessor(BaseImageProcessor):
     def crops(self, image) -> torch.Tensor:
         """The crops of one image, PIL or numpy: float32 (1 + h*w, 3, S, S), normalised. The global crop is the first,
         the sub-crops follow row by row."""
-        image = to_pil(image)
         pixels = self.tiles(image).permute(0, 3, 1, 2).contiguous().float().div_(255)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         pixels.sub_(mean).div_(std)
-        return torch.cat([_overview(pixels, *self.crop_grid(*image.size))[None], pixels])
+        return torch.cat([_overview(pixels, *self.crop_grid(*self.size_of(image)))[None], pixels])
 
     def crops_of_tiles(self, tiles: torch.Tensor, grids, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The function `crops_of_tiles` of this module, with this processor's mean and standard deviation."""
@@ -129,7 +139,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
         Returns `pixel_values` float32 (n_images, 1 + num_crops, 3, S, S), where images with fewer crops have zeros at
         the end; `image_sizes` int64 (n_images, 2), the height and width of the resized and padded image; and
-        `num_img_tokens`, a list. Raises what `resized_size` and `to_pil` raise.
+        `num_img_tokens`, a list. Raises what `tiles` raises.
         """
         if kwargs:
             raise TypeError(f"unknown arguments {sorted(kwargs)}: set num_crops when the image processor is created")
@@ -140,12 +150,12 @@ class Phi3VImageProcessor(BaseImageProcessor):
         for i, image in enumerate(images):
             crops = self.crops(image)
             pixel_values[i, : len(crops)] = crops
-            h, w = self.crop_grid(*image.size)
+            h, w = self.crop_grid(*self.size_of(image))
             image_sizes[i] = torch.tensor([h * size, w * size])
         data = {
             "pixel_values": pixel_values,
             "image_sizes": image_sizes,
-            "num_img_tokens": [self.calc_num_image_tokens_from_image_size(*image.size) for image in images],
+            "num_img_tokens": self.calc_num_image_tokens(images),
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -164,7 +174,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
             "num_img_tokens": self.crop_tokens_per_side**2,
             "patch_size": self.patch_size,
             "processor_class": "Phi3VProcessor",
-        }
+        } | ({"exif_rotate": True} if self.exif_rotate else {})  # otherwise the file is as on the Hub
 
 
 def num_image_tokens(h, w, g):

@@ -1,5 +1,7 @@
 """Turns one prompt or many, with images, into the token ids and crops that the official processor makes."""
 
+import inspect
+import itertools
 import re
 from pathlib import Path
 
@@ -7,8 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import to_py_obj
 
 from ..files import read_json, write_json
+from .chat import flatten
 from .configuration_phi3v import auto_map
 from .image_processing_phi3v import Phi3VImageProcessor, as_list
 
@@ -30,21 +34,34 @@ class Phi3VProcessor(ProcessorMixin):
 
     Tags may repeat and come in any order. The model fills image tokens in the order of `pixel_values`, so
     `pixel_values` has the images in the order of their tags, and an image that appears twice is there twice.
+
+    Several prompts are padded on the left, which generation needs, although the Hub's tokenizer_config.json says
+    "right": without the left side, all prompts but the longest would get other answers. `padding_side`, here or in a
+    call, and `tokenizer.padding_side` set afterwards change that.
     """
 
-    def __init__(self, image_processor, tokenizer, chat_template=None):
+    def __init__(self, image_processor, tokenizer, chat_template=None, padding_side: str = "left"):
+        self._saved_padding_side = tokenizer.init_kwargs.get("padding_side", tokenizer.padding_side)
+        tokenizer.padding_side = padding_side
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, num_crops: int | None = None, **kwargs):
-        """Loads from a folder or the Hub. `num_crops` replaces the saved maximum of sub-crops per image."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, num_crops: int | None = None, exif_rotate: bool | None = None, **kwargs
+    ):
+        """Loads from a folder or the Hub.
+
+        num_crops, exif_rotate: replace what is saved, the maximum of sub-crops per image and whether images are turned
+            upright as their EXIF data say.
+        """
         image_processor = Phi3VImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if num_crops is not None:
-            image_processor = Phi3VImageProcessor(**{**image_processor.to_dict(), "num_crops": num_crops})
+        given = {"num_crops": num_crops, "exif_rotate": exif_rotate}
+        if given := {name: value for name, value in given.items() if value is not None}:
+            image_processor = Phi3VImageProcessor(**{**image_processor.to_dict(), **given})
         # In transformers 5, the tokenizer class that the Hub's files name drops the space token after special tokens.
         # The plain fast tokenizer follows tokenizer.json, and gives the ids with which the model was trained.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(image_processor, tokenizer)
+        return cls(image_processor, tokenizer, padding_side=kwargs.get("padding_side", "left"))
 
     @property
     def stop_ids(self) -> list[int]:
@@ -63,6 +80,7 @@ class Phi3VProcessor(ProcessorMixin):
         # The names are those that transformers 4 knows. The removed keys describe this load, not the tokenizer.
         saved["additional_special_tokens"] = saved.pop("extra_special_tokens", [])
         saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+        saved["padding_side"] = self._saved_padding_side  # other readers of the file find what the Hub's has
         saved["chat_template"] = self.chat_template
         for key in ("backend", "is_local", "local_files_only"):
             saved.pop(key, None)
@@ -99,6 +117,8 @@ class Phi3VProcessor(ProcessorMixin):
         padding_side: str | None = None,
         truncation: bool = False,
         max_length: int | None = None,
+        videos=None,
+        audio=None,
     ) -> BatchFeature:
         """One prompt or a list, with its images.
 
@@ -106,11 +126,14 @@ class Phi3VProcessor(ProcessorMixin):
             a list of images or None, or a flat list that is divided in the order of the prompts.
         padding_side: "left" or "right"; the default is the tokenizer's.
         truncation: cuts off the end of prompts that have more than `max_length` ids.
+        videos, audio: None, which transformers passes. The model has no such input.
 
         Returns `input_ids` and `attention_mask` (n_prompts, length) and, if there are images, `pixel_values` and
         `image_sizes` of all prompts one after another. Raises ValueError if tags and images do not match, or if
         truncation would cut an image.
         """
+        if videos is not None or audio is not None:
+            raise ValueError("the model takes no video and no audio: give frames of a video as images")
         prompts = [text] if isinstance(text, str) else list(text)
         if truncation and max_length is None:
             raise ValueError("truncation needs max_length")
@@ -151,6 +174,63 @@ class Phi3VProcessor(ProcessorMixin):
             mask[row, span] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
+    def apply_chat_template(
+        self,
+        conversation: list,
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "pt",
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ):
+        """The prompt of one conversation or a list; with `tokenize` what `__call__` makes of it, its ids alone without
+        `return_dict`.
+
+        conversation: messages, whose contents are texts, or lists of texts and images as in `chat.flatten`.
+        processor_kwargs: for `__call__`. Its `images` are all images, if the messages only have places for them.
+        kwargs: for `__call__` if it has an argument of that name; else for the tokenizer's `apply_chat_template`.
+        """
+        is_one = isinstance(conversation[0], dict)
+        flat, images = zip(*(flatten(c, image_tag) for c in ([conversation] if is_one else conversation)), strict=True)
+        of_call = {name: kwargs.pop(name) for name in inspect.signature(self.__call__).parameters if name in kwargs}
+        template = chat_template or self.chat_template
+        prompts = self.tokenizer.apply_chat_template(list(flat), chat_template=template, tokenize=False, **kwargs)
+        prompts = prompts[0] if is_one else prompts
+        if not tokenize:
+            return prompts
+        of_call = {"images": images[0] if is_one else list(images), **of_call, **(processor_kwargs or {})}
+        batch = self(prompts, return_tensors=return_tensors, **of_call)
+        return batch if return_dict else batch["input_ids"]
+
+    def decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
+        """The text of ids, or the texts of several lists of ids, which may be whole outputs of `generate`.
+
+        The tokens of an image become its tag, which is left out with `skip_special_tokens`. kwargs: the tokenizer's.
+        """
+        ids = to_py_obj(token_ids)
+        if isinstance(ids, int):
+            ids = [ids]
+        if len(ids) and not isinstance(ids[0], int):
+            return [self.decode(own, skip_special_tokens, **kwargs) for own in ids]
+        if skip_special_tokens:
+            ids = [token for token in ids if token >= 0]
+        texts = []
+        for image, own in itertools.groupby(ids, key=lambda token: min(token, 0)):
+            texts.append(
+                image_tag(-image) if image else self.tokenizer.decode(list(own), skip_special_tokens, **kwargs)
+            )
+        return "".join(texts)
+
+    def batch_decode(self, sequences, skip_special_tokens: bool = False, **kwargs) -> list[str]:
+        """The texts of several lists of ids, as `decode` makes them."""
+        texts = self.decode(sequences, skip_special_tokens, **kwargs) if len(sequences) else []
+        return [texts] if isinstance(texts, str) else texts
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
+        """As `decode`. transformers' pipeline calls it."""
+        return self.decode(generated_outputs, skip_special_tokens, **kwargs)
+
     @staticmethod
     def _deal(prompts, images, single) -> list[list]:
         """Divides `images`, as `__call__` takes them, into a list for each prompt."""
@@ -158,7 +238,7 @@ class Phi3VProcessor(ProcessorMixin):
             return [[] for _ in prompts]
         images = as_list(images)
         if single:
-            return [images]
+            return [images[0] if len(images) == 1 and isinstance(images[0], (list, tuple)) else images]
         if any(own is None or isinstance(own, (list, tuple)) for own in images):
             if len(images) != len(prompts):
                 raise ValueError(f"{len(images)} lists of images for {len(prompts)} prompts")

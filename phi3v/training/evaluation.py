@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from .. import ranks
 from ..data.collate import Collator
 from ..data.conversations import ConversationDataset
+from ..data.images import as_seen
 from ..data.sizes import all_sizes
 from ..errors import InputError
 from ..files import write_json
@@ -162,7 +163,9 @@ class Evaluation:
         for index in sorted(self.left_out):
             i += index <= i
         turns = self.dataset.conversations[i]["conversations"]
-        return {"images": [image for turn in turns for image in turn["images"]], "question": turns[-1]["user"]}
+        exif_rotate = self.dataset.processor.image_processor.exif_rotate
+        images = [as_seen(image, exif_rotate) for turn in turns for image in turn["images"]]
+        return {"images": images, "question": turns[-1]["user"]}
 
 
 def write_evaluation(path: Path, report: dict):

@@ -209,6 +209,7 @@ def _model_digest(vision, processor, dtype: torch.dtype) -> str:
     """A digest of everything that features depend on apart from the image."""
     image_processor = processor.image_processor
     facts = [FORMAT, str(dtype), image_processor.num_crops, image_processor.image_mean, image_processor.image_std]
+    facts += ["exif_rotate"] if image_processor.exif_rotate else []
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(vision.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from ..data.images import image_name
 from ..errors import InputError
 from ..files import replacing
+from ..model.rgb import exif_orientation
 
 
 class FeatureCache:
@@ -66,7 +67,10 @@ class FeatureCache:
 def _image_digest(image) -> str:
     """A digest of the image's file, or of its pixels if it is in memory. Raises InputError if a file can't be read."""
     if isinstance(image, Image.Image):
-        content = repr((image.mode, image.size, image.getpalette())).encode() + image.tobytes()
+        facts = (image.mode, image.size, image.getpalette())
+        if (orientation := exif_orientation(image)) != 1:
+            facts += (orientation,)
+        content = repr(facts).encode() + image.tobytes()
         return hashlib.sha256(content).hexdigest()[:32]
     content = image.get("bytes") if isinstance(image, dict) else None
     if content is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import bad_inputs
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from phi3v.data import check as data_check
 from phi3v.data.annotations import read_conversations
@@ -29,7 +29,7 @@ def special(tmp_path_factory):
     folder = tmp_path_factory.mktemp("special")
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     exif = Image.Exif()
-    exif[data_check.EXIF_ORIENTATION] = 6
+    exif[ExifTags.Base.Orientation] = 6
     clear = rgb.copy()
     clear.putalpha(0)
     palette = rgb.convert("P")

@@ -14,8 +14,9 @@ from PIL import Image, ImageFile
 from phi3v.data import check as data_check
 from phi3v.data.check import check_images
 from phi3v.data.conversations import encode_conversation
-from phi3v.data.images import open_image, read_image, to_rgb
+from phi3v.data.images import as_seen, image_size, open_image, read_image, save_upright
 from phi3v.errors import InputError
+from phi3v.model.rgb import to_rgb
 
 
 def conversation(*images, id="1", user="Which?"):
@@ -72,29 +73,11 @@ def test_a_lazy_image_that_is_damaged():
         read_image(image)
 
 
-def test_16_bit_grey_keeps_its_scale():
-    grey = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
-    expected = [0, 0, 1, 128, 255]
-    for made in (Image.fromarray(grey), Image.fromarray(grey.astype(">u2")), Image.fromarray(grey.astype(np.int32))):
-        rgb = to_rgb(made)
-        assert rgb.mode == "RGB" and np.asarray(rgb)[0].tolist() == [[v] * 3 for v in expected]
-    # As PIL reads 16-bit colour.
-    data = b"\0" + b"".join(int(v).to_bytes(2, "big") * 3 for v in grey[0])
+def test_16_bit_colour_has_the_scale_of_16_bit_grey():
+    grey = [0, 255, 256, 32768, 65535]
+    data = b"\0" + b"".join(value.to_bytes(2, "big") * 3 for value in grey)
     colour = Image.open(io.BytesIO(bad_inputs.png(5, 1, data, depth=16)))
-    assert np.asarray(read_image(colour))[0, :, 0].tolist() == expected
-
-
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"]
-)
-def test_other_modes_are_converted_as_by_the_official_processor(mode):
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    if mode == "PA":
-        image = image.convert("LA").convert("PA")
-    else:
-        image = image.convert("RGB").convert(mode) if mode not in ("RGBA", "RGBa") else image.convert(mode)
-    assert np.array_equal(to_rgb(image), image.convert("RGB"))
+    assert np.asarray(read_image(colour))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
 def test_an_rgb_image_is_copied():
@@ -123,3 +106,42 @@ def test_damaged_files(processor, format, data):
 
 def test_truncated_images_stay_refused():
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def photo(folder, orientation, format="jpeg", size=(40, 24)):
+    """A file that is white in the corner that stands upper left, once the photo is upright; and its path."""
+    upright = Image.new("RGB", size)
+    upright.paste((255, 255, 255), (0, 0, size[0] // 2, size[1] // 2))
+    stored = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # the inverse of the turn, as PIL counts
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = folder / f"{orientation}.{format}"
+    (upright if stored is None else upright.transpose(stored)).save(path, exif=exif)
+    return path, upright
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp", "tiff"])
+def test_photos_are_turned_only_on_request(orientation, format, tmp_path):
+    path, upright = photo(tmp_path, orientation, format)
+    stored = upright.size[::-1] if orientation >= 5 and format != "tiff" else upright.size  # PIL turns TIFF anyway
+    assert image_size(path) == read_image(path).size == stored
+    assert image_size(path, exif_rotate=True) == upright.size
+    for image in (path, {"bytes": path.read_bytes(), "path": None}, Image.open(path)):
+        turned = read_image(image, exif_rotate=True)
+        assert turned.size == upright.size
+        assert np.abs(np.asarray(turned).astype(int) - np.asarray(upright)).mean() < 9  # both are compressed
+        assert np.array_equal(to_rgb(turned, exif_rotate=True), turned)  # not turned once more
+    assert image_size(Image.open(path), exif_rotate=True) == upright.size
+    assert as_seen(path, False) == path and as_seen(path, True).size == upright.size
+
+
+def test_only_photos_that_lie_are_written_upright(tmp_path):
+    for orientation in (1, 6):
+        path, upright = photo(tmp_path, orientation)
+        copy = tmp_path / f"copy{orientation}.jpeg"
+        assert save_upright(path, copy) == copy.exists() == (orientation == 6)
+    for exif_rotate in (False, True):  # it is upright for every reader
+        written = np.asarray(read_image(copy, exif_rotate=exif_rotate)).astype(int)
+        assert np.abs(written - np.asarray(upright)).mean() < 9
+    assert as_seen(tmp_path / "nowhere.png", True) == tmp_path / "nowhere.png"

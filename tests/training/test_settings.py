@@ -26,6 +26,7 @@ CHANGES = [
     (["--batch_size", "8"], "batch_size: 4 then, 8 now", True),
     (["--max_train_samples", "20"], "data: ", True),
     (["--num_crops", "1"], "num_crops: 2 then, 1 now", True),
+    (["--exif_rotate"], "exif_rotate: null then, true now", True),
     (["--freeze_vision_model"], "freeze_vision_model: false then, true now", False),
     (["--bf16"], "bf16: false then, true now", False),
     (["--deepspeed", str(ROOT / "ds_config" / "zero2.json")], "deepspeed: null then", False),

@@ -1,0 +1,81 @@
+"""Messages with images, as transformers' chat templates and pipelines have them → texts with image tags, and images."""
+
+import base64
+import binascii
+import io
+import os
+import urllib.request
+from itertools import groupby
+
+from PIL import Image
+
+from ..errors import InputError
+
+IMAGE_KEYS = ("image", "url", "path", "base64")
+SECONDS = 60  # to wait for an address
+
+
+def flatten(messages: list[dict], image_tag) -> tuple[list[dict], list]:
+    """Messages whose contents are texts, and the images that the tags in them stand for.
+
+    A content is a text, or a list of {"type": "text", "text"}, {"type": "image"} with the image under "image", "url",
+    "path" or "base64", and {"type": "image_url", "image_url": {"url"}}. An image that is only a place has none of
+    these keys; the caller gives such images himself. Images are numbered over all messages. Tags of neighbouring images
+    stand together, and a line break stands between them and texts, as in training.
+
+    image_tag: returns the tag of an image, by its number.
+    Raises ValueError for content of another kind.
+    """
+    flat, images, number = [], [], 0
+    for message in messages:
+        content = message.get("content")
+        if content is None or isinstance(content, str):
+            flat.append({**message, "content": content or ""})
+            continue
+        pieces = []  # (is an image, text or tag)
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind == "text":
+                pieces.append((False, part["text"]))
+            elif kind in ("image", "image_url"):
+                number += 1
+                pieces.append((True, image_tag(number)))
+                images += _image_of(part)
+            else:
+                raise ValueError(f"a message has a part of type {kind!r:.80}, must be text, image or image_url")
+        lines = []
+        for is_image, group in groupby(pieces, key=lambda piece: piece[0]):
+            lines.append(("" if is_image else "\n").join(text for _, text in group))
+        flat.append({**message, "content": "\n".join(lines)})
+    return flat, images
+
+
+def _image_of(part: dict) -> list:
+    """The image of a part in a list, which is empty if the part is only a place for an image."""
+    if part["type"] == "image_url":
+        address = part.get("image_url")
+        return [open_image(address.get("url") if isinstance(address, dict) else address)]
+    return [open_image(part[key]) for key in IMAGE_KEYS if part.get(key) is not None][:1]
+
+
+def open_image(source) -> Image.Image:
+    """An image, with its pixels as stored, from a file's name, an http(s) address, or base64. Others are returned.
+
+    transformers' own `load_image` would turn it by EXIF, and clip 16-bit grey. Raises InputError if it can't be read.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    name = os.fspath(source)
+    try:
+        if name.startswith(("http://", "https://")):
+            with urllib.request.urlopen(name, timeout=SECONDS) as response:
+                return Image.open(io.BytesIO(response.read()))
+        if os.path.exists(name := name.removeprefix("file://")):
+            return Image.open(name)
+        encoded = name.partition(",")[2] if name.startswith("data:") else name
+        return Image.open(io.BytesIO(base64.b64decode("".join(encoded.split()), validate=True)))
+    except (binascii.Error, ValueError, Image.UnidentifiedImageError):
+        reason = "no file with an image, no http(s) address of one and no base64 of one"
+    except OSError as e:  # of the network, and of files that must not be read
+        reason = " ".join(str(e).split())
+    raise InputError(f"{name if len(name) <= 300 else f'{name[:80]}…'} can't be read as an image ({reason})")
