@@ -87,7 +87,7 @@ def _below(folder: str, path: str) -> str | None:
 
 
 def place_image(file: str, copy: Path, exif_rotate: bool) -> bool:
-    """Links or copies an image; with `exif_rotate`, writes an upright copy if EXIF says to turn it, and returns True."""
+    """Links or copies an image. With `exif_rotate`, writes an image upright that EXIF says to turn, and returns True."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     if exif_rotate and save_upright(file, copy):
         return True
