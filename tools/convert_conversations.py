@@ -87,7 +87,8 @@ def _below(folder: str, path: str) -> str | None:
 
 
 def place_image(file: str, copy: Path, exif_rotate: bool) -> bool:
-    """Links or copies an image. With `exif_rotate`, writes an image upright that EXIF says to turn, and returns True."""
+    """Links or copies an image. With `exif_rotate`, an image that EXIF says to turn is written upright, and the result
+    is True."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     if exif_rotate and save_upright(file, copy):
         return True
