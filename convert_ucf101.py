@@ -5,15 +5,22 @@
     python convert_ucf101.py --source UCF101_subset.tar.gz --out_dir my_data   # the same tree, packed
 
 From a video with n frames, the converter takes frame floor(i * n / num_frames) for i = 0, 1, …; a video with fewer
-than num_frames frames repeats some of them. It writes `images/{split}/{Class}/{video}.{i}.jpg` (JPEG quality 95, not
-resized), `ucf101_{split}.jsonl`, and `conversion.json`, which records the settings. OUT_DIR appears only when it is
-complete, and is the same on every run. Every video that is found gets an id, so that leaving out a bad video does not
-change the ids of the others.
+than num_frames frames repeats some of them. If the frame rate varies, it takes the frames that a player shows at evenly
+spaced times instead. Frames are turned as players turn them, by the video's display matrix. The converter writes
+`images/{split}/{Class}/{video}.{i}.jpg` (JPEG quality 95, not resized), `ucf101_{split}.jsonl`, and `conversion.json`,
+which records the settings, and lists the videos that were turned, whose frame rate varies, or that were left out.
+OUT_DIR appears only when it is complete, and is the same on every run. Every video that is found gets an id, so that
+leaving out a bad video does not change the ids of the others.
+
+Every file that PyAV opens as a video is one, whatever its name ends with. All other files, and folders in which the
+converter does not look, are listed as left aside. A class that has no videos, or loses all videos of a split, is an
+error.
 
 A video is bad, and is left out with a message, if it has no frames, if its decoder is missing or stops with an error,
-or if an .avi is shorter than its header says: its remaining frames would not be spread over the whole clip. A video
-whose damage the decoder repairs with a warning is not bad: many old XviD clips have such damage, and any player shows
-them. A truncated .mkv or .webm decodes as a shorter video and is not noticed.
+if it is turned by an angle that is no multiple of 90 degrees, or if an .avi is shorter than its header says: its
+remaining frames would not be spread over the whole clip. A video whose damage the decoder repairs with a warning is not
+bad: many old XviD clips have such damage, and any player shows them. A truncated file of another kind, such as .mkv or
+.ts, may decode as a shorter video and is not noticed.
 
 This file needs only the packages av, pillow and tqdm, and huggingface_hub for a download. It imports nothing of phi3v,
 because that would load torch and transformers, which takes seconds, and a machine that converts may not have them.
@@ -21,6 +28,7 @@ because that would load torch and transformers, which takes seconds, and a machi
 
 import argparse
 import fcntl
+import gc
 import hashlib
 import io
 import json
@@ -31,11 +39,13 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import tarfile
 import threading
 import time
 import zlib
+from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -43,12 +53,36 @@ from functools import partial
 from pathlib import Path
 
 import av
+from av.stream import Disposition
+from PIL.Image import Transpose
 from tqdm import tqdm
 
 HUB_DATASET, HUB_ARCHIVE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 ATTEMPTS, LONGEST_WAIT = 4, 900  # downloads that are tried, and seconds between two of them
 SPLITS = ("train", "val", "test")
-SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm")
+# A file of such a name that can't be opened is a bad video. A file of another name that can't be opened is none.
+SUFFIXES = set(
+    ".3g2 .3gp .asf .avi .divx .dv .f4v .flv .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogm .ogv .rm .rmvb "
+    ".ts .vob .webm .wmv".split()
+)
+SHOWN = 10  # lines of a long list
+# What the display matrix does with a frame, by the signs of its upper left four numbers.
+TURNS = {
+    (0, 1, -1, 0): (Transpose.ROTATE_270, "90 degrees clockwise"),
+    (-1, 0, 0, -1): (Transpose.ROTATE_180, "180 degrees"),
+    (0, -1, 1, 0): (Transpose.ROTATE_90, "90 degrees counterclockwise"),
+    (-1, 0, 0, 1): (Transpose.FLIP_LEFT_RIGHT, "mirrored, left to right"),
+    (1, 0, 0, -1): (Transpose.FLIP_TOP_BOTTOM, "mirrored, top to bottom"),
+    (0, 1, 1, 0): (Transpose.TRANSPOSE, "mirrored along the falling diagonal"),
+    (0, -1, -1, 0): (Transpose.TRANSVERSE, "mirrored along the rising diagonal"),
+}
+# What conversion.json lists beside bad videos, each with what a user is told about their number.
+NOTES = {
+    "turned": "turned as their display matrix says",
+    "uneven": "of a variable frame rate: their frames are evenly spaced in time",
+    "not_square": "with pixels that are not square: used as stored, not stretched as players do",
+    "left_aside": "left aside",
+}
 JPEG_QUALITY = 95
 KEPT_BYTES = 64 * 2**20  # a few hundred frames of 320 x 240
 LAYOUT = "{train,val,test}/Class/video.avi"
@@ -59,22 +93,34 @@ class InputError(ValueError):
     """Something that the user gave is wrong. The message is one line that says what, and what to do."""
 
 
-def convert_video(video: Path, stem: Path, num_frames: int) -> str | None:
+def convert_and_note(video: Path, stem: Path, num_frames: int) -> tuple[str | None, dict[str, str]]:
+    """What `convert_video` returns, and the notes that it makes."""
+    notes = {}
+    problem = convert_video(video, stem, num_frames, notes)
+    gc.collect()  # a frame whose side data were read is in a reference cycle, and a large one would stay in memory
+    return problem, notes
+
+
+def convert_video(video: Path, stem: Path, num_frames: int, notes: dict[str, str] | None = None) -> str | None:
     """Writes the video's frames to `{stem}.{i}.jpg`. Returns what is wrong with the video, or None if it is good.
 
-    Raises OSError if the frames can't be written.
+    notes: gets the details for each of NOTES that holds for this video. Raises OSError if the frames can't be written.
     """
     try:
-        jpegs = sample_jpegs(video, num_frames)
+        jpegs, found = sample_jpegs(video, num_frames)
     except Exception as e:  # whatever a decoder raises for a broken file, the other videos are still good
         return " ".join(str(getattr(e, "strerror", None) or e or type(e).__name__).split())
     for i, jpeg in enumerate(jpegs):
         Path(f"{stem}.{i}.jpg").write_bytes(jpeg)
+    if notes is not None:
+        notes.update(found)
     return None
 
 
-def sample_jpegs(video: Path, num_frames: int) -> list[bytes]:
-    """The wanted frames as JPEG files. Raises ValueError, OSError or av.FFmpegError if the video is bad.
+def sample_jpegs(video: Path, num_frames: int) -> tuple[list[bytes], dict[str, str]]:
+    """The wanted frames as JPEG files, and for each of NOTES that holds for this video the details.
+
+    Raises ValueError, OSError or av.FFmpegError if the video is bad.
 
     All frames are decoded in order, because the number of frames in a container's header is not reliable, and seeking
     does not find the same frames. The number is known only at the end, so frames are kept until they fill KEPT_BYTES. A
@@ -82,24 +128,75 @@ def sample_jpegs(video: Path, num_frames: int) -> list[bytes]:
     """
     if is_cut_avi(video):
         raise ValueError("the file is shorter than its header says")
-    kept, kept_bytes, n = [], 0, 0
-    for frame in decoded(video):
-        n += 1
+    kept, kept_bytes, times, duration, notes = [], 0, [], None, {}
+    for frame in decoded(video, notes):
+        times.append(frame.pts)
+        duration = frame.duration
         kept_bytes += sum(plane.buffer_size for plane in frame.planes)
         if kept_bytes <= KEPT_BYTES:
             kept.append(frame)
         else:
             kept.clear()
-    if n == 0:
+    if not times:
         raise ValueError("the video has no frames")
-    wanted = [i * n // num_frames for i in range(num_frames)]
+    wanted, unevenness = wanted_frames(times, duration, num_frames)
+    if unevenness:
+        notes["uneven"] = unevenness
     jpegs = dict.fromkeys(wanted)
-    for index, frame in enumerate(kept or decoded(video)):
+    for index, frame in enumerate(kept or decoded(video, notes)):
         if index in jpegs:
+            image = frame.to_image()
+            if turn := turn_of(frame):
+                image = image.transpose(turn[0])
+                notes["turned"] = turn[1]
             buffer = io.BytesIO()
-            frame.to_image().save(buffer, "JPEG", quality=JPEG_QUALITY)
+            image.save(buffer, "JPEG", quality=JPEG_QUALITY)
             jpegs[index] = buffer.getvalue()
-    return [jpegs[index] for index in wanted]
+    return [jpegs[index] for index in wanted], notes
+
+
+def wanted_frames(times: list[int | None], duration: int | None, num_frames: int) -> tuple[list[int], str | None]:
+    """The indices of `num_frames` frames: evenly spaced by index, or in time if the frame rate varies, with a remark.
+
+    times: of all frames, in any unit, as the container has them; duration: of the last frame, if it is known.
+    The rate varies if a frame's time differs from that of a constant rate by more than one frame, or by more than a
+    quarter of the distance between two wanted frames. Rounded times and a dropped frame here and there do not count.
+    """
+    n = len(times)
+    by_index = [i * n // num_frames for i in range(num_frames)]
+    if n < 3 or None in times or times[0] == times[-1]:
+        return by_index, None
+    if any(later < earlier for earlier, later in zip(times, times[1:], strict=False)):
+        return by_index, "its timestamps run backwards: its frames are evenly spaced by index alone"
+    first, length = times[0], times[-1] - times[0]
+    # How late each frame is, in units of 1 / (n - 1) of a tick. The average lateness does not matter.
+    late = [(time - first) * (n - 1) - k * length for k, time in enumerate(times)]
+    most = max(n - 1, min(2 * length, (n - 1) * length / (2 * num_frames)))
+    if max(late) - min(late) <= most:
+        return by_index, None
+    end = times[-1] + (duration or length // (n - 1))
+    shown = [(time - first) * num_frames for time in times]
+    return [bisect_right(shown, i * (end - first)) - 1 for i in range(num_frames)], f"{n} frames"
+
+
+def turn_of(frame) -> tuple[Transpose, str] | None:
+    """What a player does with the frame before it shows it, as in TURNS; None if it shows the frame as stored.
+
+    Raises ValueError if the display matrix turns the frame by an angle that is no multiple of 90 degrees.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return None
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    least = 0.02 * max(map(abs, (a, b, c, d)))  # the sine of about one degree
+    signs = tuple((value > least) - (value < -least) for value in (a, b, c, d))
+    if signs in ((1, 0, 0, 1), (0, 0, 0, 0)):
+        return None
+    if signs not in TURNS:
+        raise ValueError(
+            f"it is turned by {-frame.rotation % 360} degrees clockwise, not by 90, 180 or 270: save it upright"
+        )
+    return TURNS[signs]
 
 
 def is_cut_avi(video: Path) -> bool:
@@ -114,39 +211,89 @@ def is_cut_avi(video: Path) -> bool:
     return end > video.stat().st_size
 
 
-def decoded(video: Path):
-    """Yields the frames of the first video stream, in order."""
+def decoded(video: Path, notes: dict[str, str]):
+    """Yields the frames of the first video stream, in order, and notes whether their pixels are square."""
     with av.open(str(video)) as container:
-        if not container.streams.video:
-            raise ValueError("the file has no video stream")
-        stream = container.streams.video[0]
+        stream = video_stream(container)
+        if (ratio := stream.sample_aspect_ratio) not in (None, 0, 1):
+            notes["not_square"] = f"{ratio.numerator}:{ratio.denominator}"
         stream.thread_count = 1  # each process decodes a video of its own instead
         yield from container.decode(stream)
 
 
-def find_videos(root: Path, source: Path) -> dict[str, list[Path]]:
-    """The videos of each split below `root`, sorted by class and file name.
+def video_stream(container):
+    """The first video stream that is no cover picture. Raises ValueError that says why the file is not a video."""
+    name, brand = container.format.name, container.metadata.get("major_brand", "")
+    if name == "image2" or name.endswith("_pipe") or brand in ("avif", "heic", "mif1"):
+        raise ValueError("a picture")
+    if name == "tty":  # the decoder of terminal output takes any text
+        raise ValueError("a text")
+    if name in ("hls", "dash", "concat", "concatf", "sdp"):
+        raise ValueError("a list of other files")
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        raise ValueError("the file has no video stream")
+    return streams[0]
 
-    Raises InputError, which names `source`, if the layout is another one or if the output can't have these names.
+
+def why_not_a_video(path: Path) -> str | None:
+    """Why something in a class's folder is left aside; None for a video, which may be a bad one."""
+    if path.name.startswith("."):
+        return "hidden"
+    if not path.is_file():
+        return "a folder inside a class" if path.is_dir() else "not a regular file"
+    if path.suffix.lower() in SUFFIXES:
+        return None
+    try:
+        with av.open(str(path)) as container:
+            video_stream(container)
+    except ValueError as e:  # FFmpeg's errors may be ValueErrors too
+        return "not a video that PyAV can open" if isinstance(e, av.FFmpegError) else str(e)
+    except (av.FFmpegError, OSError):
+        return "not a video that PyAV can open"
+
+
+def find_videos(root: Path, source: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The videos of each split below `root`, sorted by class and file name, and what is left aside, with the reasons.
+
+    Raises InputError, which names `source`, if the layout is another one, if the output can't have these names, or if a
+    class has no videos.
     """
+    outer = root
     if not any((root / split).is_dir() for split in SPLITS):  # an archive may have one folder that holds the splits
         inner = [path for path in root.iterdir() if any((path / split).is_dir() for split in SPLITS)]
         if len(inner) != 1:
             raise InputError(f"{source} holds none of the folders train, val and test: expected {LAYOUT}")
         root = inner[0]
-    videos, classes = {}, {}
+    videos, classes, lost = {}, {}, []
+    splits = {root / split for split in SPLITS}
+    aside = {path: "not one of the folders train, val and test" for path in (*outer.iterdir(), *root.iterdir())}
+    aside = {path: reason for path, reason in aside.items() if path != root and not (path in splits and path.is_dir())}
     for split in SPLITS:
         # Not glob, which silently skips a folder that this user must not read.
-        folders = [path for path in (root / split).iterdir() if path.is_dir()] if (root / split).is_dir() else []
-        found = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
-        found = [path for path in found if path.is_file() and not path.name.startswith(".")]
+        found, entries = [], (root / split).iterdir() if (root / split).is_dir() else []
+        for folder in entries:
+            if not folder.is_dir() or folder.name.startswith("."):
+                aside[folder] = "in no class's folder"
+                continue
+            reasons = {path: why_not_a_video(path) for path in folder.iterdir()}
+            others = {path: reason for path, reason in reasons.items() if reason}
+            found += reasons.keys() - others.keys()
+            if not others.keys() >= reasons.keys():
+                aside |= others
+            elif set(others.values()) <= {"hidden"}:
+                aside[folder] = "an empty folder"
+            else:
+                first = min(path for path, reason in others.items() if reason != "hidden")
+                lost.append(f"{split}/{folder.name} ({first.name}: {others[first]})")
         if not found:
             print(f"note: there are no videos for {split}, so ucf101_{split}.jsonl is not written")
             continue
         videos[split] = sorted(found, key=lambda path: (path.parent.name, path.name))
         classes[split] = {path.parent.name for path in found}
-        for path, other in zip(videos[split], [None, *videos[split]], strict=False):
-            if other and path.with_suffix("") == other.with_suffix(""):
+        stems = {}
+        for path in videos[split]:
+            if (other := stems.setdefault(path.with_suffix(""), path)) != path:
                 raise InputError(f"{path} and {other.name} would give the same images: rename one of them")
             if "," in path.parent.name:
                 raise InputError(f"{path.parent} holds a comma, which separates classes in the prompt: rename it")
@@ -155,12 +302,29 @@ def find_videos(root: Path, source: Path) -> dict[str, list[Path]]:
         if unseen := classes[split] - classes.get("train", classes[split]):
             print(f"warning: {split} has classes that train lacks: {', '.join(sorted(unseen))}", file=sys.stderr)
     if not videos:
-        raise InputError(f"{source} holds no videos: expected {LAYOUT} (or {', '.join(SUFFIXES[1:])})")
-    return videos
+        raise InputError(f"{source} holds no videos: expected {LAYOUT}; any container that PyAV opens will do")
+    if lost:
+        raise InputError(
+            f"{source}: {len(lost)} classes have no videos: {shortened(sorted(lost))}: add some, or remove the folders"
+        )
+    return videos, sorted(f"{printable(path.relative_to(outer))}: {reason}" for path, reason in aside.items())
 
 
-def end_with_parent(read_end: int, write_end: int):
+def printable(path: Path) -> str:
+    """The name as it can be shown and be written as UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def shortened(lines: list[str], separator: str = "; ") -> str:
+    """The first of a long list, and how many others there are."""
+    others = [f"and {len(lines) - SHOWN:,} others"] if len(lines) > SHOWN else []
+    return separator.join([*lines[:SHOWN], *others])
+
+
+def prepare_worker(read_end: int, write_end: int):
     """Ends this worker when its parent ends, even by SIGKILL: reading from the pipe returns when the parent is gone."""
+    # Frames that the parent has left must not be freed here: FFmpeg would wait for threads that only the parent has.
+    gc.freeze()
     os.close(write_end)
     threading.Thread(target=lambda: os.read(read_end, 1) or os._exit(1), daemon=True).start()
 
@@ -170,7 +334,7 @@ def worker_pool(num_workers: int):
     """A pool of processes that end when the block is left by an exception, or when this process is killed."""
     pipe = os.pipe()
     fork = multiprocessing.get_context("fork")  # the workers inherit the pipe and the lock
-    pool = ProcessPoolExecutor(num_workers, fork, initializer=end_with_parent, initargs=pipe)
+    pool = ProcessPoolExecutor(num_workers, fork, initializer=prepare_worker, initargs=pipe)
     try:
         yield pool
     except BaseException:
@@ -184,7 +348,8 @@ def worker_pool(num_workers: int):
 
 
 def write_conversion(videos: dict[str, list[Path]], out: Path, num_frames: int, num_workers: int) -> dict:
-    """Converts the videos into the empty folder `out`; returns the counts and the bad videos."""
+    """Converts the videos into the empty folder `out`; returns the counts, the bad videos, and the lists of NOTES that
+    are not empty. Raises InputError if a class would lose all videos of a split."""
     jobs = [(split, path, f"{split}/{path.parent.name}/{path.stem}") for split in videos for path in videos[split]]
     for split, path, _ in jobs:
         (out / "images" / split / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -193,26 +358,36 @@ def write_conversion(videos: dict[str, list[Path]], out: Path, num_frames: int, 
         # would lose a signal during a fork, because it ignores exceptions that a signal handler raises there.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         # Not pool.map, which cancels futures: for those, a pool whose workers were killed prints a traceback.
-        futures = [pool.submit(convert_video, path, out / "images" / name, num_frames) for _, path, name in jobs]
+        futures = [pool.submit(convert_and_note, path, out / "images" / name, num_frames) for _, path, name in jobs]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         # disable=None shows no progress bar in a log file
-        problems = [future.result() for future in tqdm(futures, desc="converting", unit="video", disable=None)]
+        results = [future.result() for future in tqdm(futures, desc="converting", unit="video", disable=None)]
     classes = sorted({path.parent.name for _, path, _ in jobs})
     prompt = f"Classify the video into one of the following classes: {', '.join(classes)}."
-    lines, bad = {split: [] for split in videos}, []
-    for number, ((split, path, name), problem) in enumerate(zip(jobs, problems, strict=True)):
+    lines, bad, lists = {split: [] for split in videos}, [], {}
+    kept, lost = set(), {}
+    for number, ((split, path, name), (problem, notes)) in enumerate(zip(jobs, results, strict=True)):
         if problem:
             bad.append(f"{name}{path.suffix}: {problem}")
+            lost.setdefault((split, path.parent.name), bad[-1])
             continue
+        kept.add((split, path.parent.name))
+        for note, details in notes.items():
+            lists.setdefault(note, []).append(f"{name}{path.suffix}: {details}")
         images = [f"{name}.{i}.jpg" for i in range(num_frames)]
         turn = {"images": images, "user": prompt, "assistant": path.parent.name}
         example = {"id": f"{split}-{number:010d}", "source": "ucf101", "conversations": [turn]}
         lines[split].append(json.dumps(example, ensure_ascii=False) + "\n")
     if len(bad) == len(jobs):
         raise InputError(f"none of the {len(jobs)} videos can be decoded; the first: {bad[0]}")
+    if lost := [problem for folder, problem in lost.items() if folder not in kept]:
+        raise InputError(
+            f"{len(lost)} classes would lose all their videos of a split; the first of each: {shortened(lost)}: "
+            "replace the videos, or remove the folders of these classes"
+        )
     for split in videos:
         (out / f"ucf101_{split}.jsonl").write_text("".join(lines[split]), encoding="utf-8")
-    return {"videos": {split: len(lines[split]) for split in videos}, "bad": bad}
+    return {"videos": {split: len(lines[split]) for split in videos}, "bad": bad, **lists}
 
 
 def unpack(archive: Path, folder: Path):
@@ -321,6 +496,7 @@ def finished_result(out: Path, settings: dict) -> dict | None:
     try:
         done = json.loads(manifest.read_text(encoding="utf-8"))
         found, result = dict(done["settings"]), {"videos": dict(done["videos"]), "bad": list(done["bad"])}
+        result |= {note: list(done[note]) for note in NOTES if note in done}
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{manifest} is broken: remove {out}, or choose another --out_dir") from None
     if other := [f"{key} {found.get(key)}, not {settings[key]}" for key in settings if found.get(key) != settings[key]]:
@@ -364,12 +540,12 @@ def convert(args: argparse.Namespace) -> int:
     source = find_source(args.source, args.data_revision)
     # The name of a snapshot's folder in the Hub's cache is the commit.
     place = {} if args.source else {"repository": HUB_DATASET, "commit": source.parent.name}
-    videos = None if source.is_file() else find_videos(source, source)
+    videos, aside = (None, []) if source.is_file() else find_videos(source, source)
     sha256 = fingerprint(source, [path for paths in videos.values() for path in paths] if videos else [source])
     settings = {"source_sha256": sha256, "num_frames": args.num_frames, "jpeg_quality": JPEG_QUALITY}
     if result := finished_result(out, settings):
         print(f"{out} is already converted; remove it to convert again")
-        return summarise(out, result, args.skip_bad_videos)
+        return summarise(out, result, args.skip_bad_videos or args.on_bad_example == "skip")
     if os.path.ismount(out):
         raise InputError(f"--out_dir {out} is a mount point, which can't be replaced: give a folder below it")
     # Both are named after the output, so that the next run finds and removes what a killed run has left.
@@ -381,10 +557,10 @@ def convert(args: argparse.Namespace) -> int:
         with locked(out), fresh_folder(partial), fresh_folder(unpacked):
             if videos is None:
                 unpack(source, unpacked)
-                videos = find_videos(unpacked, source)
+                videos, aside = find_videos(unpacked, source)
             result = write_conversion(videos, partial, args.num_frames, args.num_workers)
-            manifest = {"settings": settings, **place, **result}
-            manifest = json.dumps(manifest, indent=2, ensure_ascii=False)
+            result |= {"left_aside": aside} if aside else {}
+            manifest = json.dumps({"settings": settings, **place, **result}, indent=2, ensure_ascii=False)
             (partial / "conversion.json").write_text(manifest + "\n", encoding="utf-8")
             partial.rename(out)  # `out` is an empty folder or does not exist
     except OSError as e:
@@ -393,17 +569,23 @@ def convert(args: argparse.Namespace) -> int:
         for folder in made:  # these are still empty if the conversion failed
             with suppress(OSError):
                 folder.rmdir()
-    return summarise(out, result, args.skip_bad_videos)
+    return summarise(out, result, args.skip_bad_videos or args.on_bad_example == "skip")
 
 
-def summarise(out: Path, result: dict, skip_bad_videos: bool) -> int:
-    """Prints what was converted and left out; returns the exit status."""
-    for problem in result["bad"]:
-        print(f"left out: {problem}", file=sys.stderr)
+def summarise(out: Path, result: dict, skip: bool) -> int:
+    """Prints what was converted, noted and left out; returns the exit status."""
+    for title, problems in (("left out", result["bad"]), ("left aside", result.get("left_aside", []))):
+        for problem in problems[:SHOWN]:
+            print(f"{title}: {problem}", file=sys.stderr)
+        if len(problems) > SHOWN:
+            print(f"{title}: {len(problems) - SHOWN:,} others; {out}/conversion.json lists all", file=sys.stderr)
     counts = ", ".join(f"{n} {split}" for split, n in result["videos"].items())
     print(f"{out}: {counts} videos" + (f"; {len(result['bad'])} left out" if result["bad"] else ""))
-    if result["bad"] and not skip_bad_videos:
-        print("the good videos are written; with --skip_bad_videos the exit status would be 0", file=sys.stderr)
+    for note, told in NOTES.items():
+        if note in result:
+            print(f"{len(result[note]):,} {'files or folders' if note == 'left_aside' else 'videos'} {told}")
+    if result["bad"] and not skip:
+        print("the good videos are written; with --on_bad_example skip the exit status would be 0", file=sys.stderr)
         return 1
     return 0
 
@@ -438,9 +620,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--num_frames", type=positive, default=8, help="frames per video (default: %(default)s)")
     parser.add_argument("--num_workers", type=positive, default=cpus, help="number of processes; default: one per CPU")
-    parser.add_argument(
-        "--skip_bad_videos", action="store_true", help="end with status 0 even if bad videos were left out"
+    bad = parser.add_mutually_exclusive_group()
+    bad.add_argument(
+        "--on_bad_example",
+        choices=("error", "skip"),
+        help="bad videos are left out and listed; error: then end with status 1; skip: with 0 (default: error)",
     )
+    bad.add_argument("--skip_bad_videos", action="store_true", help="the older name of --on_bad_example skip")
     try:
         return convert(parser.parse_args(argv))
     except KeyboardInterrupt as e:

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -190,7 +191,10 @@ def test_bad_videos_are_left_out_and_reported(tmp_path, capfd):
     assert [json.loads(line)["id"] for line in lines] == ["train-0000000000", "train-0000000006"]
     assert not [p for p in (tmp_path / "out").rglob("*.jpg") if not p.name.startswith("v_")]
     assert convert("--source", root, "--out_dir", tmp_path / "out") == 1  # the rerun says so again
-    assert convert("--source", root, "--out_dir", tmp_path / "skip", "--skip_bad_videos") == 0
+    assert "--on_bad_example skip" in capfd.readouterr().err
+    for number, flags in enumerate((["--on_bad_example", "skip"], ["--skip_bad_videos"])):
+        assert convert("--source", root, "--out_dir", tmp_path / f"skip{number}", *flags) == 0
+        assert "left out: train/Run/empty.avi" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -460,6 +464,7 @@ def test_a_lock_that_its_holder_removed_meanwhile(source, tmp_path, capfd, monke
     ("files", "message"),
     [
         ((), "holds none of the folders train, val and test"),
+        (("train/Run/a.avi", "train/Run/a.b.avi", "train/Run/a.mp4"), "would give the same images"),
         (("train/notes.txt",), "holds no videos"),
         (("train/Run/a.avi", "train/Run/a.mp4"), "would give the same images"),
         (("train/Run, fast/a.avi",), "holds a comma"),
@@ -487,6 +492,8 @@ def test_sources_of_another_layout(files, message, tmp_path, capfd):
         (["--source", "tests", "--data_revision", "v1"], "--data_revision v1 is for data on the Hub, and contradicts"),
         (["--token", "s3cret"], "unrecognized arguments: --token ••• (see --help)"),
         (["--source", "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"], "--source ••• does not exist"),
+        (["--on_bad_example", "ignore"], "invalid choice: 'ignore'"),
+        (["--on_bad_example", "error", "--skip_bad_videos"], "not allowed with argument --on_bad_example"),
     ],
 )
 def test_wrong_flags(flags, message, tmp_path, capfd):
@@ -518,3 +525,337 @@ def test_a_failed_download_names_the_way_out(tmp_path, capfd, monkeypatch):
     assert convert_ucf101.main(["--out_dir", str(tmp_path / "out")]) == 2
     error = capfd.readouterr().err
     assert "can't be downloaded (no route to host): " in error and "pass the file with --source" in error
+
+
+# ---- Turned videos, other containers, variable frame rates, and files that are left aside
+
+
+def write_video(path, n=20, codec="mpeg4", format=None, times=None, **how):
+    """A video of 64 x 48 pixels that is white in its upper left corner; below, its brightness is 20 + 5 * frame.
+
+    times: of the frames in milliseconds. how: `rotation` and flips, or `matrix`, or `ratio` of the pixels' sides.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format=format) as container:
+        stream = container.add_stream(codec, rate=1000 if times else 25)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        if "matrix" in how:
+            stream.set_display_matrix(how["matrix"])
+        elif "rotation" in how:
+            stream.set_display_rotation(**{"degrees" if key == "rotation" else key: how[key] for key in how})
+        if "ratio" in how:
+            stream.codec_context.sample_aspect_ratio = how["ratio"]
+        for i in range(n):
+            pixels = np.full((48, 64, 3), 20 + 5 * i, np.uint8)
+            pixels[:24, :32] = 255
+            frame = av.VideoFrame.from_ndarray(pixels).reformat(format="yuv420p")
+            if times:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def frames_of(video, folder, num_frames=8):
+    """The images that the converter writes, its remarks, and what is wrong with the video."""
+    folder.mkdir(exist_ok=True)
+    notes = {}
+    problem = convert_ucf101.convert_video(video, folder / "v", num_frames, notes)
+    return [Image.open(folder / f"v.{i}.jpg") for i in range(0 if problem else num_frames)], notes, problem
+
+
+def numbers_of(images):
+    """The numbers of the frames in the video."""
+    return [round((int(np.asarray(image)[40, 50, 0]) - 20) / 5) for image in images]
+
+
+UNIT = 65536
+MATRICES = {  # as phones write them: (the matrix's upper left numbers, where the white corner is shown, what is said)
+    "upright": ((UNIT, 0, 0, UNIT), "upper left", None),
+    "portrait": ((0, UNIT, -UNIT, 0), "upper right", "90 degrees clockwise"),
+    "upside down": ((-UNIT, 0, 0, -UNIT), "lower right", "180 degrees"),
+    "other portrait": ((0, -UNIT, UNIT, 0), "lower left", "90 degrees counterclockwise"),
+    "front camera": ((-UNIT, 0, 0, UNIT), "upper right", "mirrored, left to right"),
+    "flipped": ((UNIT, 0, 0, -UNIT), "lower left", "mirrored, top to bottom"),
+    "transposed": ((0, UNIT, UNIT, 0), "upper left", "mirrored along the falling diagonal"),
+    "transversed": ((0, -UNIT, -UNIT, 0), "lower right", "mirrored along the rising diagonal"),
+    "half a degree": ((UNIT, 572, -572, UNIT), "upper left", None),
+    "reduced": ((0, UNIT // 2, -UNIT // 2, 0), "upper right", "90 degrees clockwise"),
+    "nothing": ((0, 0, 0, 0), "upper left", None),
+}
+
+
+def white_corner(image):
+    corners = {"upper left": (0, 0), "upper right": (1, 0), "lower left": (0, 1), "lower right": (1, 1)}
+    at = {name: ((image.width - 8) * x + 4, (image.height - 8) * y + 4) for name, (x, y) in corners.items()}
+    (found,) = [name for name, place in at.items() if min(image.getpixel(place)) > 200]
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "3gp"])
+@pytest.mark.parametrize("name", MATRICES)
+def test_frames_are_turned_as_players_turn_them(name, suffix, tmp_path):
+    (a, b, c, d), corner, said = MATRICES[name]
+    if suffix == "mkv" and name not in ("portrait", "upside down", "other portrait"):
+        pytest.skip("a .mkv has an angle in place of a matrix")
+    write_video(tmp_path / f"v.{suffix}", matrix=[a, b, 0, c, d, 0, 0, 0, 2**30])
+    images, notes, problem = frames_of(tmp_path / f"v.{suffix}", tmp_path / "frames")
+    assert problem is None and notes.get("turned") == said
+    sideways = said and ("90" in said or "diagonal" in said)
+    assert {image.size for image in images} == {(48, 64) if sideways else (64, 48)}
+    assert {white_corner(image) for image in images} == {corner}
+
+
+@pytest.mark.parametrize(
+    ("how", "corner"),
+    [
+        ({"rotation": 90}, "lower left"),
+        ({"rotation": 180}, "lower right"),
+        ({"rotation": 270}, "upper right"),
+        ({"rotation": 0, "hflip": True}, "upper right"),
+        ({"rotation": 90, "vflip": True}, "upper left"),
+    ],
+)
+def test_turns_as_pyav_names_them(how, corner, tmp_path):
+    """PyAV counts degrees counterclockwise, and mirrors afterwards."""
+    write_video(tmp_path / "v.mp4", **how)
+    images, notes, _ = frames_of(tmp_path / "v.mp4", tmp_path / "frames")
+    assert notes["turned"] and {white_corner(image) for image in images} == {corner}
+
+
+def test_a_video_at_an_angle_is_bad(tmp_path):
+    write_video(tmp_path / "v.mp4", rotation=45)
+    _, _, problem = frames_of(tmp_path / "v.mp4", tmp_path / "frames")
+    assert problem == "it is turned by 315 degrees clockwise, not by 90, 180 or 270: save it upright"
+
+
+def test_pixels_that_are_not_square_are_noted(tmp_path):
+    write_video(tmp_path / "v.mp4", ratio=Fraction(16, 11))
+    images, notes, problem = frames_of(tmp_path / "v.mp4", tmp_path / "frames")
+    assert problem is None and notes == {"not_square": "16:11"} and images[0].size == (64, 48)
+
+
+CONTAINERS = {  # suffix: (codec, PyAV's name of the container)
+    ".wmv": ("wmv2", None),
+    ".m4v": ("mpeg4", None),
+    ".MTS": ("mpeg2video", "mpegts"),
+    ".mpg": ("mpeg2video", None),
+    ".3gp": ("mpeg4", None),
+    ".flv": ("flv", None),
+    ".ts": ("mpeg2video", None),
+    ".ogv": ("libvpx", "ogg"),
+    ".WMV": ("wmv1", "asf"),
+    ".asf": ("msmpeg4", None),
+    ".vob": ("mpeg2video", "vob"),
+    ".m2ts": ("mpeg2video", "mpegts"),
+    ".mxf": ("mpeg2video", None),
+    ".f4v": ("libx264", None),
+    ".nut": ("mpeg4", None),
+    ".ogg": ("libvpx", "ogg"),
+    ".y4m": ("rawvideo", None),
+    ".ivf": ("libvpx", None),
+    ".h264": ("libx264", None),
+    ".unknown": ("mpeg4", "matroska"),
+    "": ("mpeg4", "mp4"),
+}
+
+
+@pytest.mark.slow
+def test_every_container_that_pyav_opens_is_taken(tmp_path, capfd):
+    run = tmp_path / "source" / "train" / "Run"
+    for number, (suffix, (codec, format)) in enumerate(CONTAINERS.items()):
+        write_video(run / f"v{number:02d}{suffix}", codec=codec, format=format)
+    assert convert("--source", tmp_path / "source", "--out_dir", tmp_path / "out") == 0
+    manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert manifest["videos"] == {"train": len(CONTAINERS)} and manifest.keys() == {"settings", "videos", "bad"}
+    for number in range(len(CONTAINERS)):
+        images = [Image.open(tmp_path / "out/images/train/Run" / f"v{number:02d}.{i}.jpg") for i in range(8)]
+        assert numbers_of(images) == [i * 20 // 8 for i in range(8)], list(CONTAINERS)[number]
+
+
+UNEVEN = [i * 28 for i in range(20)] + [3900, 6950, 10000]  # milliseconds
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov", "webm", "flv", "ts", "wmv"])
+@pytest.mark.parametrize("kept_bytes", [convert_ucf101.KEPT_BYTES, 0])
+def test_frames_are_evenly_spaced_in_time_if_the_rate_varies(suffix, kept_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_ucf101, "KEPT_BYTES", kept_bytes)
+    codec = {"webm": "libvpx", "flv": "flv", "wmv": "wmv2"}.get(suffix, "mpeg4")
+    write_video(tmp_path / f"v.{suffix}", len(UNEVEN), codec, times=UNEVEN)
+    images, notes, problem = frames_of(tmp_path / f"v.{suffix}", tmp_path / "frames")
+    assert problem is None and notes == {"uneven": "23 frames"}
+    with av.open(str(tmp_path / f"v.{suffix}")) as container:
+        end = [frame for frame in container.decode(video=0)][-1]
+        length = 10 + (float(end.duration * end.time_base) or 10 / 22)  # if it is unknown, as long as the average
+    assert numbers_of(images)[:3] == [0, 19, 19]
+    for i, number in enumerate(numbers_of(images)):  # the frame that a player shows at that time
+        shown = [k for k, time in enumerate(UNEVEN) if time / 1000 <= i * length / 8 + 0.002]
+        assert number == shown[-1]
+
+
+def by_index(n, num_frames=8):
+    return [i * n // num_frames for i in range(num_frames)]
+
+
+EVEN_TIMES = {
+    "constant": [40 * i for i in range(50)],
+    "rounded to milliseconds": [round(i * 1000 / 29.97) for i in range(300)],
+    "rounded to a 25th": [round(i * 25 / 24) for i in range(100)],
+    "rounded to a 100th": [round(i * 100 / 30) for i in range(60)],
+    "begins late": [3 * 90000 + 3600 * i for i in range(50)],
+    "jitter": [40 * i + (7 * i) % 11 for i in range(50)],
+    "a frame was dropped": [40 * i for i in range(100) if i != 60],
+    "the first is early": [0] + [40 * i for i in range(2, 60)],
+    "two frames": [0, 900],
+    "one frame": [0],
+    "no times": [None] * 40,
+    "some times": [0, None, 80, *range(120, 2000, 40)],
+    "all at once": [0] * 9,
+}
+
+
+@pytest.mark.parametrize("name", EVEN_TIMES)
+def test_the_index_rule_holds_for_even_times(name):
+    times = EVEN_TIMES[name]
+    assert convert_ucf101.wanted_frames(times, 40, 8) == (by_index(len(times)), None)
+
+
+UNEVEN_TIMES = {
+    "a pause": [40 * i + 5000 * (i > 25) for i in range(50)],
+    "half as fast": [33 * i if i < 30 else 990 + 66 * (i - 30) for i in range(45)],
+    "a bit slower": [33 * i if i < 30 else 990 + 50 * (i - 30) for i in range(50)],
+    "three frames": [0, 10, 1000],
+    "a still end": [40 * i for i in range(20)] + [9000],
+    "ten dropped": [40 * i for i in range(120) if not 50 <= i < 60],
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN_TIMES)
+@pytest.mark.parametrize("num_frames", [4, 8, 16])
+def test_the_time_rule_holds_for_uneven_times(name, num_frames):
+    times = UNEVEN_TIMES[name]
+    found, remark = convert_ucf101.wanted_frames(times, 40, num_frames)
+    length = times[-1] + 40
+    expected = [max(k for k, time in enumerate(times) if time <= i * length / num_frames) for i in range(num_frames)]
+    assert found == expected != by_index(len(times), num_frames) and remark == f"{len(times)} frames"
+
+
+def test_times_that_run_backwards():
+    times = [40 * i for i in range(20)] + [40 * i for i in range(20)]
+    found, remark = convert_ucf101.wanted_frames(times, 40, 8)
+    assert found == by_index(40) and "run backwards" in remark
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A source with everything that can be beside good videos."""
+    root = make_source(tmp_path / "source", (5,))
+    run = root / "train" / "Run"
+    write_video(run / "turned.mp4", rotation=90)
+    write_video(run / "uneven.mkv", len(UNEVEN), times=UNEVEN)
+    for name, content in {"notes.txt": b"hello", "labels.csv": b"a,b", "README": b"read", "s.srt": b"1\n"}.items():
+        (run / name).write_bytes(content)
+    (run / "log.nfo").write_text("as a terminal shows it")
+    Image.new("RGB", (9, 9)).save(run / "thumb.jpg")
+    Image.new("RGB", (9, 9)).save(run / "thumb.avif")
+    (run / "clips").mkdir()
+    (run / "gone").symlink_to("nowhere")
+    (root / "train" / "loose.avi").write_bytes(b"")
+    (root / "train" / "Empty").mkdir()
+    (root / "train" / ".cache").mkdir()
+    (root / "validation").mkdir()
+    (root / "README.md").write_text("about")
+    return root
+
+
+ASIDE = {
+    "README.md": "not one of the folders train, val and test",
+    "train/.cache": "in no class's folder",
+    "train/Empty": "an empty folder",
+    "train/Run/._v_Run_g01_c01.avi": "hidden",
+    "train/Run/README": "not a video that PyAV can open",
+    "train/Run/clips": "a folder inside a class",
+    "train/Run/gone": "not a regular file",
+    "train/Run/labels.csv": "not a video that PyAV can open",
+    "train/Run/log.nfo": "a text",
+    "train/Run/notes.txt": "not a video that PyAV can open",
+    "train/Run/s.srt": "not a video that PyAV can open",
+    "train/Run/thumb.avif": "a picture",
+    "train/Run/thumb.jpg": "a picture",
+    "train/loose.avi": "in no class's folder",
+    "validation": "not one of the folders train, val and test",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_is_left_aside_in_silence(packed, mixed, tmp_path, capfd):
+    given, top = (pack(mixed, tmp_path / "source.tar.gz"), "UCF101_subset/") if packed else (mixed, "")
+    for _ in range(2):  # the rerun says so again
+        assert convert("--source", given, "--out_dir", tmp_path / "out") == 0
+        told = capfd.readouterr()
+        manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())
+        assert manifest["left_aside"] == sorted(f"{top}{name}: {reason}" for name, reason in ASIDE.items())
+        assert manifest["turned"] == ["train/Run/turned.mp4: 90 degrees counterclockwise"]
+        assert manifest["uneven"] == ["train/Run/uneven.mkv: 23 frames"]
+        assert manifest["videos"] == {"train": 4, "val": 2, "test": 1} and manifest["bad"] == []
+        assert told.err.count("left aside: ") == 11 and "left aside: 5 others; " in told.err
+        assert "\n15 files or folders left aside\n" in told.out
+        assert "\n1 videos turned as their display matrix says\n" in told.out
+        assert "\n1 videos of a variable frame rate: their frames are evenly spaced in time\n" in told.out
+
+
+@pytest.mark.slow
+def test_conversion_json_is_as_before_if_there_is_nothing_to_say(source, tmp_path):
+    (source / "train" / "Run" / "._v_Run_g01_c01.avi").unlink(missing_ok=True)
+    assert convert("--source", source, "--out_dir", tmp_path / "out") == 0
+    manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert list(manifest) == ["settings", "videos", "bad"]
+
+
+def test_classes_without_videos(tmp_path, capfd):
+    root = make_source(tmp_path / "source", (5,))
+    for k in range(12):
+        (root / "val" / f"Other{k:02d}").mkdir()
+        (root / "val" / f"Other{k:02d}" / "a.txt").write_text("no video")
+    assert convert("--source", root, "--out_dir", tmp_path / "out") == 2
+    error = capfd.readouterr().err
+    assert "12 classes have no videos: val/Other00 (a.txt: not a video that PyAV can open); val/Other01 " in error
+    assert "val/Other10" not in error and "and 2 others" in error and "remove the folders" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--on_bad_example", "skip"]])
+def test_a_class_that_loses_all_videos_is_an_error(flags, tmp_path, capfd):
+    root = make_source(tmp_path / "source", (5,))
+    (root / "val" / "Jump" / "v_Jump_g01_c01.avi").write_bytes(b"damaged")
+    assert convert("--source", root, "--out_dir", tmp_path / "out", *flags) == 2
+    error = capfd.readouterr().err
+    assert (
+        "error: 1 classes would lose all their videos of a split; the first of each: val/Jump/v_Jump_g01_c01" in error
+    )
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", sorted(convert_ucf101.SUFFIXES))
+def test_a_damaged_video_is_bad_and_not_left_aside(suffix, tmp_path):
+    path = tmp_path / f"a{suffix.upper()}"
+    path.write_bytes(b"damaged")
+    assert convert_ucf101.why_not_a_video(path) is None
+    assert convert_ucf101.convert_video(path, tmp_path / "a", 8)
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    class Stream:
+        def __init__(self, flags):
+            self.disposition = flags
+
+    class Container:
+        format, metadata, streams = type("", (), {"name": "mov,mp4"}), {}, type("", (), {"video": []})
+
+    cover, film = Stream(convert_ucf101.Disposition.attached_pic), Stream(convert_ucf101.Disposition.default)
+    Container.streams.video = [cover, film]
+    assert convert_ucf101.video_stream(Container) is film
+    Container.streams.video = [cover]
+    with pytest.raises(ValueError, match="the file has no video stream"):
+        convert_ucf101.video_stream(Container)
