@@ -20,7 +20,7 @@ from .data.conversations import ConversationDataset
 from .data.preview import render_example
 from .data.sampler import sampler_for
 from .data.sizes import Size, all_sizes, fingerprint
-from .errors import blaming
+from .errors import blaming, first_of_node
 from .files import write_json
 from .hub import fetch_model
 from .model.loading import base_and_adapter, load_saved, nf4_config, not_quantized
@@ -60,7 +60,7 @@ class Run:
         quiet_console(args.no_tqdm)
         self.preemption = Preemption()
         check_flags_equal_on_all_ranks(args, training_args)
-        with training_args.main_process_first(desc="model"):
+        with first_of_node(training_args, "model"):
             fetch_model(base_and_adapter(args.model_name_or_path)[0], weights=not (args.estimate or args.check_data))
         if args.dry_run and is_first():
             shutil.rmtree(self.output_dir, ignore_errors=True)  # left by a dry run that was stopped
