@@ -160,6 +160,11 @@ def test_the_hub_a_copy_of_it_and_datasets_alone_give_the_same_rows(repo, config
     assert from_hub[ROW][:2] == ([500, 501] if config else [0, 1])
 
 
+def test_a_split_or_a_configuration_that_is_not_there(reachable):
+    assert "has no split 'test', only train" in fails(load_table, CAULDRON, "nlvr2", "test[:3]", None, {})
+    assert "(chartqa) has no split 'train' on the Hub" in fails(load_table, CAULDRON, "chartqa", "train", None, {})
+
+
 def test_missing_parts_of_a_copy_are_named(reachable, tmp_path):
     shutil.copytree(reachable.root / "datasets" / CAULDRON, tmp_path / "the_cauldron")
     for number in (3, 5):
@@ -270,7 +275,7 @@ def test_a_download_that_always_breaks_off(reachable, monkeypatch):
 def test_a_server_without_an_answer(reachable, monkeypatch):
     monkeypatch.setattr(hub, "TIMEOUT", 0.3)
     reachable.faults.append(Fault("GET /api/models", delay=1))
-    assert "no answer from 127.0.0.1 within" in fails(hub.fetch_model, MODEL)
+    assert "no answer from 127.0.0.1 within 0.3 s" in fails(hub.fetch_model, MODEL)
     assert reachable.waits == [1, 2]
 
 
