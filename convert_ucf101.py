@@ -58,7 +58,7 @@ from PIL.Image import Transpose
 from tqdm import tqdm
 
 HUB_DATASET, HUB_ARCHIVE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
-ATTEMPTS, LONGEST_WAIT = 4, 900  # downloads that are tried, and seconds between two of them
+ATTEMPTS, LONGEST_WAIT = 3, 900  # downloads that are tried, and seconds between two of them
 SPLITS = ("train", "val", "test")
 # A file of such a name that can't be opened is a bad video. A file of another name that can't be opened is none.
 SUFFIXES = set(
@@ -424,7 +424,9 @@ def download(revision: str | None = None) -> Path:
     revision: a branch, tag or commit. Raises InputError if the archive can't be had or is damaged.
     """
     from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its warnings are two lines each, with long addresses
     get = partial(hf_hub_download, HUB_DATASET, HUB_ARCHIVE, repo_type="dataset", revision=revision)
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -438,7 +440,7 @@ def download(revision: str | None = None) -> Path:
             while cause.__cause__:
                 cause = cause.__cause__
             reason = masked(" ".join(str(cause).split()) or type(cause).__name__)
-            response = getattr(e, "response", None)
+            response = getattr(cause, "response", None)
         with suppress(Exception):
             path = Path(get(local_files_only=True))
             print(f"{HUB_DATASET} can't be fetched ({reason}): reads the cached copy instead")
@@ -454,8 +456,8 @@ def download(revision: str | None = None) -> Path:
         if final or attempt == ATTEMPTS or wait > LONGEST_WAIT:
             command = f"hf download {HUB_DATASET} {HUB_ARCHIVE} --repo-type dataset"
             raise InputError(
-                f"{HUB_DATASET} can't be downloaded ({reason}): try again later, check HF_ENDPOINT and the proxy "
-                f"variables, or run `{command}` on another machine and pass the file with --source"
+                f"{HUB_DATASET} can't be downloaded ({reason}): try again later, check HF_ENDPOINT, HF_TOKEN and the "
+                f"proxy variables, or run `{command}` on another machine and pass the file with --source"
             )
         print(f"{HUB_DATASET} can't be downloaded ({reason}): tries again in {wait} s", flush=True)
         time.sleep(wait)

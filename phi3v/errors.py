@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from .ranks import is_first, leave_group
@@ -141,6 +142,23 @@ def blaming(flag: str, value):
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as e:
         raise InputError(f"--{flag} {value}: {' '.join(str(e).split())}") from None
+
+
+@contextlib.contextmanager
+def first_of_node(training_args, desc: str):
+    """The first process of each node runs the block before the others, to fill caches that these read.
+
+    training_args: a TrainingArguments. If a process raises InputError in the block, all of them raise it: otherwise the
+    others would go on, and end with a traceback when they miss that process.
+    """
+    failure = None
+    with training_args.main_process_first(desc=desc):
+        try:
+            yield
+        except InputError as e:
+            failure = str(e)
+    if failures := [text for text in gather_object([failure]) if text]:
+        raise InputError(failures[0])
 
 
 def exit_on_input_error(main):

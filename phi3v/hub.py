@@ -135,7 +135,7 @@ def _fetch(wanted: Wanted, patterns: list[str], is_whole: Callable, shown: Wante
     go_offline()
     cached = functools.partial(_cached, wanted, patterns, is_whole)
     asked_for = OFFLINE_ASKED_FOR or wanted.kind == "dataset" and OFFLINE_ASKED_FOR_DATA
-    if asked_for or not is_first_of_node() or hub_is_down and cached():
+    if asked_for or not is_first_of_node() or (hub_is_down and cached()):
         if (folder := cached()) is None:
             raise InputError(
                 f"{shown} is not, or not completely, in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
@@ -205,17 +205,16 @@ def _online(shown: Wanted):
 
 def _send(send: Callable, shown: Wanted, asked: Counter, request: httpx2.Request, **options) -> httpx2.Response:
     """Sends a request. Raises Fault at once where huggingface_hub would retry for minutes, or read the cache, in
-    silence. asked: how often each address was asked for in this attempt."""
+    silence. asked: how often each download was begun in this attempt."""
     limits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {k: limits.get(k) or TIMEOUT for k in ("connect", "read", "write", "pool")}
-    address = request.method, request.url.copy_with(query=None)
-    asked[address] += 1
-    if asked[address] == 2:
+    asked[request.url] += options.get("stream", False)
+    if asked[request.url] == 2:
         print(f"{shown}: the connection broke off; goes on with the download", flush=True)
     try:
         response = send(request, **options)
     except (httpx2.RequestError, httpx2.InvalidURL) as e:
-        if asked[address] > 1:
+        if asked[request.url] > 1:
             raise  # huggingface_hub goes on where the download broke off, five times; a new attempt starts anew
         raise explain(e) from e
     if response.status_code >= 400:

@@ -141,7 +141,8 @@ def _explain_network(error: httpx2.RequestError | httpx2.InvalidURL, text: str, 
     if isinstance(error, httpx2.ProxyError):
         return Fault(f"no connection to {place} ({text})", proxy_help)
     if isinstance(error, httpx2.TimeoutException):
-        return Fault(f"no answer from {place} within {TIMEOUT:.0f} s", proxy_help if proxy else "", passes=True)
+        seconds = error.request.extensions.get("timeout", {}).get("read") or TIMEOUT
+        return Fault(f"no answer from {place} within {seconds:g} s", proxy_help if proxy else "", passes=True)
     if isinstance(error, httpx2.ConnectError):
         return Fault(f"no connection to {place} ({text})", proxy_help if proxy else "", passes=True)
     return Fault(f"the connection to {place} broke off ({text})", passes=True)

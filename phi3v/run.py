@@ -18,7 +18,7 @@ from .data.check import check_data
 from .data.conversations import ConversationDataset
 from .data.preview import render_example
 from .data.sizes import all_sizes, fingerprint
-from .errors import BadExamples, blaming, listing
+from .errors import BadExamples, blaming, first_of_node, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
 from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
@@ -62,7 +62,7 @@ class Run:
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)
         data_commits.clear()  # of an earlier run in this process
-        with training_args.main_process_first(desc="model"):
+        with first_of_node(training_args, "model"):
             name, weights = args.model_name_or_path, not (args.estimate or args.check_data)
             check = None if args.evaluate_only else functools.partial(refuse_adapter, name)
             self.saved = find_saved(name, args.model_revision, weights=weights, check=check)

@@ -1,9 +1,13 @@
 """Messages about wrong input are collected and printed once, and the process ends with status 2."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 from helpers import COMMON, ROOT, torchrun
 
-from phi3v.errors import BadExamples, InputError, Problems, exit_on_input_error, listing
+from phi3v import errors
+from phi3v.errors import BadExamples, InputError, Problems, exit_on_input_error, first_of_node, listing
 
 
 def test_problems_are_counted_and_the_first_shown():
@@ -58,6 +62,17 @@ def test_several_problems_end_the_process_with_all_their_lines(prefix, capsys):
     with pytest.raises(SystemExit) as status:
         exit_on_input_error(main)
     assert status.value.code == 2 and capsys.readouterr().err == "error: data: 2 problems\n  a\n  b\n"
+
+
+@pytest.mark.parametrize("failing", ["nobody", "this process", "another"])
+def test_what_fails_in_one_process_fails_in_all(failing, monkeypatch):
+    args = SimpleNamespace(main_process_first=lambda desc: nullcontext())
+    others = ["no such file"] if failing == "another" else [None]
+    monkeypatch.setattr(errors, "gather_object", lambda own: own + others)
+    with nullcontext() if failing == "nobody" else pytest.raises(InputError, match="no such file"):
+        with first_of_node(args, "data"):
+            if failing == "this process":
+                raise InputError("no such file")
 
 
 @pytest.mark.slow

@@ -1,8 +1,14 @@
-"""Models and data sets are fetched once, checked, and read offline; faults of the Hub end in one clear line."""
+"""Models and data sets are fetched once, checked, and read offline; faults of the Hub end in one clear line.
 
+The fixture `reachable` lets this process read the Hub of tests/loopback_hub.py. The slow tests start whole commands.
+"""
+
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +17,7 @@ import datasets
 import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
-from helpers import CHECKPOINT
+from helpers import CHECKPOINT, LAUNCH_TWO_RANKS, ROOT
 from hub_repositories import CAULDRON, MINI, MODEL, OLDER_MODEL
 from huggingface_hub import constants
 from loopback_hub import Fault, LoopbackHub
@@ -154,13 +160,17 @@ def test_the_hub_a_copy_of_it_and_datasets_alone_give_the_same_rows(repo, config
     assert from_hub[ROW][:2] == ([500, 501] if config else [0, 1])
 
 
+def test_a_split_or_a_configuration_that_is_not_there(reachable):
+    assert "has no split 'test', only train" in fails(load_table, CAULDRON, "nlvr2", "test[:3]", None, {})
+    assert "(chartqa) has no split 'train' on the Hub" in fails(load_table, CAULDRON, "chartqa", "train", None, {})
+
+
 def test_missing_parts_of_a_copy_are_named(reachable, tmp_path):
     shutil.copytree(reachable.root / "datasets" / CAULDRON, tmp_path / "the_cauldron")
     for number in (3, 5):
         next((tmp_path / "the_cauldron" / "nlvr2").glob(f"train-0000{number}-*")).unlink()
     said = fails(load_table, CAULDRON, "nlvr2", "train", str(tmp_path), {})
     assert "lacks nlvr2/train-00003-of-00017, nlvr2/train-00005-of-00017" in said
-    assert "has no split" in fails(load_table, CAULDRON, "nlvr2", "validation", str(tmp_path), {}) or True
 
 
 # ---- Only the first rank of a node
@@ -265,7 +275,7 @@ def test_a_download_that_always_breaks_off(reachable, monkeypatch):
 def test_a_server_without_an_answer(reachable, monkeypatch):
     monkeypatch.setattr(hub, "TIMEOUT", 0.3)
     reachable.faults.append(Fault("GET /api/models", delay=1))
-    assert "no answer from 127.0.0.1 within" in fails(hub.fetch_model, MODEL)
+    assert "no answer from 127.0.0.1 within 0.3 s" in fails(hub.fetch_model, MODEL)
     assert reachable.waits == [1, 2]
 
 
@@ -495,3 +505,144 @@ def test_a_cache_that_cannot_be_written_to(reachable, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
     said = fails(hub.fetch_model, MODEL)
     assert "the cache can't be written" in said and f"set HF_HOME, now {constants.HF_HOME}, to a folder" in said
+
+
+# ---- Whole commands
+
+
+def start(server: LoopbackHub, home: Path, *command, **environment) -> subprocess.CompletedProcess:
+    server.requests.clear()
+    variables = server.environment(home, **environment)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def train(server: LoopbackHub, home: Path, task: str, out: Path, *flags, **environment):
+    """A script on two ranks with its default model and data."""
+    short = "--max_steps 1 --max_eval_samples 2 --no_eval_before --dataloader_num_workers 0 --no-tqdm --use_lora"
+    script = ROOT / f"finetune_hf_trainer_{task}.py"
+    flags = ["--output_dir", out, *short.split(), "--max_new_tokens", 2, "--num_crops", 2, *flags]
+    return start(server, home, *LAUNCH_TWO_RANKS, script, *flags, **environment)
+
+
+def errors_of(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.slow
+def test_two_ranks_on_an_empty_cache_then_offline_then_read_only(hub, tmp_path):
+    done = train(hub, tmp_path / "home", "nlvr2", tmp_path / "out", "--max_train_samples", 16)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert hub.by_rank().keys() <= {None, 0} and set(hub.fetched().values()) == {1}
+    assert not [name for name in hub.fetched() if name.endswith((".py", ".bin")) or "/docvqa/" in name]
+    first = digest_of_adapter(tmp_path / "out")
+    done = train(hub, tmp_path / "home", "nlvr2", tmp_path / "offline", "--max_train_samples", 16, HF_HUB_OFFLINE=1)
+    assert done.returncode == 0 and not hub.requests, done.stderr[-3000:]
+    assert digest_of_adapter(tmp_path / "offline") == first
+    hub.faults.append(Fault(".*", status=503))
+    done = train(hub, tmp_path / "home", "nlvr2", tmp_path / "down", "--max_train_samples", 16)
+    assert done.returncode == 0 and "reads the cached files of commit" in done.stdout, done.stderr[-3000:]
+    assert digest_of_adapter(tmp_path / "down") == first
+
+
+def digest_of_adapter(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("GET /cdn/models.*00002", reset=True), "broke off"),
+        (Fault("GET /cdn/datasets.*train", corrupt=True), "in the cache is damaged, as its hash is not the Hub's"),
+    ],
+)
+def test_a_fault_ends_all_ranks_with_one_line(fault, message, hub, tmp_path):
+    hub.faults.append(fault)
+    done = train(hub, tmp_path / "home", "docvqa", tmp_path / "out")
+    (error,) = errors_of(done)
+    assert done.returncode == 1 and message in error
+    assert hub.by_rank().keys() <= {None, 0}
+    own = done.stderr.partition("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")[0]
+    assert own.count("Traceback") <= 1  # torchrun's own
+
+
+@pytest.mark.slow
+def test_a_run_and_the_tools_with_a_read_only_home(hub, tmp_path):
+    home = tmp_path / "home"
+    question = [ROOT / "tools" / "ask.py", MODEL, "--question", "What is it?", "--max_new_tokens", 2]
+    done = start(hub, home, *question)
+    assert done.returncode == 0 and hub.by_rank().keys() <= {None, 0}, done.stderr
+    environment = hub.environment(home)
+    for path in (home, *home.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode & ~0o222)
+    as_user = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    command = [*as_user, sys.executable, *map(str, question)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    for path in (home, *home.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o700)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_tools_say_what_is_wrong_with_the_hub(hub, tmp_path):
+    hub.faults.append(Fault(".*", status=401, code="RepoNotFound"))
+    done = start(hub, tmp_path / "home", ROOT / "tools" / "ask.py", "me/private", "--question", "What?")
+    assert done.returncode == 2 and "set HF_TOKEN" in errors_of(done)[0]
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "me/private"}')
+    (adapter / "adapter_model.safetensors").write_text("")
+    for tool in ("ask.py", "merge_adapter.py"):
+        done = start(hub, tmp_path / "home", ROOT / "tools" / tool, adapter, tmp_path / "out")
+        assert done.returncode == 2 and errors_of(done)[0].endswith(": give --base"), done.stderr
+
+
+@pytest.mark.slow
+def test_an_estimate_fetches_no_weights(hub, tmp_path):
+    done = start(hub, tmp_path / "home", ROOT / "finetune_hf_trainer_docvqa.py", "--estimate", "--no-tqdm")
+    assert done.returncode == 0 and "FLOP" in done.stdout, done.stderr
+    assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
+
+
+# ---- The converter, which does not import this package
+
+
+def converted(server: LoopbackHub, home: Path, out: Path, **environment) -> subprocess.CompletedProcess:
+    return start(server, home, ROOT / "convert_ucf101.py", "--out_dir", out, "--num_workers", 1, **environment)
+
+
+@pytest.mark.slow
+def test_the_converter_fetches_once_and_reads_the_cache_if_the_hub_is_down(hub, tmp_path):
+    home = tmp_path / "home"
+    hub.faults.append(Fault("GET /api/datasets", status=429, headers={"Retry-After": "1"}, times=1))
+    done = converted(hub, home, tmp_path / "first")
+    assert done.returncode == 0 and "tries again in 1 s" in done.stdout, done.stderr
+    assert [name.rpartition("/")[2] for name in hub.fetched()] == ["UCF101_subset.tar.gz"]
+    hub.faults.append(Fault(".*", status=500))
+    done = converted(hub, home, tmp_path / "second")
+    assert done.returncode == 0 and done.stdout.count("reads the cached copy instead") == 1, done.stderr
+    done = converted(hub, home, tmp_path / "third", HF_HUB_OFFLINE=1)
+    assert done.returncode == 0 and not hub.requests, done.stderr
+    for name in ("second", "third"):
+        lines = (tmp_path / name / "ucf101_train.jsonl").read_bytes()
+        assert lines == (tmp_path / "first" / "ucf101_train.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("GET /cdn", corrupt=True), "in the cache is damaged, as its SHA-256 is not the Hub's: run `rm /"),
+        (Fault(".*", status=500), "500"),
+        (Fault("GET /cdn", reset=True), "reset by peer"),
+        (Fault(".*", status=401, code="RepoNotFound"), "401"),
+    ],
+)
+def test_what_the_converter_says_about_a_fault(fault, message, hub, tmp_path):
+    hub.faults.append(fault)
+    done = converted(hub, tmp_path / "home", tmp_path / "out")
+    (error,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and error.startswith("error: ") and message in error
+    assert "damaged" in error or "pass the file with --source" in error

@@ -42,7 +42,11 @@ def load_table(
     if data_dir is not None and not source.is_dir():
         raise InputError(f"--data_dir {data_dir} holds no folder {source.name}, a copy of {repo}")
     folder = fetch_data(repo, config, data_revision(repo, revisions)) if data_dir is None else source
-    files = sorted((folder / (config or "data")).glob(f"{name}-*.parquet"))
+    found = sorted((folder / (config or "data")).glob("*-*.parquet"))
+    files = [path for path in found if path.name.startswith(f"{name}-")]
+    if (found or data_dir is None) and not files:
+        splits = ", ".join(sorted({path.name.partition("-")[0] for path in found}))
+        raise InputError(f"{where} has no split {name!r}" + (f", only {splits}" if splits else " on the Hub"))
     if missing := missing_parts(files):
         raise InputError(f"{where}, split {name}: {folder} lacks {_some(missing)}: copy all files of the data set")
     # Without data_files, `datasets` wants the files of the first configuration that the README lists, whichever it is.

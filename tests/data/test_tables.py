@@ -12,7 +12,7 @@ from phi3v.errors import InputError
     [
         ("a/nowhere", None, "train", {}, "holds no folder nowhere"),
         ("a/the_cauldron", "chartqa", "train", {}, "can't be loaded"),
-        ("a/the_cauldron", "nlvr2", "test", {}, "can't be loaded"),
+        ("a/the_cauldron", "nlvr2", "test", {}, "has no split 'test', only train"),
         ("a/the_cauldron", "nlvr2", "train[600:]", {}, "is empty: it has 503 rows"),
         ("a/the_cauldron", "nlvr2", "train", {"image": str}, "has no column 'image', only images, texts"),
         ("a/the_cauldron", "nlvr2", "train", {"images": [str]}, "column 'images' is List"),
