@@ -100,6 +100,7 @@ def test_the_side_of_padding_can_be_chosen(tmp_path):
     assert starts(Phi3VProcessor.from_pretrained(CHECKPOINT, padding_side="right")) == 1
     processor.tokenizer.padding_side = "right"
     assert starts(processor) == 1
+    assert starts(Phi3VProcessor(processor.image_processor, processor.tokenizer)) == 0
     with pytest.raises(ValueError, match="padding_side is 'top'"):
         starts(processor, padding_side="top")
 
@@ -135,10 +136,17 @@ def test_whole_outputs_are_decoded(model, processor, images):
 @pytest.fixture(scope="module", params=["by its folder", "by its parts"])
 def pipe(request, model):
     if request.param == "by its folder":
-        return transformers.pipeline("image-text-to-text", model=str(CHECKPOINT))  # would wait for a terminal's answer
+        return transformers.pipeline("image-text-to-text", model=str(CHECKPOINT))
     return transformers.pipeline(
         "image-text-to-text", model=model, processor=Phi3VProcessor.from_pretrained(CHECKPOINT)
     )
+
+
+def test_a_pipeline_asks_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
+    transformers.pipeline("image-text-to-text", model=str(CHECKPOINT))
+    assert not asked
 
 
 HOW = {"max_new_tokens": 8, "generate_kwargs": {"do_sample": False}, "return_full_text": False}
