@@ -108,7 +108,7 @@ def test_an_adapter_answers_as_its_merged_model_does(adapter, images, tmp_path, 
     assert from_adapter == asked(capsys, tmp_path, *question) != asked(capsys, CHECKPOINT, *question)
 
 
-def test_base_separators_and_processor_of_an_adapter(adapter, tmp_path):
+def test_base_separators_and_processor_of_an_adapter(adapter, tmp_path, monkeypatch):
     """--base stands in for a lost base; separators are the adapter's; the processor is the base's if it has none."""
     for path in adapter.glob("adapter_*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -117,6 +117,7 @@ def test_base_separators_and_processor_of_an_adapter(adapter, tmp_path):
     name = SEPARATORS[0]
     trained = {name: load_file(CHECKPOINT / "model.safetensors")[name].float() + 1}
     save_file(trained, tmp_path / SEPARATORS_FILE)
+    monkeypatch.setattr("phi3v.hub.OFFLINE_ASKED_FOR", True)
     with pytest.raises(ask.InputError, match="gone/away is not, .* in the cache .*give --base"):
         ask.load(ask.parse_arguments([str(tmp_path)]))
     processor, model = ask.load(ask.parse_arguments([str(tmp_path), "--base", str(CHECKPOINT), "--num_crops", "3"]))
