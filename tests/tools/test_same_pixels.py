@@ -168,7 +168,8 @@ def test_a_run_and_what_follows_it_see_photos_in_the_same_way(exif_rotate, photo
 
 def test_the_converter_writes_photos_upright(photos, tmp_path, capsys):
     data, _, upright = photos
-    (tmp_path / "q.csv").write_text("image,question,answer\n" + "photo.png,What?,This.\n" * 4)
+    Image.new("RGB", (8, 8)).save(data / "images" / "other.png")
+    (tmp_path / "q.csv").write_text("image,question,answer\nphoto.png,What?,This.\nother.png,What?,That.\n")
     flags = ["--source", str(tmp_path / "q.csv"), "--images_dir", str(data / "images"), "--val_share", "0.5"]
     processor = Phi3VImageProcessor(num_crops=4, image_size=56, patch_size=14, exif_rotate=True)
     for more, size in (([], (50, 30)), (["--exif_rotate"], (30, 50))):
