@@ -139,7 +139,7 @@ def _fetch(wanted: Wanted, patterns: list[str], is_whole: Callable, shown: Wante
         if (folder := cached()) is None:
             raise InputError(
                 f"{shown} is not, or not completely, in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
-                f"unset it, or run `{shown.command}` where the Hub can be reached and set HF_HOME to that cache"
+                f"unset it, or run `{shown.command}` where the Hub can be reached, and set HF_HOME to that cache"
             )
         if is_first_of_node():
             _check_contents(folder, patterns, shown)
@@ -159,7 +159,8 @@ def _fetch(wanted: Wanted, patterns: list[str], is_whole: Callable, shown: Wante
             break
         tries = ATTEMPTS_IF_BUSY if fault.wait is not None else ATTEMPTS
         if not fault.passes or attempt >= tries or (fault.wait or 0) > LONGEST_WAIT:
-            help = fault.help or f"try again later, or run `{shown.command}` where the Hub can be reached"
+            elsewhere = f"run `{shown.command}` where the Hub can be reached, and set HF_HUB_OFFLINE=1 and HF_HOME here"
+            help = fault.help or f"try again later, set HF_ENDPOINT to a mirror, or {elsewhere}"
             raise InputError(f"{shown} can't be fetched from {without_password(constants.ENDPOINT)}: {fault}; {help}")
         wait = 2 ** (attempt - 1) if fault.wait is None else fault.wait
         print(f"{shown}: {fault}; tries again in {wait:.0f} s (attempt {attempt + 1} of {tries})", flush=True)

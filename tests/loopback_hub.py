@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlsplit(self.path)
-        path, self.query, self.fault = unquote(url.path), parse_qs(url.query), None
+        path, self.query, self.fault, self.record = unquote(url.path), parse_qs(url.query), None, None
         if path.startswith("/_control/"):
             return self.control(path)
         agent = self.headers.get("User-Agent") or ""
@@ -153,8 +153,6 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_request(path)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-        finally:
-            self.hub.note(self.record)
 
     do_HEAD = do_POST = do_GET
 
@@ -166,6 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault := self.fault:
             time.sleep(fault.delay)
             if fault.reset:
+                self.hub.note(self.record)
                 self.connection.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
                 self.close_connection = True
                 return self.connection.close()
@@ -260,7 +259,12 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json; charset=utf-8"})
 
     def answer(self, status: int, body: bytes, headers: dict):
-        self.record["status"] = status
+        content = b"" if self.command == "HEAD" else body
+        is_cut = self.fault and self.fault.cut is not None and status in (200, 206) and self.fault.cut < len(content)
+        if is_cut:
+            content = content[: self.fault.cut]
+        if self.record:  # noted before it is sent, because the client may look at once
+            self.hub.note(self.record | {"status": status, "sent": len(content)})
         self.send_response(status)
         for name, value in headers.items():
             if value is not None:
@@ -268,24 +272,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Request-Id", "Root=1-0")
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        cut = self.fault and self.fault.cut
-        if cut is not None and status in (200, 206) and cut < len(body):
-            self.wfile.write(body[:cut])
+        self.wfile.write(content)
+        if is_cut:
             self.wfile.flush()
-            self.record["sent"] = cut
             self.close_connection = True
-            return self.connection.close()
-        self.wfile.write(body)
-        self.record["sent"] = len(body)
+            self.connection.close()
 
     def control(self, path: str):
         if path.endswith("/faults"):
             self.hub.faults[:] = [Fault(**fault) for fault in json.loads(self.body)]
         elif path.endswith("/clear"):
             self.hub.requests.clear()
-        self.record = {}
         self.send_json(self.hub.requests)
 
 

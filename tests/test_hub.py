@@ -190,7 +190,10 @@ def test_the_other_ranks_of_a_node_read_the_cache(reachable, monkeypatch):
 
 # ---- Faults: what is said, how often it is tried
 
-UNREACHABLE = "try again later, or run `hf download microsoft/Phi-3.5-vision-instruct` where the Hub can be reached"
+UNREACHABLE = (
+    f"try again later, set HF_ENDPOINT to a mirror, or run `hf download {MODEL}` where the Hub can be reached, and set "
+    "HF_HUB_OFFLINE=1 and HF_HOME here"
+)
 FAULTS = {
     "error of the server": (Fault(".*", status=500), "127.0.0.1 answered 500 Internal Server Error; " + UNREACHABLE, 3),
     "bad gateway": (Fault(".*", status=502), "127.0.0.1 answered 502 Bad Gateway; " + UNREACHABLE, 3),
@@ -262,6 +265,16 @@ def test_a_download_that_breaks_off_goes_on(reachable, capsys, monkeypatch):
     assert capsys.readouterr().out == f"{MODEL}: the connection broke off; goes on with the download\n"
     ranges = [record["range"] for record in reachable.requests if "/cdn" in record["path"] and record["range"]]
     assert ranges == ["bytes=20000-", "bytes=40000-", "bytes=60000-"] and not reachable.waits
+
+
+def test_a_download_that_broke_off_is_not_begun_anew_if_the_server_does_not_answer_at_once(reachable, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(huggingface_hub.file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
+    reachable.faults.append(Fault("GET /cdn.*model-00001", cut=25_000, times=1))
+    reachable.faults.append(Fault("GET /cdn.*model-00001", delay=1, times=2))
+    hub.fetch_model(MODEL)
+    assert not reachable.waits and reachable.requests[-1]["range"] == "bytes=20000-"
 
 
 def test_a_download_that_always_breaks_off(reachable, monkeypatch):
