@@ -62,11 +62,11 @@ def fetch_model(name: str, weights: bool = True, revision: str | None = None, ch
     check: called with the folder before its weights are fetched; may raise an InputError.
     Raises InputError if the files can't be had or are damaged.
     """
-    go_offline()
     if not is_hub_name(name):
         if check:
             check(Path(name))
         return Path(name)
+    go_offline()
     wanted = Wanted(name, revision=revision)
     folder = _fetch(wanted, SMALL_FILES, lambda folder: any((folder / config).is_file() for config in CONFIGS))
     if not any((folder / config).is_file() for config in CONFIGS):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ..errors import BadExamples, InputError
 from .annotations import text_of
 
 DELIMITERS = {".csv": (",", "a comma"), ".tsv": ("\t", "a tab")}
+_LINE_BREAK = re.compile("\r\n|\r|\n")
 _QUOTES = 'put quotes around the whole field, and write each quote inside of it twice, as in "5"" wide"'
 
 
@@ -22,7 +24,7 @@ def rows(path: Path, bad: BadExamples, is_image: Callable[[str], bool]) -> Itera
     delimiter, delimiter_name = DELIMITERS[path.suffix.lower()]
     lines = list(io.StringIO(text_of(path), newline=""))  # not splitlines, which also splits at U+2028
     found = _records(lines, delimiter, is_image)
-    _, header, problem = next(found, (0, [], None))
+    _, header, problem = next((record for record in found if record[1] or record[2]), (0, [], None))
     if problem:
         raise InputError(f"{path}:1: {problem}")
     missing = [name for name in ("image", "question", "answer") if name not in header]
@@ -35,8 +37,8 @@ def rows(path: Path, bad: BadExamples, is_image: Callable[[str], bool]) -> Itera
         raise InputError(f"{path}: the column {twice[0]!r} is there twice: rename or remove one")
     for number, fields, problem in found:
         where = f"{path}:{number}"
-        if not fields and not problem:
-            continue  # an empty line
+        if not any(fields) and not problem:
+            continue  # an empty line, or one of nothing but delimiters
         if not problem and len(fields) != len(header):
             problem = (
                 f"the row has {len(fields)} fields, but the header has {len(header)}: {fields!r:.200}; put quotes "
@@ -66,21 +68,23 @@ def _records(lines: list[str], delimiter: str, is_image) -> Iterator[tuple[int, 
         except csv.Error as e:
             fields, problem = [], f"the quotes of this row are wrong ({e}): {_QUOTES}"
         header = header or fields
-        if not problem and _swallows_rows(lines[number:start], fields, header, delimiter, is_image):
+        if not problem and _swallows_rows(fields, header, delimiter, is_image):
             problem = f"a quote opens in this row and closes in line {start}, where other rows begin: {_QUOTES}"
         if problem:
             start, reader = number, None
         yield number, fields, problem
 
 
-def _swallows_rows(inner: list[str], fields: list[str], header: list[str], delimiter: str, is_image) -> bool:
-    """Whether further lines of a record have the shape of rows: one names an image, or as in the record itself, none
-    has one."""
+def _swallows_rows(fields: list[str], header: list[str], delimiter: str, is_image) -> bool:
+    """Whether the text of a quoted field holds further rows: a line of it names an image where rows have theirs, or in
+    a table without images, all its lines have as many fields as a row."""
     column = next((i for i, name in enumerate(header) if name in ("image", "images")), None)
+    inner = [line for field in fields for line in _LINE_BREAK.split(field)[1:]]
     if not inner or column is None:
         return False
-    shaped = [row for row in csv.reader(inner, delimiter=delimiter, quoting=csv.QUOTE_NONE) if len(row) == len(header)]
-    images = [row[column].strip(' "') for row in shaped]
+    found = [row for row in csv.reader(inner, delimiter=delimiter, quoting=csv.QUOTE_NONE) if len(row) > 1]
+    images = [row[column].strip(' "') for row in found if len(row) > column]
     if any(is_image(name.strip()) for image in images for name in image.split(";")):
         return True
-    return len(shaped) == len(inner) and not any(images) and not fields[column].strip()
+    is_shaped = len(found) == len(inner) and all(len(row) == len(header) for row in found)
+    return is_shaped and not any(images) and not fields[column].strip()

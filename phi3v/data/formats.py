@@ -11,7 +11,7 @@ from . import csv_rows, json_rows
 from .annotations import text_problem
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 
-IMAGE_PLACE = re.compile(r"\s*<image>\s*|\s*<\|image_\d+\|>\s*")
+IMAGE_PLACE = re.compile(r"\s*<image>\s*|\s*<\|image_(\d+)\|>\s*")  # with a number, or for the next image
 ROLES = {"human": "user", "gpt": "assistant"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -53,10 +53,11 @@ class Formats:
         turn = {"images": images, "user": row["question"], "assistant": row["answer"]}
         if system := row.get("system", "").strip():
             turn["user"] = f"{system}\n{turn['user']}"
-        places = len(IMAGE_PLACE.findall(turn["user"]))
-        if places and not (self.literal_tags and not images):
-            if places > len(images):
-                raise InputError(f"the question has places for {places} images, but the row has {len(images)}")
+        places, _ = _places([("text", turn["user"])], literal=self.literal_tags and not images)
+        if len(places) > len(images):
+            raise InputError(f"the question has places for {len(places)} images, but the row has {len(images)}")
+        if places:
+            _fill(places, list(images), len(images))
             turn["user"] = IMAGE_PLACE.sub("\n", turn["user"]).strip()
         used = ("image", "images", "question", "answer", "system")
         self.other_fields([field for field in row.items() if field[0] not in used], images)
@@ -83,6 +84,7 @@ class Formats:
         images: those of the example. Those for which no message has a place go to the first turn, after its own.
         system: a text that goes before the first question, as a system message does.
         """
+        images = _named_once(messages, images)
         has_images = images or any(own or any(what == "image" for what, _ in parts) for _, parts, own in messages)
         rest, made, question, moved = list(images), [], None, False
         before = f"{system.strip()}\n" if system and system.strip() else ""
@@ -174,6 +176,9 @@ def read_message(message: dict, kind: str, others: list[tuple]) -> tuple[str, li
 
     kind: the name of the list of messages. others: gets the names and values of all other fields.
     """
+    for name, other in (("role", "from"), ("content", "value")):
+        if message.get(name) is not None and message.get(other) is not None and message[name] != message[other]:
+            raise InputError(f"a message has {name} and {other} with different values: remove one of them")
     role, content = (
         message.get(name) if message.get(name) is not None else message.get(other)
         for name, other in (("role", "from"), ("content", "value"))
@@ -211,7 +216,8 @@ def _places(parts: list[tuple], literal: bool) -> tuple[list[str | int | None], 
     places, some_text, late = [], False, False
     for what, value in parts:
         pieces = [value] if literal or what == "image" else IMAGE_PLACE.split(value)
-        found = [value] if what == "image" else [None] * (len(pieces) - 1)
+        numbers, pieces = pieces[1::2], pieces[::2]
+        found = [value] if what == "image" else [number and int(number) - 1 for number in numbers]
         if what == "image":
             late |= some_text
         else:
@@ -222,6 +228,27 @@ def _places(parts: list[tuple], literal: bool) -> tuple[list[str | int | None], 
     return places, late
 
 
+def _named_once(messages: list[tuple], images: list[str]) -> list[str]:
+    """The images of the example that its messages do not name themselves. Some exports name all images in both places.
+
+    Raises InputError if the two name different images, and no message has a place for those of the example.
+    """
+    named = [name for _, parts, own in messages for name in [v for what, v in parts if what == "image"] + own]
+    names = [name for name in named if isinstance(name, str)]
+    if not images or not names:
+        return images
+    if names == images:
+        return []
+    has_places = len(names) < len(named) or any(
+        IMAGE_PLACE.search(value) for _, parts, own in messages if not own for what, value in parts if what == "text"
+    )
+    if not has_places:
+        raise InputError(
+            f"the messages name the images {_SHORT.repr(names)}, but the example {_SHORT.repr(images)}: name each once"
+        )
+    return images
+
+
 def _fill(places: list[str | int | None], queue: list[str], total: int) -> list[str]:
     """The names of a message's images. Places without a name take the next of `queue`, of `total` images."""
     needed = sum(not isinstance(place, str) for place in places)
@@ -230,6 +257,9 @@ def _fill(places: list[str | int | None], queue: list[str], total: int) -> list[
     names = []
     for place in places:
         if isinstance(place, int) and place != total - len(queue):
-            raise InputError(f"a part has the image with index {place}, but image {total - len(queue)} is the next one")
+            raise InputError(
+                f"a place is for image {place + 1} of the list, but image {total - len(queue) + 1} is the next one: "
+                "list the images in the order in which they appear, each as often as it appears"
+            )
         names.append(place if isinstance(place, str) else queue.pop(0))
     return names

@@ -92,8 +92,9 @@ def save_upright(source: str | os.PathLike, target: str | os.PathLike) -> bool:
             return False
     with open_image(source) as image:
         turned = image.transpose(TURNS[exif_orientation(image)])
-        colours = {"icc_profile": image.info["icc_profile"]} if image.info.get("icc_profile") else {}
+        options = {"icc_profile": image.info["icc_profile"]} if image.info.get("icc_profile") else {}
         format = "JPEG" if image.format == "MPO" else image.format  # an MPO is a JPEG with more pictures behind it
+        options |= {"WEBP": {"lossless": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}.get(format, {})
     turned.info = {}
-    turned.save(target, format, quality=95, **colours)
+    turned.save(target, format, **{"quality": 95, **options})
     return True

@@ -65,6 +65,28 @@ def test_rows_that_a_quote_has_swallowed_are_read_when_the_bad_row_is_left_out(t
     assert used[18]["answer"] == '6"' and len(left_out) == 1 and "a.csv:2: " in left_out[0]
 
 
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("question,answer,image", ["What?", "First a cat.\nThen, a dog", "a.png"]),
+        ("question,image,answer", ["Look:\nok?", "a.png", "yes"]),
+        ("image,question,answer", ["a.png", "Which?", "One, two\nthree, four"]),
+        ("image,question,answer", ["a.png", "Files:\nb.png\nc.png", "yes"]),
+        ("image,question,answer", ["", "no image, but\ntwo lines", "yes"]),
+    ],
+)
+def test_fields_of_several_lines_are_read(header, row, tmp_path):
+    file = io.StringIO()
+    csv.writer(file).writerows([header.split(","), row])
+    used, left_out = read(tmp_path, file.getvalue())
+    assert list(used.values()) == [dict(zip(header.split(","), row, strict=True))] and not left_out
+
+
+def test_lines_without_content_are_no_rows(tmp_path):
+    used, left_out = read(tmp_path, "\n\n" + HEADER + "a.png,What?,A cat\n,,\n\n,,\n")
+    assert list(used) == [4] and not left_out
+
+
 def test_images_without_an_extension_are_known_by_their_files(tmp_path):
     content = HEADER + 'one,How wide?,"5\ntwo,How wide?,6"\n'
     assert len(read(tmp_path, content)[0]) == 1

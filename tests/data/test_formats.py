@@ -84,12 +84,41 @@ def test_images_of_a_message(tmp_path):
     assert one(tmp_path, {"conversations": [HUMAN | {"image": "a.png"}, GPT]})[0] == ["a.png"]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]},
+        {"role": "user", "content": "<image>What?", "images": ["a.png"]},
+    ],
+)
+def test_images_that_are_named_in_two_places_are_used_once(message, tmp_path):
+    example = {"messages": [message, ANSWER], "images": ["a.png"]}
+    assert one(tmp_path, example)[0] == ["a.png"]
+    with pytest.raises(InputError, match="name each once"):
+        one(tmp_path, example | {"images": ["c.png"]})
+
+
+@pytest.mark.parametrize("content", ["<|image_2|> and <|image_1|>", "<|image_9|>?", "<|image_1|> and <|image_1|>"])
+def test_numbered_places_are_in_order(content, tmp_path):
+    with pytest.raises(InputError, match="a place is for image .* is the next one"):
+        one(tmp_path, say(content) | {"images": ["a.png", "c.png"]})
+    with pytest.raises(InputError, match="a place is for image .* is the next one"):
+        read(tmp_path, f"image,question,answer\na.png;c.png,{content},A cat\n", "a.csv")
+    good = say("<|image_1|> and <|image_2|>?") | {"images": ["a.png", "c.png"]}
+    assert one(tmp_path, good)[0] == ["a.png", "c.png"]
+
+
+def test_a_message_that_contradicts_itself(tmp_path):
+    with pytest.raises(InputError, match="content and value with different values"):
+        one(tmp_path, {"messages": [ASK | {"value": "LOST"}, ANSWER]})
+
+
 def test_parts_by_index_as_in_llava_instruct_mix(tmp_path):
     parts = [{"index": None, "text": "Which?", "type": "text"}] + [
         {"index": i, "text": None, "type": "image"} for i in (0, 1)
     ]
     assert one(tmp_path, say(parts) | {"images": ["a.png", "b.png"]})[:2] == (["a.png", "b.png"], "Which?")
-    with pytest.raises(InputError, match="has the image with index 1, but image 0 is the next one"):
+    with pytest.raises(InputError, match="a place is for image 2 of the list, but image 1 is the next one"):
         read(tmp_path, say(parts[::2]) | {"images": ["a.png", "b.png"]})
 
 
