@@ -100,8 +100,14 @@ def test_bad_rows_are_named(tmp_path):
         [good, {"images": [png_cell(1)], "texts": [texts_cell("Is <|image_2|>?", "no")]}],
         r"row 1: texts\[0\].user holds",
     )
-    fails([good, {"images": [{"bytes": b"no image"}], "texts": []}], "row 1: its image can't be read")
-    fails([good, {"images": [None], "texts": []}], "row 1: its image can't be read")
+    fails(
+        [good, {"images": [{"bytes": b"no image"}], "texts": []}],
+        r"train row 1 \(row 1 of train-00000-of-00001.parquet\): its image can't be read",
+    )
+    fails(
+        [good, {"images": [None], "texts": []}],
+        r"train row 1 \(row 1 of train-00000-of-00001.parquet\): its image can't be read",
+    )
     fails([good, {"images": [png_cell(1)], "texts": None}], "row 1: texts is missing")
 
 
