@@ -224,7 +224,7 @@ def decoded(video: Path, notes: dict[str, str]):
 def video_stream(container):
     """The first video stream that is no cover picture. Raises ValueError that says why the file is not a video."""
     name, brand = container.format.name, container.metadata.get("major_brand", "")
-    if name == "image2" or name.endswith("_pipe") or brand in ("avif", "heic", "mif1"):
+    if name in ("image2", "ico") or name.endswith("_pipe") or brand in ("avif", "heic", "mif1"):
         raise ValueError("a picture")
     if name == "tty":  # the decoder of terminal output takes any text
         raise ValueError("a text")

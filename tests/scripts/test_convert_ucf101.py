@@ -759,6 +759,7 @@ def mixed(tmp_path):
     (run / "log.nfo").write_text("as a terminal shows it")
     Image.new("RGB", (9, 9)).save(run / "thumb.jpg")
     Image.new("RGB", (9, 9)).save(run / "thumb.avif")
+    Image.new("RGB", (16, 16)).save(run / "thumb.ico")
     (run / "clips").mkdir()
     (run / "gone").symlink_to("nowhere")
     (root / "train" / "loose.avi").write_bytes(b"")
@@ -782,6 +783,7 @@ ASIDE = {
     "train/Run/notes.txt": "not a video that PyAV can open",
     "train/Run/s.srt": "not a video that PyAV can open",
     "train/Run/thumb.avif": "a picture",
+    "train/Run/thumb.ico": "a picture",
     "train/Run/thumb.jpg": "a picture",
     "train/loose.avi": "in no class's folder",
     "validation": "not one of the folders train, val and test",
@@ -800,8 +802,8 @@ def test_nothing_is_left_aside_in_silence(packed, mixed, tmp_path, capfd):
         assert manifest["turned"] == ["train/Run/turned.mp4: 90 degrees counterclockwise"]
         assert manifest["uneven"] == ["train/Run/uneven.mkv: 23 frames"]
         assert manifest["videos"] == {"train": 4, "val": 2, "test": 1} and manifest["bad"] == []
-        assert told.err.count("left aside: ") == 11 and "left aside: 5 others; " in told.err
-        assert "\n15 files or folders left aside\n" in told.out
+        assert told.err.count("left aside: ") == 11 and "left aside: 6 others; " in told.err
+        assert "\n16 files or folders left aside\n" in told.out
         assert "\n1 videos turned as their display matrix says\n" in told.out
         assert "\n1 videos of a variable frame rate: their frames are evenly spaced in time\n" in told.out
 
