@@ -211,12 +211,12 @@ def _send(send: Callable, shown: Wanted, asked: Counter, request: httpx2.Request
     request.extensions["timeout"] = {k: limits.get(k) or TIMEOUT for k in ("connect", "read", "write", "pool")}
     asked[request.url] += options.get("stream", False)
     if asked[request.url] == 2:
-        print(f"{shown}: the connection broke off; goes on with the download", flush=True)
+        print(f"{shown}: the connection broke off; resumes the download", flush=True)
     try:
         response = send(request, **options)
     except (httpx2.RequestError, httpx2.InvalidURL) as e:
         if asked[request.url] > 1:
-            raise  # huggingface_hub goes on where the download broke off, five times; a new attempt starts anew
+            raise  # huggingface_hub resumes a broken download five times; a new attempt starts anew
         raise explain(e) from e
     if response.status_code >= 400:
         response.read()

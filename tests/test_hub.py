@@ -262,7 +262,7 @@ def test_a_download_that_breaks_off_goes_on(reachable, capsys, monkeypatch):
     reachable.faults.append(Fault("GET /cdn.*model-00001", cut=25_000, times=3))
     folder = hub.fetch_model(MODEL)
     assert Phi3VForCausalLM.from_pretrained(folder).num_parameters() > 0
-    assert capsys.readouterr().out == f"{MODEL}: the connection broke off; goes on with the download\n"
+    assert capsys.readouterr().out == f"{MODEL}: the connection broke off; resumes the download\n"
     ranges = [record["range"] for record in reachable.requests if "/cdn" in record["path"] and record["range"]]
     assert ranges == ["bytes=20000-", "bytes=40000-", "bytes=60000-"] and not reachable.waits
 

@@ -52,7 +52,7 @@ def rows(path: Path, bad: BadExamples, is_image: Callable[[str], bool]) -> Itera
 def _records(lines: list[str], delimiter: str, is_image) -> Iterator[tuple[int, list[str], str | None]]:
     """Yields the number of the first line, the fields and the problem of each record.
 
-    After a record whose quotes are wrong, reading goes on at its second line, so that the lines that it has swallowed
+    After a record whose quotes are wrong, reading resumes at its second line, so that the lines that it has swallowed
     are read as rows of their own.
     """
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a long answer
