@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from .ranks import is_first, leave_group
 from .secrets import mask_logs_and_tracebacks, masked_command, without_secrets
+from .text import printable
 
 
 class InputError(ValueError):
@@ -18,7 +19,7 @@ class InputError(ValueError):
     problem. Tokens and passwords in it are masked."""
 
     def __init__(self, message: str):
-        super().__init__(without_secrets(message))
+        super().__init__(printable(without_secrets(message), keep="\n"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,9 +54,7 @@ class Problems:
         self.count += 1
         self.examples.add((where, example))
         if len(self.lines) < self.shown:
-            line = f"{where}: {message}"
-            if not line.isprintable():  # a file name can hold line breaks, and codes that change a terminal's colours
-                line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+            line = printable(f"{where}: {message}")
             self.lines.append(line if len(line) <= 400 else f"{line[:300]} … {line[-90:]}")
 
     def extend(self, other: "Problems"):

@@ -4,9 +4,15 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from .errors import InputError
+
+LARGEST_JSON = 256 << 20  # bytes; the tokenizer.json of a large vocabulary has about 20 MB
 
 
 @contextlib.contextmanager
@@ -56,8 +62,31 @@ def write_json(path: str | Path, content: dict, sort_keys: bool = False):
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file for reading. Raises InputError for whatever is no regular file: reading from a named pipe or a
+    device can wait for ever. What is opened is checked, so that the file can't be swapped after the check."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise InputError(f"{path} is not a regular file: give a file that holds data, not a folder, pipe or device")
+
+
 def read_json(path: str | Path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The content of a JSON file. Raises InputError, with the file's name, for what is not JSON in UTF-8, is nested
+    too deeply to be read, or is larger than `LARGEST_JSON`; OSError if the file can't be opened."""
+    with open_regular(path) as file:
+        content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise InputError(
+            f"{path} has more than {LARGEST_JSON >> 20} MiB, which is too large for a JSON file of settings"
+        )
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise InputError(f"{path} is not readable: its JSON is nested too deeply") from None
+    except ValueError as e:
+        raise InputError(f"{path} is not valid JSON ({e})") from None
 
 
 def let_others_read(folder: str | Path):

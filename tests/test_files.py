@@ -6,6 +6,8 @@ import stat
 import pytest
 
 from phi3v import files
+from phi3v.errors import InputError
+from phi3v.files import read_json
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path):
@@ -53,3 +55,23 @@ def test_others_may_read_weights_as_they_read_the_config(tmp_path):
         (tmp_path / name).chmod(mode)
     files.let_others_read(tmp_path)
     assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o644
+
+
+def test_json_that_is_none_is_an_error_with_the_files_name(tmp_path):
+    path = tmp_path / "a.json"
+    for content, said in {
+        b"{": "not valid JSON",
+        b"[" * 200_000: "nested too deeply",
+        b'"\xff"': "not valid JSON",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=said) as error:
+            read_json(path)
+        assert str(path) in str(error.value)
+    path.unlink()
+    os.mkfifo(path)
+    for irregular in (path, tmp_path, "/dev/zero"):
+        with pytest.raises(InputError, match="not a regular file"):
+            read_json(irregular)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
