@@ -9,7 +9,7 @@ import time
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from .ranks import is_first, leave_group
+from .ranks import end_process, is_first
 from .secrets import mask_logs_and_tracebacks, masked_command, without_secrets
 from .text import printable
 
@@ -161,14 +161,16 @@ def first_of_node(training_args, desc: str):
 
 
 def exit_on_input_error(main):
-    """Calls `main`. An InputError ends the process with `error: …` and status 2, without a traceback."""
+    """Calls `main` and ends the process with its status: 0, that of a SystemExit, or 2 after an InputError, which is
+    printed as `error: …` without a traceback. Other exceptions are raised."""
     mask_logs_and_tracebacks()
+    status = 0
     try:
         main()
-        leave_group()
-    except SystemExit:
-        leave_group()
-        raise
+    except SystemExit as e:
+        if not isinstance(e.code, int | None):
+            raise
+        status = e.code or 0
     except InputError as e:
         if not is_first():
             # Most errors occur on rank 0 as well. It reports them, and torchrun ends this process while it sleeps.
@@ -177,4 +179,5 @@ def exit_on_input_error(main):
         # An error from a DataLoader's worker has the worker's traceback and the class's name before its message.
         message = str(e).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2].strip()
         print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        status = 2
+    end_process(status)

@@ -1,8 +1,12 @@
 """Which of the training processes this one is, and how they find one another."""
 
+import atexit
+import contextlib
 import datetime
 import os
 import socket
+import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -69,7 +73,18 @@ def join_after_restart(timeout: float) -> bool:
     return attempt > 0
 
 
-def leave_group():
-    """Ends the process group. Without this, gloo's threads sometimes abort the process when Python ends."""
-    if dist.is_initialized():
+def end_process(status: int):
+    """Ends this process with `status`, and with status 0 first leaves the process group.
+
+    With gloo, Python's own way to end is not safe: one of gloo's threads may still have to let go of a tensor, for
+    which it needs Python, and a thread that asks for Python at that moment aborts the process. DeepSpeed's hooks keep
+    gloo's threads alive until the end. So the process does what Python does at its end, except for taking itself down.
+    """
+    if dist.is_initialized() and status == 0:  # after an error, the other ranks may still wait for this one
         dist.destroy_process_group()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed by the reader, as `| head` does
+            stream.flush()
+    os._exit(status)

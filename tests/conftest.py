@@ -17,6 +17,14 @@ def no_trace_of_a_training():
         del os.environ[name]
 
 
+@pytest.fixture(autouse=True)
+def scripts_do_not_end_this_process(monkeypatch):
+    """A script that a test calls in this process ends with SystemExit instead of ending the process at once."""
+    from phi3v import errors
+
+    monkeypatch.setattr(errors, "end_process", sys.exit)
+
+
 started_processes = []
 
 

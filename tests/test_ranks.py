@@ -1,8 +1,30 @@
 """Which of the training processes this one is."""
 
+import subprocess
+import sys
+
+import helpers
 import pytest
 
 from phi3v import ranks
+
+# What has to run when a process ends does run. Python is not taken down: a thread of gloo could still ask for it.
+ENDING = """
+import atexit, sys, threading, time
+from phi3v import errors
+
+class TakenDown:
+    def __del__(self):
+        print("Python was taken down")
+
+def main():
+    atexit.register(print, "handler ran")
+    threading.Thread(target=lambda: (time.sleep(0.1), print("thread ran"))).start()
+    raise SystemExit(int(sys.argv[1]))
+
+object_of_the_module = TakenDown()
+errors.exit_on_input_error(main)
+"""
 
 
 @pytest.fixture
@@ -41,3 +63,12 @@ def test_start_alone_sets_what_torchrun_would_set_and_keeps_what_it_has_set(no_g
     monkeypatch.setenv("WORLD_SIZE", "2")
     ranks.start_alone()
     assert (ranks.rank(), ranks.world_size()) == (1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [0, 75])
+def test_a_process_ends_with_its_status_and_without_taking_python_down(status, tmp_path):
+    (tmp_path / "ending.py").write_text(ENDING)
+    command = [sys.executable, tmp_path / "ending.py", str(status)]
+    done = subprocess.run(command, env=helpers.environment(), capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "thread ran\nhandler ran\n", "")

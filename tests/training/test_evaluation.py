@@ -32,9 +32,7 @@ def test_evaluation_alone_runs_under_zero_3(toy_data, tmp_path):
     """ZeRO-3 splits the model while it loads, so the process group must exist before."""
     flags = ["--evaluate_only", "--fp32", "--deepspeed", ROOT / "ds_config" / "zero3.json"]
     run = torchrun(ROOT / "finetune_hf_trainer_ucf101.py", *arguments(toy_data, tmp_path / "out", *flags))
-    # On rare occasions one of torch's threads aborts a rank that has done its work and ends.
-    aborted_at_its_end = "terminate called without an active exception" in run.stderr
-    assert run.returncode == 0 or aborted_at_its_end, run.stderr[-3000:]
+    assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["num_examples"] == 6
 
 
