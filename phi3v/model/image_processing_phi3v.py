@@ -228,7 +228,7 @@ def crops_of_tiles(tiles: torch.Tensor, grids, mean, std, dtype: torch.dtype = t
         tile, crop = tile + h * w, crop + 1 + h * w
     # (x / 255 - mean) / std for all crops together. Reducing an image is linear, so it may come before this.
     scale, shift = ([1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)])
-    scale, shift = (torch.tensor(values, device=tiles.device)[:, None, None] for values in (scale, shift))
+    scale, shift = (torch.tensor(v)[:, None, None].to(tiles.device, non_blocking=True) for v in (scale, shift))
     return torch.addcmul(shift, crops, scale, out=crops).to(dtype)
 
 

@@ -175,11 +175,10 @@ class Phi3VImageEmbedding(nn.Module):
         host does not wait for the device.
         """
         g = self.grid
-        first_crop = (image_sizes // self.crop_size).prod(-1) + 1
-        first_crop = first_crop.cumsum(0) - first_crop
-        if image_index is not None:
-            image_sizes, first_crop = image_sizes[image_index], first_crop[image_index]
         h, w = (image_sizes // self.crop_size).unbind(-1)  # (n_images,) sub-crops down and across
+        first_crop = (h * w + 1).cumsum(0) - (h * w + 1)
+        if image_index is not None:
+            h, w, first_crop = h[image_index], w[image_index], first_crop[image_index]
         row = w * g + 1  # tokens of a row of sub-crops, with its separator
         sub = h * g * row  # tokens of all sub-crops
         total = sub + 1 + g * (g + 1)
@@ -326,12 +325,13 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             if not self._needs_vision_graph():
                 return embeds
             blank = embeds.new_zeros(1, 3, vision.crop_size, vision.crop_size)
-            sizes = is_image.new_tensor([blank.shape[2:]], dtype=torch.long)
+            sizes = is_image.new_full((1, 2), vision.crop_size, dtype=torch.long)
             return self._fill_in(embeds, is_image, vision(blank), sizes)
         if image_sizes is None:
             raise ValueError("images need image_sizes, the padded (height, width) of each of them")
         image_sizes = image_sizes.to(input_ids.device)
-        crops_per_image = (image_sizes // vision.crop_size).prod(-1) + 1
+        h, w = (image_sizes // vision.crop_size).unbind(-1)
+        crops_per_image = h * w + 1
         if features is not None:
             features = features.to(device=embeds.device, dtype=embeds.dtype)
             n_crops = len(features) // vision.grid**2

@@ -60,7 +60,7 @@ class Preemption(TrainerCallback):
         """Whether any rank has received a signal. Every rank must call it equally often."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.has_signal()
-        flag = torch.tensor([self.num_signals], device=PartialState().device)
+        flag = torch.full((1,), self.num_signals, device=PartialState().device)  # the host does not wait for this
         dist.all_reduce(flag)
         return flag.item() > 0
 

@@ -72,6 +72,10 @@ class RecipeTrainer(Trainer):
             if "requires" not in str(e):  # otherwise it names a tracker that is not installed
                 raise
             raise InputError(f"--report_to: {e}") from None
+        if self.is_deepspeed_enabled:
+            # DeepSpeed measures its speed too, and for that makes the host wait in every micro-batch.
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config.setdefault("timers", {"throughput": {"enabled": False}})
         for usual, ours in ((ProgressCallback, LossOnBar), (PrinterCallback, OnePrinter)):
             if self.pop_callback(usual):
                 self.add_callback(ours)
@@ -96,6 +100,18 @@ class RecipeTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
             worker_init_fn=ignore_signals,
         )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        for batch in batch_samples:  # counted on the device, so that the host need not wait for a copy of the count
+            batch["shift_labels"] = self._prepare_input(batch["shift_labels"])
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _prepare_input(self, data):
+        """As the Trainer's own, but the host does not wait until tensors are copied. The DataLoader pins them, and
+        torch uses pinned memory for nothing else before it is copied."""
+        if isinstance(data, torch.Tensor):
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.meter.add(inputs["packing"])
