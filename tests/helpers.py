@@ -284,24 +284,50 @@ VISION_LAYERS = (
 )
 
 
-def real_size_model(mode: str, dtype: torch.dtype, checkpointing="none"):
-    """A model of the real size on the meta device, where it takes no memory; the parameters of `mode` train."""
+def real_size_model(mode: str, dtype: torch.dtype, checkpointing="none", attention="sdpa", **sizes):
+    """A model of the real size on the meta device, where it takes no memory; the parameters of `mode` train.
+
+    sizes: fields of Phi3VConfig that differ, such as the number of layers.
+    """
     from peft import LoraConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     from phi3v import Phi3VConfig, Phi3VForCausalLM
     from phi3v.model.adapters import add_adapter
+    from phi3v.model.loading import nf4_config, not_quantized
 
-    config = Phi3VConfig()
-    config._attn_implementation = "sdpa"
+    config = Phi3VConfig(**sizes)
+    config._attn_implementation = attention
     with torch.device("meta"):
         base = model = Phi3VForCausalLM(config).to(dtype).train()
         if mode.startswith("frozen"):
             base.model.vision_embed_tokens.requires_grad_(False)
             base.model.vision_embed_tokens.img_projection.requires_grad_("projector" in mode)
-        if mode.startswith("lora"):
+        if mode.startswith("qlora"):
+            replace_with_bnb_linear(base, not_quantized(quantize_vision=False), nf4_config(dtype))
+            base.is_loaded_in_4bit = True
+        if "lora" in mode:
             targets = DECODER_LAYERS if "frozen" in mode else f"{DECODER_LAYERS}|{VISION_LAYERS}"
             model = add_adapter(base, LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=targets))
     if checkpointing != "none":
         base.checkpoint_tower = checkpointing == "all"
         base.activation_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def packed_row(examples) -> dict:
+    """A packed row of examples, each given as (grids, text tokens, supervised tokens, a key of its images or None)."""
+    from phi3v.model.packing import pack
+
+    encoded = []
+    for grids, text, supervised, images in examples:
+        n = sum((h * w + 1) * 144 + 1 + (h + 1) * 12 for h, w in grids)
+        ids = torch.cat([torch.full((n,), -1), torch.arange(text) + 3 + len(encoded)])
+        labels = torch.full_like(ids, -100)
+        labels[len(ids) - supervised :] = ids[len(ids) - supervised :]
+        tiles = torch.zeros(sum(h * w for h, w in grids), 336, 336, 3, dtype=torch.uint8)
+        encoded.append({"input_ids": ids, "labels": labels, "tiles": tiles, "grids": list(grids), "images_key": images})
+    row = pack(encoded, 4096, True, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+    grids = row["packing"].grids
+    row["image_sizes"] = torch.tensor(grids).view(-1, 2) * 336
+    return row

@@ -3,6 +3,8 @@
 The model and its loss call them in place of transformers' own code. Each computes the same values, to rounding.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -87,9 +89,43 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     eps is added to the mean square.
     """
-    if x.device.type == "cpu":
+    if _is_on_cpu(x):
         return _RMSNorm.apply(x, weight, eps)  # accelerators have a fused kernel
-    return F.rms_norm(x, weight.shape, weight, eps)
+    with _without_autocast(x):
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, round: bool) -> torch.Tensor:
+    """(…, width) → the same shape, as `F.layer_norm`; weight, bias: (width,).
+
+    round: under autocast on an accelerator, the result has the dtype of matrix products. Otherwise it has the dtype of
+        `x`, as it always has on a CPU.
+    """
+    if _is_on_cpu(x):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    with _without_autocast(x) as products:
+        normed = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return normed.to(products) if round and products else normed
+
+
+def _is_on_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+@contextlib.contextmanager
+def _without_autocast(x: torch.Tensor):
+    """Within this context, operations on the device of `x` compute in the dtype of their inputs. Gives the dtype that
+    autocast chooses for matrix products; None if there is no autocast.
+
+    Autocast on CUDA computes norms in fp32 and returns fp32, so that the backward pass would keep their input and the
+    tower's residual stream twice as large. The kernels compute in fp32 anyway, whatever the dtype of their input is.
+    """
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        yield None
+        return
+    with torch.autocast(kind, enabled=False):
+        yield torch.get_autocast_dtype(kind)
 
 
 class _Rotate(torch.autograd.Function):

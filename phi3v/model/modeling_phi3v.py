@@ -31,7 +31,7 @@ from transformers.models.phi3.modeling_phi3 import (
 
 from ..files import let_others_read
 from .configuration_phi3v import Phi3VConfig
-from .functional import QuickGELU, cross_entropy, rms_norm, rotate, swiglu
+from .functional import QuickGELU, cross_entropy, layer_norm, rms_norm, rotate, swiglu
 from .image_processing_phi3v import crops_of_tiles, num_image_tokens
 from .packing import IGNORE_INDEX, Packing, packed_attention
 
@@ -99,12 +99,30 @@ class Phi3VRotaryEmbedding(nn.Module):
         )
 
 
+class Phi3VLayerNorm(nn.LayerNorm):
+    """As `nn.LayerNorm`, with less memory under autocast on an accelerator.
+
+    before_products: whether nothing but matrix products reads the result. They would each keep a rounded copy of it,
+        so it is rounded here, once for all of them.
+    """
+
+    def __init__(self, config, before_products: bool):
+        super().__init__(config.hidden_size, eps=config.layer_norm_eps)
+        self.before_products = before_products
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, self.before_products)
+
+
 class _ImageProcessorModule(nn.Module):
     """Holds the tower as `vision_model`, because the Hub's parameter names have this level."""
 
     def __init__(self, config):
         super().__init__()
         self.vision_model = CLIPVisionModel(config)
+        self.vision_model.pre_layrnorm = Phi3VLayerNorm(config, before_products=False)
+        for layer in self.vision_model.encoder.layers:
+            layer.layer_norm1, layer.layer_norm2 = (Phi3VLayerNorm(config, before_products=True) for _ in range(2))
 
 
 class Phi3VImageEmbedding(nn.Module):

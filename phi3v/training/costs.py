@@ -9,11 +9,23 @@ from collections import Counter
 from torch import nn
 
 from ..model.adapters import inner_model
-from ..model.functional import LOSS_CHUNK
 from .workload import Workload
 
+# The units in which the costs of each part of the model are counted. A part's own name is what it costs once.
+PARTS = {
+    "tower": {"tower", "crop", "patch", "patch pair"},
+    "projector": {"projector", "projected row"},
+    "decoder": {"decoder", "token", "kept token", "pair", "last-layer pair"},
+    "head": {"target"},
+}
 
-def _base(linear: nn.Module) -> nn.Module:
+
+def of_part(part: str, rates: Counter) -> Counter:
+    """The rates of one of PARTS."""
+    return Counter({unit: rate for unit, rate in rates.items() if unit in PARTS[part]})
+
+
+def base_of(linear: nn.Module) -> nn.Module:
     """The linear layer itself where LoRA adapters are wrapped around it."""
     return getattr(linear, "base_layer", linear)
 
@@ -39,6 +51,7 @@ class Costs:
         self.forward_flops, self.backward_flops, self.recomputed_flops = Counter(), Counter(), Counter()
         self.kept_bytes = Counter()  # from the forward pass to the backward pass
         self.recomputed_bytes = Counter()  # of all layers that are computed again, which exist one layer at a time
+        self.rounded_bytes = 0  # of the rounded copies of weights, which autocast makes; all exist in the forward pass
         self.needs_gradient = False
         self.is_recomputed = False  # whether the modules at hand are computed again in the backward pass
         self._tower()
@@ -57,6 +70,18 @@ class Costs:
     def _keep(self, unit, n_bytes):
         (self.recomputed_bytes if self.is_recomputed else self.kept_bytes)[unit] += n_bytes
 
+    def _round(self, part, *modules):
+        """Counts the copies that autocast makes of weights that train. The backward pass needs them too, and with
+        activation checkpointing it makes them again.
+
+        part: "tower", "projector" or "decoder". None for weights whose copies the backward pass does not need.
+        """
+        for p in (p for module in modules for p in module.parameters(recurse=False)):
+            if p.requires_grad and p.element_size() > self.compute_bytes:
+                self.rounded_bytes += p.numel() * self.compute_bytes
+                if part:
+                    self._keep(part, p.numel() * self.compute_bytes)
+
     def _linear(self, unit, linear, ends_layer=False) -> bool:
         """Counts one row through a linear layer and its adapters. Returns whether any of its weights train, so that
         its input must be kept.
@@ -64,9 +89,11 @@ class Costs:
         ends_layer: this is the layer's last product. Recomputation skips it, because no gradient in the layer needs its
             result.
         """
-        base = _base(linear)
+        base = base_of(linear)
         n_in, n_out, trains = base.in_features, base.out_features, base.weight.requires_grad
         adapters = [(a, linear.lora_B[name]) for name, a in getattr(linear, "lora_A", {}).items()]
+        part = next((part for part, units in PARTS.items() if unit in units), None)
+        self._round(None if part == "head" else part, base, *(layer for pair in adapters for layer in pair))
         self._count(unit, 2 * n_in * n_out, self.needs_gradient + trains, not ends_layer or bool(adapters))
         for a, b in adapters:
             self._count(unit, 2 * n_in * a.out_features, self.needs_gradient + 1)
@@ -87,7 +114,8 @@ class Costs:
         trains_patches = patch_embedding.weight.requires_grad
         self._count("crop", 2 * (self.patches - 1) * 3 * config.patch_size**2 * width, trains_patches)
         if trains_patches:
-            self._keep("crop", 3 * config.image_size**2 * self.stream_bytes)
+            self._keep("crop", 3 * config.image_size**2 * self.compute_bytes)
+        self._round("tower", patch_embedding)
         self.needs_gradient = self._trains(tower.embeddings)
         self._norm("crop", tower.pre_layrnorm, width, statistics=8, rows=self.patches)
         self.needs_gradient |= self._trains(tower.pre_layrnorm)
@@ -96,7 +124,7 @@ class Costs:
             self.kept_bytes["crop"] += len(layers) * self.patches * width * self.stream_bytes
         for layer in layers:
             attention = layer.self_attn
-            self._layer(
+            _, self.recomputed_tower_layer = self._layer(
                 norms=(layer.layer_norm1, layer.layer_norm2),
                 projections=[attention.q_proj, attention.k_proj, attention.v_proj],
                 output=attention.out_proj,
@@ -108,7 +136,6 @@ class Costs:
                 unit="patch",
                 pair_unit="patch pair",
             )
-        self.tower_layers = len(layers)
         self.is_recomputed = False
 
     def _projector(self):
@@ -116,7 +143,7 @@ class Costs:
         width = vision.img_processor.vision_model.config.hidden_size
         first, second = vision.img_projection[0], vision.img_projection[2]
         self.needs_gradient |= vision.glb_GN.requires_grad or vision.sub_GN.requires_grad
-        hidden = _base(first).out_features
+        hidden = base_of(first).out_features
         if self._linear(row, first):
             self._keep(row, 4 * width * self.compute_bytes)
         self.needs_gradient |= self._trains(first)
@@ -134,8 +161,10 @@ class Costs:
         projections: what makes queries, keys and values.
         statistics: bytes that a norm keeps for each row.
         unit_after: the unit of all that follows attention, where it differs from `unit`.
+        Returns what the layer adds to `kept_bytes` and to `recomputed_bytes`.
         """
         unit_after, size = unit_after or unit, self.compute_bytes
+        before = self.kept_bytes.copy(), self.recomputed_bytes.copy()
         self._norm(unit, norms[0], width, statistics)
         self.needs_gradient |= self._trains(norms[0])
         if any([self._linear(unit, linear) for linear in projections]):
@@ -143,7 +172,7 @@ class Costs:
         self.needs_gradient |= self._trains(*projections)
         self._count(pair_unit, 4 * width, 2 * self.needs_gradient)
         if self.needs_gradient:
-            self._keep(unit, sum(_base(linear).out_features for linear in projections) * size)
+            self._keep(unit, sum(base_of(linear).out_features for linear in projections) * size)
             self._keep(unit_after, width * size + 4 * heads)  # the result, and each head's log-sum-exp in fp32
             if self.eager:
                 self._keep(pair_unit, heads * (4 + size + 1))  # softmax in fp32, the same rounded, the mask
@@ -156,10 +185,11 @@ class Costs:
             self._keep(unit_after, width * size)
         self.needs_gradient |= self._trains(up)
         if self.needs_gradient:
-            self._keep(unit_after, _base(up).out_features * size)
+            self._keep(unit_after, base_of(up).out_features * size)
         if self._linear(unit_after, down, ends_layer=True):
-            self._keep(unit_after, _base(down).in_features * size)
+            self._keep(unit_after, base_of(down).in_features * size)
         self.needs_gradient |= self._trains(down)
+        return self.kept_bytes - before[0], self.recomputed_bytes - before[1]
 
     def _decoder(self):
         inner, config = self.model.model, self.model.config
@@ -170,7 +200,7 @@ class Costs:
             self.kept_bytes["token"] += self.decoder_layers * self.width * self.stream_bytes
         for i, layer in enumerate(inner.layers):
             is_last = i == self.decoder_layers - 1
-            self._layer(
+            kept, recomputed = self._layer(
                 norms=(layer.input_layernorm, layer.post_attention_layernorm),
                 projections=[layer.self_attn.qkv_proj],
                 output=layer.self_attn.o_proj,
@@ -183,6 +213,9 @@ class Costs:
                 pair_unit="last-layer pair" if is_last else "pair",
                 unit_after="kept token" if is_last else None,
             )
+            if not is_last or i == 0:
+                self.recomputed_decoder_layer = recomputed
+        self.kept_last_layer = kept  # without its input, because the input's gradient is as large
         self.is_recomputed = False
         self._norm("kept token", inner.norm, self.width, statistics=4)
         self.needs_gradient |= self._trains(inner.norm)
@@ -193,6 +226,9 @@ class Costs:
         """How much of each unit a micro-batch has."""
         grid = self.model.model.vision_embed_tokens.grid
         return {
+            "tower": 1,
+            "projector": 1,
+            "decoder": 1,
             "crop": workload.crops,
             "patch": workload.crops * self.patches,
             "patch pair": workload.crops * self.patches**2,
@@ -204,7 +240,8 @@ class Costs:
             "last-layer pair": workload.last_layer_pairs,
         }
 
-    def _total(self, rates: Counter, workload: Workload) -> float:
+    def total(self, rates: Counter, workload: Workload) -> float:
+        """Rates times the quantities of a micro-batch."""
         quantities = self._quantities(workload)
         return sum(rate * quantities[unit] for unit, rate in rates.items())
 
@@ -213,22 +250,13 @@ class Costs:
 
         with_recomputation: adds what activation checkpointing computes a second time.
         """
-        recomputed = self._total(self.recomputed_flops, workload) if with_recomputation else 0
-        return self._total(self.forward_flops, workload) + self._total(self.backward_flops, workload) + recomputed
+        recomputed = self.total(self.recomputed_flops, workload) if with_recomputation else 0
+        return self.total(self.forward_flops, workload) + self.total(self.backward_flops, workload) + recomputed
 
     def flops_by_part(self, workload: Workload) -> dict[str, float]:
         """FLOPs of the forward and backward pass, without recomputation, of each part of the model."""
-        parts = {
-            "tower": {"crop", "patch", "patch pair"},
-            "projector": {"projected row"},
-            "decoder": {"token", "kept token", "pair", "last-layer pair"},
-            "head": {"target"},
-        }
         rates = self.forward_flops + self.backward_flops
-        return {
-            name: self._total(Counter({u: r for u, r in rates.items() if u in units}), workload)
-            for name, units in parts.items()
-        }
+        return {part: self.total(of_part(part, rates), workload) for part in PARTS}
 
     def activation_bytes(self, workload: Workload) -> float:
         """What the forward pass keeps for the backward pass, without parameters."""
@@ -236,31 +264,4 @@ class Costs:
         if workload.groups > 1 and self.needs_gradient and self.checkpointing == "none":
             # Attention goes group by group, and then joins the results in a tensor of its own in every layer.
             joined = workload.tokens * self.width * self.compute_bytes * self.decoder_layers
-        return self._total(self.kept_bytes, workload) + joined
-
-    def peak_bytes(self, workload: Workload) -> float:
-        """The most that the two passes hold at once, without parameters and their gradients.
-
-        That is the sum of what the forward pass keeps and the larger of two things: one layer that is computed again
-        with its temporaries, or one chunk of logits with the gradient of the head.
-        """
-        quantities, size = self._quantities(workload), self.compute_bytes
-        recomputed_layer = max(
-            sum(self.recomputed_bytes[unit] * quantities[unit] for unit in units) / layers
-            for units, layers in (
-                (("patch", "patch pair"), self.tower_layers),
-                (("token", "pair"), self.decoder_layers),
-            )
-        )
-        vision, decoder = self.model.model.vision_embed_tokens, self.model.config
-        temporaries = workload.tokens * decoder.intermediate_size * 4 * size if self.needs_gradient else 0
-        if self._trains(vision):
-            intermediate_size = vision.img_processor.vision_model.config.intermediate_size
-            temporaries = max(temporaries, quantities["patch"] * intermediate_size * 3 * size)
-        if decoder._attn_implementation == "eager":
-            temporaries += workload.pairs // max(workload.groups, 1) * decoder.num_attention_heads * 12
-        logits = min(workload.targets, LOSS_CHUNK) * self.vocabulary * (2 * size + 4)
-        if self._trains(self.model.lm_head):
-            # From the second chunk on there is the sum of the head's gradients so far as well.
-            logits += self.vocabulary * self.width * size * (2 if workload.targets > LOSS_CHUNK else 1)
-        return self.activation_bytes(workload) + max(recomputed_layer + temporaries, logits)
+        return self.total(self.kept_bytes, workload) + joined

@@ -12,6 +12,7 @@ from ..deepspeed_config import zero_stage
 from .activation_checkpointing import DESCRIPTIONS, KINDS
 from .costs import Costs
 from .hardware import GPUS, USABLE_SHARE, device_memory, peak_flops, published_peak
+from .peak import peak_bytes
 from .workload import Workload, workload_of_example
 
 GPU_CONTEXT = 1.0 * 2**30  # bytes that the driver's context, cuBLAS and NCCL take on a GPU
@@ -81,7 +82,8 @@ class Estimate:
 
     def _count_parameters(self, model, not_quantized: list[str] | None):
         self.trained = self.frozen = self.four_bit = 0
-        self.largest = 0  # parameters of the largest module, which are gathered or dequantised together
+        # Parameters of the largest module, which are gathered together, and of the largest that is dequantised.
+        self.largest = self.largest_four_bit = 0
         for module_name, module in model.named_modules():
             quantized = not_quantized is not None and isinstance(module, torch.nn.Linear) and "lora_" not in module_name
             quantized = quantized and not any(re.search(pattern, module_name) for pattern in not_quantized)
@@ -91,6 +93,7 @@ class Estimate:
                 in_module += n
                 if quantized:
                     self.four_bit += n
+                    self.largest_four_bit = max(self.largest_four_bit, n)
                 elif p.requires_grad:
                     self.trained += n
                 else:
@@ -104,9 +107,7 @@ class Estimate:
     def memory(self, workload: Workload, checkpointing: str) -> Memory:
         """Expected memory of a process whose micro-batches are at most as large as `workload`."""
         weights = self.four_bit * NF4_BYTES + self.frozen * self.stream_bytes
-        passes = self.costs[checkpointing].peak_bytes(workload)
-        if self.four_bit:
-            passes += self.largest * self.compute_bytes  # the dequantised weights of the layer that computes
+        passes = peak_bytes(self.costs[checkpointing], workload, self.largest_four_bit * self.compute_bytes)
         parts = self._with_deepspeed(weights, passes) if self.deepspeed else self._without_deepspeed(weights, passes)
         context = GPU_CONTEXT + GPU_FRAGMENTATION * sum(parts[:4]) if self.on_gpu else 0.0
         return Memory(*parts, context)
@@ -117,8 +118,6 @@ class Estimate:
         weights: bytes of the frozen weights.
         passes: bytes of activations and dequantised weights.
         """
-        if self.compute_bytes < 4:
-            passes += self.trained * self.compute_bytes  # autocast keeps copies of the weights
         # DistributedDataParallel has a second copy of the gradients, in buckets.
         gradients = self.trained * 4 * (2 if self.world_size > 1 else 1)
         return weights + self.trained * 4, gradients, self.trained * 8, passes, 0.0

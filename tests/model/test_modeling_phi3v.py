@@ -67,6 +67,11 @@ def test_golden_case(name, attn_implementation, monkeypatch):
         torch.testing.assert_close(ours, torch.tensor(saved[key]).view_as(ours), rtol=1e-3, atol=1e-5)
 
 
+def test_a_golden_case_with_the_norms_of_an_accelerator(monkeypatch):
+    monkeypatch.setattr("phi3v.model.functional._is_on_cpu", lambda x: False)
+    test_golden_case("img2_c4_nlvr2", "sdpa", monkeypatch)
+
+
 def test_rotary_at_real_size():
     saved = np.load(GOLDEN / "rope_real_dims.npz")
     snapshot = os.environ.get("PHI3V_SNAPSHOT")

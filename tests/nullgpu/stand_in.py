@@ -31,7 +31,8 @@ def missing() -> str | None:
 
 
 def build(folder: Path) -> dict[str, str]:
-    """Compiles the two libraries into `folder`. Returns the environment variables with which a process uses them."""
+    """Compiles the two libraries into `folder`. Returns the environment variables with which a process uses them, and
+    imports what tests import."""
     headers = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
     preloaded = folder / "nullcuda.so"
     compile_library = ["gcc", "-w", "-O1", "-shared", "-fPIC", f"-I{headers}", "-o"]
@@ -39,15 +40,18 @@ def build(folder: Path) -> dict[str, str]:
     driver = [folder / "libcuda.so.1", HERE / "nulldriver.c", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([*compile_library, *driver], check=True)
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    return {"LD_PRELOAD": str(preloaded), "LD_LIBRARY_PATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return {
+        "LD_PRELOAD": str(preloaded),
+        "LD_LIBRARY_PATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], HERE.parent))),
+    }
 
 
 def run(folder: Path, program: str, *arguments, **variables) -> dict:
     """Runs a program of this folder on the stand-in, which is compiled into `folder`. Returns the JSON object that the
     program's last line is. variables: added to its environment."""
-    root = HERE.parents[1]
-    environment = os.environ | build(folder) | {"PYTHONPATH": os.pathsep.join(map(str, (root, HERE.parent)))}
-    command = [sys.executable, HERE / program, *map(str, arguments)]
+    command, environment = [sys.executable, HERE / program, *map(str, arguments)], os.environ | build(folder)
     done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, cwd=folder, timeout=600)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
