@@ -14,6 +14,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import is_bitsandbytes_available
 
 from .command_line import parse_flags
+from .console import say
 from .deepspeed_config import read_deepspeed_config
 from .errors import InputError
 from .files import read_json
@@ -22,7 +23,7 @@ from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
 from .training.checkpoints import MANIFEST, find_checkpoint
-from .training.hardware import choose_attention, choose_precision
+from .training.hardware import choose_attention, choose_precision, disable_direct_links
 from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
@@ -163,6 +164,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     """
     args.model_name_or_path, args.model_revision = model_and_revision(args.model_name_or_path, args.model_revision)
     data_revisions(args.data_revision)
+    say(*disable_direct_links())  # before a process group is made
     if args.use_qlora and not is_bitsandbytes_available():
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
     if args.max_tokens_per_gpu not in (None, "auto"):

@@ -1,5 +1,6 @@
 """What this machine can do: precision, attention implementation, speed and memory of its devices."""
 
+import os
 import re
 import resource
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import check_cuda_p2p_ib_support, gather_object
 from transformers.utils import is_flash_attn_2_available
 
 from ..errors import InputError
@@ -70,6 +71,22 @@ def _check_accelerator():
                 f"torch {torch.__version__} has no code for this GPU ({torch.cuda.get_device_name()}, sm_{major}{minor}"
                 "): install a build of torch that does (a V100 needs one for CUDA 12), with the matching torchvision"
             )
+
+
+def disable_direct_links() -> list[str]:
+    """Tells NCCL not to connect GPUs directly if they can't be: several cards of the RTX 40 series with a driver older
+    than 550.40.07. accelerate fails on these unless both variables are set. Variables that are set stay as they are.
+
+    Returns the line that says so; none if nothing had to be set.
+    """
+    if not torch.cuda.is_available() or check_cuda_p2p_ib_support():
+        return []
+    unset = [name for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE") if name not in os.environ]
+    os.environ.update(dict.fromkeys(unset, "1"))
+    settings = " and ".join(f"{name}=1" for name in unset)
+    return (
+        [f"RTX 40 series with an old driver: set {settings}, as NCCL needs; a newer driver is faster"] if unset else []
+    )
 
 
 def choose_precision(bf16: bool, fp16: bool, fp32: bool, for_another_machine: bool = False) -> str:
