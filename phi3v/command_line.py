@@ -12,6 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .errors import InputError, Parser
 
+NOT_COMPILED = "every packed row has another structure, and torch compiles again for each until it gives up after eight"
 # Flags of the Trainer that the recipe has under another name, or that can't work here, with the reason.
 REFUSED = {
     "gradient_accumulation_steps": "it follows from --batch_size and --batch_size_per_gpu",
@@ -61,6 +62,9 @@ REFUSED = {
     "eval_do_concat_batches": "evaluation generates answers",
     "eval_use_gather_object": "evaluation generates answers",
     "liger_kernel_config": "it has no kernels for this model",
+    "torch_compile": NOT_COMPILED,
+    "torch_compile_backend": NOT_COMPILED,
+    "torch_compile_mode": NOT_COMPILED,
 }
 
 TRAINERS_OWN = "the Trainer's most used flags"  # title in --help

@@ -123,6 +123,8 @@ def check_launcher(launcher: dict[str, str]):
             raise InputError(f"accelerate launch: leave out --use_{kind}; the script's --deepspeed decides on sharding")
     if launcher.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise InputError("accelerate launch: give --mixed_precision no; use the script's own --bf16 and --fp16")
+    if launcher.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise InputError("accelerate launch: leave out --dynamo_backend; the model can't be compiled as a whole")
 
 
 def check_micro_batches(args, given: set[str], world_size: int, has_accelerator: bool):

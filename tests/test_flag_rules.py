@@ -61,6 +61,7 @@ def check(world_size=1, has_accelerator=True, launcher=None, **flags):
         ("--vision_lr and --projector_lr need the Trainer's", {"vision_lr": 1e-5, "deepspeed": {"optimizer": {}}}),
         ("leave out --use_fsdp", {"launcher": {"ACCELERATE_USE_FSDP": "true"}}),
         ("give --mixed_precision no", {"launcher": {"ACCELERATE_MIXED_PRECISION": "bf16"}}),
+        ("leave out --dynamo_backend", {"launcher": {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}}),
         ("--max_tokens_per_gpu must be auto, or a whole number", {"max_tokens_per_gpu": "-5"}),
         ("--max_tokens_per_gpu must be auto, or a whole number", {"max_tokens_per_gpu": "many"}),
         (
