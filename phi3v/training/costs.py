@@ -261,7 +261,8 @@ class Costs:
     def activation_bytes(self, workload: Workload) -> float:
         """What the forward pass keeps for the backward pass, without parameters."""
         joined = 0
-        if workload.groups > 1 and self.needs_gradient and self.checkpointing == "none":
+        by_group = workload.groups > 1 and self.model.config._attn_implementation in ("sdpa", "eager")
+        if by_group and self.needs_gradient and self.checkpointing == "none":
             # Attention goes group by group, and then joins the results in a tensor of its own in every layer.
             joined = workload.tokens * self.width * self.compute_bytes * self.decoder_layers
         return self.total(self.kept_bytes, workload) + joined

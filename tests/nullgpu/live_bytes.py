@@ -1,9 +1,9 @@
 """Runs training steps of the real model on fake tensors of the stand-in GPU, and counts what lives in its memory.
 
-    python tests/nullgpu/stand_in.py tests/nullgpu/live_bytes.py [--layers N] [--documents N] [--attention NAME]
+    python tests/nullgpu/stand_in.py tests/nullgpu/live_bytes.py [--layers N] [--documents N] [--attention NAME …]
 
-Prints a table of what is found and what is expected, and, as the last line, both as JSON: for every mode and every kind
-of activation checkpointing the bytes, and for every mode which kernels ran and what went to a wrong device.
+Prints tables of what is found and what is expected, and, as the last line, both as JSON: for every attention
+implementation, mode and kind of activation checkpointing, what `measure` returns.
 """
 
 import argparse
@@ -176,21 +176,24 @@ def main():
     parser.add_argument(
         "--documents", type=int, default=4, help="of 4x4 crops in the micro-batch; default: %(default)s"
     )
-    parser.add_argument("--attention", default="sdpa", help="attention implementation; default: %(default)s")
+    parser.add_argument("--attention", nargs="+", default=["sdpa"], help="attention implementations; default: sdpa")
     args = parser.parse_args()
     sizes = {}
     if args.layers:
         vision = Phi3VConfig().vision_config.to_dict() | {"num_hidden_layers": args.layers + 1}
         sizes = {"num_hidden_layers": args.layers, "vision_config": vision}
     row = packed_row([([(4, 4)], 43, 32, None)] * args.documents)
-    print(f"{'GiB':34}{'weights':>9}{'gradients':>11}{'passes':>9}{'expected':>10}{'difference':>12}{'of all':>9}")
-    found = {mode: measure(mode, row, args.attention, sizes) for mode in MODES}
-    for mode, kinds in found.items():
-        for kind, one in kinds.items():
-            gib = [one[part] / 2**30 for part in ("weights", "gradients", "passes")]
-            expected = [one["expected"][part] / 2**30 for part in ("weights", "gradients", "passes")]
+    found = {name: {mode: measure(mode, row, name, sizes) for mode in MODES} for name in args.attention}
+    for attention, modes in found.items():
+        head = f"{attention}, GiB"
+        print(f"{head:34}{'weights':>9}{'gradients':>11}{'passes':>9}{'expected':>10}{'difference':>12}{'of all':>9}")
+        for name, one in ((f"{mode}, {kind}", one) for mode, kinds in modes.items() for kind, one in kinds.items()):
+            gib, expected = (
+                [values[part] / 2**30 for part in ("weights", "gradients", "passes")]
+                for values in (one, one["expected"])
+            )
             print(
-                f"{mode + ', ' + kind:34}{gib[0]:9.2f}{gib[1]:11.2f}{gib[2]:9.2f}{expected[2]:10.2f}"
+                f"{name:34}{gib[0]:9.2f}{gib[1]:11.2f}{gib[2]:9.2f}{expected[2]:10.2f}"
                 f"{expected[2] / gib[2] - 1:+12.1%}{sum(expected) / sum(gib) - 1:+9.1%}"
             )
     print(json.dumps(found))

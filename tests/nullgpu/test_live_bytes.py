@@ -6,28 +6,32 @@
 import pytest
 from nullgpu.stand_in import missing, run
 
+from phi3v.training.hardware import ATTENTION
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 MODES = ("full, ZeRO-2", "full, DDP", "frozen vision, ZeRO-2", "LoRA", "QLoRA")
 KINDS = ("none", "decoder", "all")
-LAYERS = 2  # of the decoder, and of the tower
-# For each attention implementation, the operations that compute attention in the decoder's layers and in the tower's.
+# For each attention implementation that the scripts take here, the operations that compute attention in the decoder's
+# layers and in the tower's.
 KERNELS = {
     "sdpa": {"aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention"},
+    "varlen": {"aten::_scaled_dot_product_flash_attention", "aten::_flash_attention_forward"},
 }
+KERNELS = {name: operations for name, operations in KERNELS.items() if name in ATTENTION}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     """found[attention][mode][kind of activation checkpointing]: what `live_bytes.measure` returns."""
     folder = tmp_path_factory.mktemp("live_bytes")
-    flags = ["--layers", LAYERS, "--documents", 2]
-    return {name: run(folder, "live_bytes.py", *flags, "--attention", name) for name in KERNELS}
+    return run(folder, "live_bytes.py", "--layers", 2, "--documents", 2, "--attention", *KERNELS)
 
 
+@pytest.mark.parametrize("attention", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_the_estimate_is_what_lives(found, mode, kind):
-    one = found["sdpa"][mode][kind]
+def test_the_estimate_is_what_lives(found, mode, kind, attention):
+    one = found[attention][mode][kind]
     parts = ("weights", "gradients", "passes")
     assert one["expected"]["passes"] == pytest.approx(one["passes"], rel=0.05)
     assert one["expected"]["weights"] == pytest.approx(one["weights"], rel=0.01)
