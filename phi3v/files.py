@@ -65,10 +65,11 @@ def write_json(path: str | Path, content: dict, sort_keys: bool = False):
 def open_regular(path: str | Path) -> BinaryIO:
     """Opens a file for reading. Raises InputError for whatever is no regular file: reading from a named pipe or a
     device can wait for ever. What is opened is checked, so that the file can't be swapped after the check."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
+    if stat.S_ISREG(os.stat(path).st_mode):  # some devices do something when they are opened
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
     raise InputError(f"{path} is not a regular file: give a file that holds data, not a folder, pipe or device")
 
 
