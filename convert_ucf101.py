@@ -586,7 +586,7 @@ def pax_records(content: bytes) -> dict[str, bytes]:
         digits = content[at : at + 20].partition(b" ")[0]
         end = at + int(digits) if digits.isdigit() else 0
         key, equals, value = content[at + len(digits) + 1 : end].partition(b"=")
-        if not equals or not value.endswith(b"\n"):
+        if not equals or not value.endswith(b"\n") or end > len(content):
             raise ValueError("a damaged header")
         records[key.decode("utf-8", "replace")] = value[:-1]
         at = end
@@ -654,7 +654,7 @@ def why_not_unpacked(member: tarfile.TarInfo) -> str | None:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if member.issym() or member.islnk():
         return "a link: pack the files themselves, with --dereference --hard-dereference of GNU tar"
-    if member.issparse():
+    if member.type == tarfile.GNUTYPE_SPARSE:
         return "a sparse file: pack it without --sparse"
     if not (member.isfile() or member.isdir()):
         return "neither a file nor a folder"

@@ -11,7 +11,7 @@ from ..errors import BadExamples, InputError
 from .annotations import text_of
 
 DELIMITERS = {".csv": (",", "a comma"), ".tsv": ("\t", "a tab")}
-MOST_AGAIN = 100_000  # lines that are read again after rows with wrong quotes, beside three times all lines
+MOST_AGAIN = 2_000_000  # lines that are read again after rows with wrong quotes, beside three times all lines
 _LINE_BREAK = re.compile("\r\n|\r|\n")
 _QUOTES = 'put quotes around the whole field, and write each quote inside of it twice, as in "5"" wide"'
 
