@@ -81,10 +81,10 @@ class Images:
             return own, file if self.follow_links else Inside(file, self.folders)
         own = _below(self.folder, os.path.normpath(given)) or _below(self.real_folder, os.path.normpath(given))
         if not is_file or not own:
-            raise InputError(f"image {name:.300} is not a file below {self.given}: see --images_dir")
+            raise InputError(f"image {name:.100} is not a file below {self.given}: see --images_dir")
         if not self.follow_links:
             raise InputError(
-                f"image {name:.300} is behind a link out of {self.given}, to {file}: give --follow_links if it may be "
+                f"image {name:.100} is behind a link out of {self.given}, to {file}: give --follow_links if it may be "
                 "used"
             )
         return own, file
