@@ -1,14 +1,15 @@
 """Reads conversations from a jsonl file, and reports all of the file's problems at once."""
 
 import json
-import os
 import re
 import reprlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BadExamples, InputError
+from ..files import open_regular
 from ..model.processing_phi3v import END_TOKENS, IMAGE_TAG, OTHER_TOKENS, ROLE_TOKENS
 from ..ranks import is_first
 from .image_folder import ImageFolder
@@ -78,9 +79,7 @@ def read_conversations(
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields the number and the content of each line that is not blank. Raises InputError if the file can't be read."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path} can't be read: it is not a regular file")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith(_UTF16_MARKS):
                     raise InputError(f"{path} is UTF-16: save it as UTF-8")
@@ -95,7 +94,11 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def text_of(path: Path) -> str:
     """The content of a file in UTF-8. Raises InputError with the line where it is not."""
-    content = path.read_bytes()
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+    except OSError as e:
+        raise InputError(f"{path} can't be read: {e.strerror}") from None
     if content.startswith(_UTF16_MARKS):
         raise InputError(f"{path} is UTF-16: save it as UTF-8")
     try:
@@ -109,8 +112,7 @@ def _object(pairs: list[tuple]) -> dict:
     """A JSON object as a dict. Python's decoder silently keeps the last value of a key that occurs twice."""
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {_SHORT.repr(twice)} occurs twice in an object")
     return made
 

@@ -154,7 +154,7 @@ def special_kinds(image: Image.Image, exif_rotate: bool) -> list[str]:
         kinds.append(TRANSPARENT)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         kinds.append(HUGE.format(Image.MAX_IMAGE_PIXELS / 1e6))
-    if _value_or_default(1, lambda: getattr(image, "n_frames", 1)) > 1:  # last, because counting moves to another frame
+    if _value_or_default(False, lambda: getattr(image, "is_animated", False)):  # counting frames takes quadratic time
         kinds.append(ANIMATED)
     return kinds
 

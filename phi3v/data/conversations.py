@@ -151,7 +151,10 @@ class ConversationDataset(Dataset):
         """(tiles or features, grids, problem). With `skip_bad`, blank images replace images that can't be read."""
         cache = self.feature_cache
         try:
-            return *(cache.read(images) if cache else encode_images(self.processor, images)), None
+            if cache is None:
+                return *encode_images(self.processor, images), None
+            grids = self.grids(images)
+            return cache.read(images, grids), grids, None
         except InputError as e:
             if not self.skip_bad:
                 raise
@@ -170,6 +173,10 @@ class ConversationDataset(Dataset):
             return size
         except ValueError:  # InputError is one
             return (self.processor.image_processor.image_size,) * 2
+
+    def grids(self, images: list) -> list[tuple[int, int]]:
+        """The number of sub-crops (down, across) of each image, from its header alone. Raises InputError as items do."""
+        return [_grid(self.processor.image_processor, image, self._image_size(image)) for image in images]
 
     def _image_size(self, image) -> tuple[int, int]:
         return image_size(image, self.processor.image_processor.exif_rotate)

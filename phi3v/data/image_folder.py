@@ -3,17 +3,20 @@
 import os
 from pathlib import Path
 
+from ..inside import Inside, is_inside, real_folders
+
 
 class ImageFolder:
     """Tells whether a name belongs to a file inside a folder. It lists every folder once, because looking up each file
     takes far longer, above all on a network file system.
 
     follow_links: whether symbolic links inside the folder may lead out of it. The folder itself may be a link.
+    Without it, paths are `Inside` paths, of which also what is opened later is checked.
     """
 
     def __init__(self, root: Path, follow_links: bool = False):
         self.root = os.fspath(root)
-        self.real_root = os.path.realpath(root)
+        self.folders = real_folders(root)
         self.follow_links = follow_links
         self.listings: dict[str, set[str]] = {}
 
@@ -27,7 +30,8 @@ class ImageFolder:
         # A file that is not listed may still be a symbolic link, spelled differently, or in a folder that can't be
         # listed.
         if file in listing or self.problem(name) is None:
-            return os.path.join(self.root, name)
+            path = os.path.join(self.root, name)
+            return path if self.follow_links else Inside(path, self.folders)
         return None
 
     def _listing(self, folder: str) -> set[str]:
@@ -43,7 +47,7 @@ class ImageFolder:
             return set()
 
     def _is_inside(self, path: str) -> bool:
-        return self.follow_links or os.path.commonpath([self.real_root, os.path.realpath(path)]) == self.real_root
+        return self.follow_links or is_inside(os.path.realpath(path), self.folders)
 
     def problem(self, name: str) -> str | None:
         """Why a name is not a file inside the folder, worded to follow the name; None if it is one."""

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import re
 import shlex
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 from ..errors import BadExamples, InputError
 from ..hub import fetch_data, missing_parts
 from ..hub_names import data_revision
+from ..inside import Inside, is_inside, real_folders
 from ..ranks import is_first, is_first_of_node
 from .annotations import ROLES, text_problem
 from .images import read_image
@@ -22,17 +25,22 @@ from .unsupported import tag_problem
 
 ROW = "row_in_split"  # a column with the number that a row has in its split
 PLACE = "place_of_row"  # a column with the row's place as messages name it: data set, split, file and row
+FOLDER = "folder_of_row"  # a column with the folder that images without content must lie in
 TEXTS_ABOUT_IMAGES = {"images": [datasets.Image], "texts": [{"user": str, "assistant": str}]}
 
 
 def load_table(
     repo: str, config: str | None, split: str, data_dir: str | None, columns: dict, revisions: str | None = None
 ) -> datasets.Dataset:
-    """A split of a data set, or a slice of a split ("train[500:]"), with the additional columns `ROW` and `PLACE`.
+    """A split of a data set, or a slice of a split ("train[500:]"), with the additional columns ROW, PLACE and FOLDER.
+
+    Only parquet files below the folder are read, which are found by their names. A README with other files, a script,
+    and what the files say of their columns are not looked at, so that nothing in them leads elsewhere.
 
     repo, config: the data set's repository on the Hub, and the name of its configuration.
     data_dir: a local folder to read instead of the Hub. It holds a folder with the repository's own name, laid out like
-        a snapshot of the repository.
+        a snapshot of the repository, or with the files right in it. The folder may be a link; links below it that lead
+        out of it are refused.
     columns: the columns that the table must have, with their types, such as `TEXTS_ABOUT_IMAGES`.
     revisions: --data_revision.
     Raises InputError if the split can't be loaded, lacks a column, has it with another type, or is empty.
@@ -42,18 +50,20 @@ def load_table(
     if data_dir is not None and not source.is_dir():
         raise InputError(f"--data_dir {data_dir} holds no folder {source.name}, a copy of {repo}")
     folder = fetch_data(repo, config, data_revision(repo, revisions)) if data_dir is None else source
-    found = sorted((folder / (config or "data")).glob("*-*.parquet"))
-    files = [path for path in found if path.name.startswith(f"{name}-")]
-    if (found or data_dir is None) and not files:
-        splits = ", ".join(sorted({path.name.partition("-")[0] for path in found}))
-        raise InputError(f"{where} has no split {name!r}" + (f", only {splits}" if splits else " on the Hub"))
+    files = _files(folder, config, name, where, data_dir is None)
     if missing := missing_parts(files):
         raise InputError(f"{where}, split {name}: {folder} lacks {_some(missing)}: copy all files of the data set")
-    # Without data_files, `datasets` wants the files of the first configuration that the README lists, whichever it is.
-    data_files = {name: [str(path.relative_to(folder)) for path in files]} if files else None
+    data_files = {name: [str(path.relative_to(folder)) for path in files]}
     cache_dir = _cache_dir(folder, files)
     try:
-        table = datasets.load_dataset(str(folder), config, split=name, data_files=data_files, cache_dir=cache_dir)
+        table = datasets.load_dataset(
+            "parquet",
+            data_dir=str(folder),
+            data_files=data_files,
+            split=name,
+            features=_features(pq.read_schema(files[0])),
+            cache_dir=cache_dir,
+        )
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(table)})
         rows = range(len(table))[part.from_ : part.to]
     except Exception as e:  # the many things that can go wrong here share no other class
@@ -67,7 +77,53 @@ def load_table(
     if len(rows) == 0:
         raise InputError(f"{where}, split {split}, is empty: it has {len(table)} rows")
     places = _places(f"{where}, {name}", files, len(table))[rows.start : rows.stop]
-    return table.select(rows).add_column(ROW, list(rows)).add_column(PLACE, places)
+    table = table.select(rows).add_column(ROW, list(rows)).add_column(PLACE, places)
+    return table.add_column(FOLDER, [str(folder)] * len(rows))
+
+
+def _files(folder: Path, config: str | None, split: str, where: str, on_hub: bool) -> list[Path]:
+    """The parquet files of a split, in their order. Raises InputError if there are none, and for a file that is not a
+    regular one or lies outside of the folder."""
+    found = sorted((folder / (config or "data")).glob("*-*.parquet"))
+    files = [path for path in found if path.name.startswith(f"{split}-")]
+    if (found or on_hub) and not files:
+        splits = ", ".join(sorted({path.name.partition("-")[0] for path in found}))
+        raise InputError(f"{where} has no split {split!r}" + (f", only {splits}" if splits else " on the Hub"))
+    for own in (folder / config if config else folder / "data", folder):
+        files = files or sorted({*own.glob(f"{split}-*.parquet"), *own.glob(f"{split}.parquet")})
+    if not files:
+        wanted = folder / (config or "data") / f"{split}-*.parquet"
+        raise InputError(f"{where}, split {split}, can't be loaded: there is no file {wanted}")
+    folders = real_folders(folder)
+    for path in files:
+        if not is_inside(os.path.realpath(path), folders):
+            raise InputError(f"{path} is a link out of {folder}: put the file itself there")
+        if not re.fullmatch(r"[\w.+-]+", path.name):  # `datasets` reads addresses and patterns in names
+            raise InputError(f"{path}: rename the file, so that its name has letters, digits and -_.+ only")
+        if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is not a regular file: copy the data set again")
+    return files
+
+
+def _features(schema: pa.Schema) -> datasets.Features:
+    """The types of columns by how they are stored. A file can say that a column is of a type for which `datasets` opens
+    whatever file or address the column names. Here, images are the only such type, and `undecoded` reads them."""
+    features = datasets.Features.from_arrow_schema(schema.remove_metadata())
+    for field in schema:
+        if _is_image(field.type):
+            features[field.name] = datasets.Image()
+        elif pa.types.is_list(field.type) and _is_image(field.type.value_type):
+            features[field.name] = datasets.List(datasets.Image())
+    return features
+
+
+def _is_image(type: pa.DataType) -> bool:
+    if not pa.types.is_struct(type) or {field.name for field in type} != {"bytes", "path"}:
+        return False
+    content, path = type.field("bytes").type, type.field("path").type
+    return any(is_type(content) for is_type in (pa.types.is_binary, pa.types.is_large_binary)) and any(
+        is_type(path) for is_type in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+    )
 
 
 def _some(names: list[str]) -> str:
@@ -119,23 +175,32 @@ def _fits(feature, wanted) -> bool:
 
 
 def undecoded(table: datasets.Dataset, index: int) -> dict:
-    """A row whose images are still `{"bytes", "path"}`. `open_image` opens them, whose errors name the image by the
-    additional key `name`."""
+    """A row whose images are still `{"bytes", "path", "name"}`, as `open_image` takes them."""
     row = table.with_format("arrow")[index : index + 1].to_pylist()[0]
     for column, feature in table.features.items():
-        if isinstance(feature, datasets.Image) and isinstance(row[column], dict):
-            row[column]["name"] = f"{row[PLACE]}: its image"
+        if isinstance(feature, datasets.Image):
+            row[column] = _image(row[column], row)
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            for number, image in enumerate(row[column] or [], 1):
-                if isinstance(image, dict):
-                    image["name"] = f"{row[PLACE]}: its image {number}"
+            images = [None] if row[column] is None else row[column]
+            row[column] = [_image(image, row, number) for number, image in enumerate(images, 1)]
     return row
 
 
+def _image(image: dict | None, row: dict, number: int | None = None) -> dict:
+    """An image of a row with its name for messages. If its content is in a file, that must lie in the row's folder."""
+    name = f"{row[PLACE]}: its image{f' {number}' if number else ''}"
+    content, path = (image["bytes"], image["path"]) if image else (None, None)
+    if content is None and path is not None:
+        path = Inside(os.path.join(row[FOLDER], path), _folders_once(row[FOLDER]))
+    return {"bytes": content, "path": path, "name": name}
+
+
+_folders_once = cache(real_folders)
+
+
 def _cache_dir(folder: Path, files: list[Path]) -> str:
-    """A cache folder for these files alone, or for all files in a folder if none are given. In its usual cache,
-    `datasets` would not notice that a file has changed, and would keep returning the old content."""
-    files = files or [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    """A cache folder for these files alone. In its usual cache, `datasets` would not notice that a file has changed,
+    and would keep returning the old content."""
     states = [(str(path.relative_to(folder)), path.stat()) for path in files]
     content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in states])
     return str(_writable_cache() / f"local-{hashlib.sha1(content.encode()).hexdigest()}")
@@ -189,7 +254,7 @@ def _hashes(table: datasets.Dataset, skip: bool):
             hashes.append([])
             for image in row[column] if isinstance(row[column], list) else [row[column]]:
                 try:
-                    rgb = read_image(image, f"{row[PLACE]}: its image")
+                    rgb = read_image(_image(image, row), f"{row[PLACE]}: its image")
                 except InputError:
                     if skip:
                         continue
@@ -197,13 +262,13 @@ def _hashes(table: datasets.Dataset, skip: bool):
                 hashes[-1].append(hashlib.sha1(repr(rgb.size).encode() + rgb.tobytes()).hexdigest())
         return {"hashes": hashes}
 
-    pixels = table.select_columns([column, PLACE]).with_format("arrow")
+    pixels = table.select_columns([column, PLACE, FOLDER]).with_format("arrow")
     hashed = pixels.map(
         digest,
         batched=True,
         batch_size=32,
         num_proc=min(8, len(os.sched_getaffinity(0))) if len(table) > 5000 else None,
-        remove_columns=[column, PLACE],
+        remove_columns=[column, PLACE, FOLDER],
         desc="hashing images",
     )
     return hashed.with_format(None)["hashes"]

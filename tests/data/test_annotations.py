@@ -114,7 +114,7 @@ def test_nothing_outside_the_folder_is_opened(folder, monkeypatch):
     """The reader opens no image; it only lists folders, and only those inside the folder of images."""
     listed = []
     scandir = os.scandir
-    monkeypatch.setattr(annotations.os, "scandir", lambda path: listed.append(os.path.realpath(path)) or scandir(path))
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(os.path.realpath(path)) or scandir(path))
     names = ["/etc/passwd", "../secret.png", "away/secret.png", "out.png", "a.png", "folder/c.png", "./away/x/y.png"]
     path = folder / "names.jsonl"
     path.write_bytes(bad_inputs.turn(images=names))
