@@ -21,9 +21,10 @@ from .flag_rules import check_flags
 from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
-from .training.checkpoints import MANIFEST, find_checkpoint
+from .training.checkpoints import MANIFEST, find_checkpoint, numbered
 from .training.hardware import choose_attention, choose_precision
-from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
+from .training.optimizer import check_optimizer
+from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, check_output
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
 LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
@@ -150,7 +151,7 @@ def parse_arguments(
     if "deepspeed" not in given and not (args.use_lora or args.evaluate_only):
         trainer["deepspeed"] = deepspeed  # adapters are small, and an evaluation has no optimizer
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
-    check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER)
+    check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER, os.cpu_count())
     return args, resolve(args, trainer, given)
 
 
@@ -167,6 +168,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
     if args.max_tokens_per_gpu not in (None, "auto"):
         args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
+    trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])  # as TrainingArguments does
     restarted = join_after_restart(trainer["ddp_timeout"])
     if args.evaluate_only or args.dry_run:
         trainer["resume_from_checkpoint"] = None  # so that either flag can be added to the command of any run
@@ -188,6 +190,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     if not (args.estimate or args.check_data):
         may_hold_checkpoints = resume is not None or args.evaluate_only or args.dry_run
         _make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints)
+        check_output(Path(trainer["output_dir"]), args, trainer["report_to"])
 
     for_another_machine = args.estimate and not torch.accelerator.is_available()  # one with GPUs
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32, for_another_machine)
@@ -210,9 +213,12 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     if not trainer["dataloader_num_workers"]:
         trainer["dataloader_prefetch_factor"] = None
     try:
-        return TrainingArguments(**trainer)
-    except (ValueError, TypeError) as e:
+        training_args = TrainingArguments(**trainer)
+    except (ValueError, TypeError, ImportError, RecursionError) as e:
         raise InputError(" ".join(str(e).split())) from None
+    if not args.evaluate_only:
+        check_optimizer(training_args)
+    return training_args
 
 
 def _check_model(args, output_dir: str):
@@ -264,7 +270,7 @@ def _make_output_dir(folder: Path, may_hold_checkpoints: bool):
         raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output_dir {folder} is not writable")
-    if not may_hold_checkpoints and any(folder.glob("checkpoint-*")):
+    if not may_hold_checkpoints and numbered(folder):
         raise InputError(
             f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
         )

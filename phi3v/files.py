@@ -54,7 +54,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str):
-    with replacing(path) as partial:
+    with replacing(path, several_writers=True) as partial:  # whose name no other file has
         partial.write_text(text, encoding="utf-8")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from .training.hardware import compute_dtype, device_memory, peak_flops, precisi
 from .training.meter import Meter
 from .training.outline import estimate_run
 from .training.output_folder import FINISHED, check_same_folder, is_finished, prepare_output
+from .training.own_files import claim, delete_own
 from .training.steps import plan_steps
 from .training.stopping import Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
@@ -69,9 +69,9 @@ class Run:
         args.model_revision = self.saved.commits.get(name)
         if args.num_crops is None:
             args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
-        if args.dry_run and is_first():
-            shutil.rmtree(self.output_dir, ignore_errors=True)  # left by a dry run that was stopped
-            self.output_dir.mkdir()
+        if args.dry_run and not (args.estimate or args.check_data) and is_first():
+            delete_own(self.output_dir)  # left by a dry run that was stopped
+            claim(self.output_dir)
         self.checkpoint, messages = find_checkpoint(training_args.resume_from_checkpoint, self.output_dir)
         say(*messages)
         check_same_folder(self.checkpoint, self.output_dir)
@@ -182,8 +182,8 @@ class Run:
             say(f"{self.output_dir} holds a finished run: there is nothing left to do")
             return None
         model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
-        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes)
         self.steps, self.sampler = plan_steps(args, training_args, train_dataset, self.plan.tokens)
+        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes, self.steps)
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
         self.meter = Meter(self.estimate.costs[self.plan.checkpointing], self.peak_flops)
         self.training_args = replace(
