@@ -4,6 +4,8 @@ Every rule is a function of the flags and of the few facts about the machine tha
 changes nothing, and raises InputError with one line. `check_flags` applies all of them.
 """
 
+import json
+
 from .deepspeed_config import zero_stage
 from .errors import InputError
 from .number_limits import LARGEST_COUNT, check_numbers, most_workers
@@ -53,6 +55,14 @@ def check_values(args, trainer: dict, cores: int | None):
             f"--dataloader_num_workers is {workers}, must be at most {most_workers(cores)} on this machine, which has "
             f"{cores} CPU cores: more processes only take memory"
         )
+    options = trainer.get("lr_scheduler_kwargs")
+    if isinstance(options, str):
+        try:
+            is_object = isinstance(json.loads(options), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise InputError(f"--lr_scheduler_kwargs is {options[:100]}, must be a JSON object")
     if args.data_revision and args.data_dir:
         raise InputError(f"--data_revision {args.data_revision} is for data on the Hub, and contradicts --data_dir")
     if args.on_bad_example not in ("error", "skip"):

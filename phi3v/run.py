@@ -17,6 +17,7 @@ from .data.check import check_data
 from .data.conversations import ConversationDataset
 from .data.preview import render_example
 from .data.sizes import all_sizes, fingerprint
+from .deepspeed_config import check_agreement
 from .errors import BadExamples, blaming, first_of_node, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
@@ -34,6 +35,7 @@ from .training.meter import Meter
 from .training.outline import estimate_run
 from .training.output_folder import FINISHED, check_same_folder, is_finished, prepare_output
 from .training.own_files import claim, delete_own
+from .training.resuming import check_states
 from .training.steps import plan_steps
 from .training.stopping import Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
@@ -76,6 +78,8 @@ class Run:
         say(*messages)
         check_same_folder(self.checkpoint, self.output_dir)
         refuse_pickles()
+        if self.checkpoint:
+            check_states(self.checkpoint, training_args.fp16)
         self.stored_settings = stored_settings(self.checkpoint)
         set_seed(training_args.seed)
         if is_deepspeed_zero3_enabled():
@@ -191,6 +195,7 @@ class Run:
             gradient_accumulation_steps=self.sampler.accumulation,
             activation_checkpointing=activation_checkpointing.flag_for_trainer(self.plan.checkpointing),
         )
+        check_agreement(self.training_args, self.config.hidden_size, self.steps)
         return self.training_args
 
     @property
@@ -259,7 +264,11 @@ class Run:
             write_page(self.training_args, before, after, self.facts, example, state, left_out=left_out)
 
     def save(self, trainer: RecipeTrainer):
-        """Saves the model under the Hub's tensor names, or the adapter, and the processor."""
+        """Saves the model under the Hub's tensor names, or the adapter, and the processor.
+
+        Raises InputError if weights are NaN or too large.
+        """
+        trainer.health.check_weights(trainer)
         if not self.args.use_lora:
             trainer.model.to(compute_dtype(self.training_args))  # so that the saved model is what is evaluated
         with disk_full_as_input_error(self.output_dir):

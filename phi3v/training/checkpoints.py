@@ -16,12 +16,24 @@ from safetensors import SafetensorError
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from .own_files import MANIFEST, MARK, UNFINISHED, delete_own, is_checkpoint, is_folder, is_own_folder, strangers
-from .settings import short_json
+from .own_files import (
+    MANIFEST,
+    MARK,
+    UNFINISHED,
+    delete_own,
+    free_name,
+    is_checkpoint,
+    is_folder,
+    is_own_folder,
+    strangers,
+)
+from .resuming import missing_files, problem_of_state
+from .settings import problem_of_settings, short_json
 
 PREFIX = "checkpoint-"
 # What reading JSON of any other form can raise.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
+kept_for_others = set()  # checkpoints that are not deleted, because they hold files that no run has written
 DISK_FULL = re.compile(r"No space left|quota exceeded|file write failed|unexpected pos")  # in libraries' messages
 
 
@@ -65,13 +77,18 @@ def publish(unfinished: Path, settings: dict, keep: int | None):
     output_dir = unfinished.parent.parent
     target, step = output_dir / unfinished.name, step_of(unfinished)
     if os.path.lexists(target):
-        if not is_checkpoint(target) or strangers(target):
+        if not is_checkpoint(target):
             raise InputError(f"{target} has appeared, which no run has written: the new checkpoint is in {unfinished}")
-        os.replace(target, unfinished.with_name("replaced"))
+        aside = free_name(target.with_name(f"abandoned-{target.name}"))
+        os.replace(target, aside if strangers(target) else unfinished.with_name("replaced"))
     os.replace(unfinished, target)
     up_to_now = [path for path in checkpoints(output_dir) if step_of(path) <= step and damage(path) is None]
     for old in up_to_now[keep:] if keep else []:
-        if is_folder(old) and not strangers(old):
+        if not is_folder(old) or strangers(old):
+            if old not in kept_for_others:
+                kept_for_others.add(old)
+                print(f"{old} is kept, because no run has written {', '.join(strangers(old)[:3]) or 'it'}", flush=True)
+        else:
             os.replace(old, unfinished.with_name(old.name))  # a half-deleted folder must not look like a checkpoint
     clear_unfinished(output_dir)
 
@@ -97,7 +114,9 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is whole. Compares the sizes of files, not their contents."""
     try:
         manifest = read_json(checkpoint / MANIFEST)
-        files, _ = dict(manifest["files"]), dict(manifest["settings"])
+        files, settings = manifest["files"], manifest["settings"]
+        if not (isinstance(files, dict) and isinstance(settings, dict)):
+            raise TypeError("files and settings must be objects")
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not finished"
     except UNREADABLE as e:
@@ -108,12 +127,18 @@ def damage(checkpoint: Path) -> str | None:
             return f"its {name} is missing"
         if found[name] != size:
             return f"its {name} has {found[name]:,} bytes, not {short_json(size)}"
+    if problem := problem_of_settings(settings):
+        return f"its {MANIFEST} {problem}"
     try:
-        state = read_json(checkpoint / "trainer_state.json")
-        if int(state["global_step"]) != step_of(checkpoint):
-            return f"its trainer_state.json is of step {state['global_step']}"
+        problem = problem_of_state(read_json(checkpoint / "trainer_state.json"), step_of(checkpoint))
     except UNREADABLE:
-        return "its trainer_state.json can't be read"
+        problem = "can't be read"
+    if problem:
+        return f"its trainer_state.json {problem}"
+    if name := missing_files(found.keys()):
+        return f"its {name} is missing"
+    if special := [p for p in checkpoint.rglob("*") if p.exists() and not (p.is_file() or p.is_dir())]:
+        return f"its {special[0].relative_to(checkpoint)} is not a regular file"
     return None
 
 

@@ -13,8 +13,6 @@ def check_optimizer(args: TrainingArguments):
     """Raises InputError if the optimizer or the schedule that the flags ask for can't be made. It makes them for a
     single weight, so that a wrong value is said before data and model are loaded."""
     weight, kwargs = nn.Parameter(torch.zeros(1)), args.lr_scheduler_kwargs or {}
-    if not isinstance(kwargs, dict):
-        raise InputError(f"--lr_scheduler_kwargs is {kwargs}, must be a JSON object")
     check_finite(kwargs, "--lr_scheduler_kwargs")
     try:
         if not (args.optim_target_modules or "lomo" in args.optim.value):  # these need the model

@@ -32,7 +32,7 @@ from .own_files import (
     refuse_foreign,
     strangers,
 )
-from .settings import check_settings, with_defaults
+from .settings import check_settings, problem_of_settings, with_defaults
 
 FINISHED = "finished.json"  # the settings of a run that has done everything asked for
 BEST = "best"  # folder of the model that has evaluated best
@@ -80,8 +80,8 @@ def is_finished(args, training_args, settings: dict) -> bool:
     if training_args.resume_from_checkpoint != "auto" or not finished.is_file():
         return False
     before = read_json(finished)
-    if not isinstance(before, dict):
-        raise InputError(f"{finished} does not hold the settings of a run: delete it, or choose another --output_dir")
+    if problem := problem_of_settings(before):
+        raise InputError(f"{finished} {problem}: delete it, or choose another --output_dir")
     now = settings | {"cached": before.get("cached")}  # known only once training has begun
     before = with_defaults(before, now, args, training_args)
     if before != now and args.resume_anyway:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -24,6 +25,7 @@ from .health import TrainingHealth
 from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
 from .own_files import MARK, UNFINISHED, claim, delete_own, free_name, is_best, strangers
+from .resuming import check_keys, reading
 from .stopping import Interrupted, ignore_signals
 from .trackers import Trackers
 
@@ -171,6 +173,7 @@ class RecipeTrainer(Trainer):
                 best = earlier[name]
         if not gather_object([report[name] > best])[0]:  # rank 0 decides, as only it may see the new file
             return
+        self.health.check_weights(self)
         unfinished = Path(self.args.output_dir) / UNFINISHED / BEST
         with disk_full_as_input_error(unfinished):
             if self.is_world_process_zero():
@@ -202,9 +205,29 @@ class RecipeTrainer(Trainer):
             save_separators(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if isinstance(self.model, PeftModel):
-            load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if isinstance(self.model, PeftModel):
+                load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
+                with safe_open(Path(resume_from_checkpoint) / "adapter_model.safetensors", "pt") as file:
+                    found = set(file.keys())
+                own = get_peft_model_state_dict(self.model, save_embedding_layers=False).keys()
+                check_keys(own - found, found - own, resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result):
+        check_keys(load_result.missing_keys, load_result.unexpected_keys, "the checkpoint to resume from")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
 
 def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
