@@ -55,10 +55,10 @@ class TrainingHealth:
 
         Every rank must call it before the model is saved: no loss has been computed since the last update yet.
         """
-        if names := [name for name in gather_object([_unusable_weight(trainer.model)]) if name]:
+        if names := [name for name in gather_object([unusable_weight(trainer.model)]) if name]:
             raise InputError(
-                f"the last update before step {trainer.state.global_step + 1} has made the weight {names[0]} NaN or "
-                f"larger than {LARGEST_WEIGHT}, so that nothing is saved: lower --learning_rate or --wd. "
+                f"the update of step {trainer.state.global_step} has made the weight {names[0]} NaN or larger than "
+                f"{LARGEST_WEIGHT}, so the model is not saved: lower --learning_rate or --wd. "
                 + _last_checkpoint(trainer)
             )
 
@@ -73,7 +73,7 @@ def _last_checkpoint(trainer) -> str:
 
 
 @torch.no_grad()
-def _unusable_weight(model: torch.nn.Module) -> str | None:
+def unusable_weight(model: torch.nn.Module) -> str | None:
     """The name of a weight that trains and is NaN or too large; None if there is none. ZeRO-3 leaves each rank with a
     part of each weight, of which it looks at its own."""
     named = [(name, getattr(p, "ds_tensor", p).detach()) for name, p in model.named_parameters() if p.requires_grad]

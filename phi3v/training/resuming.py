@@ -5,6 +5,7 @@ A checkpoint may come from a stranger, and its manifest only says how large its 
 
 import contextlib
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import torch
@@ -93,6 +94,8 @@ def check_states(checkpoint: Path, fp16: bool):
         raise InputError(f"{checkpoint} holds scaler.pt, which only a run with --fp16 has: delete it, or give --fp16")
     for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("global_step*/*.pt")]):
         check = CONTENTS.get("rng_state" if path.name.startswith("rng_state") else path.name, lambda content: True)
+        if not zipfile.is_zipfile(path):  # which torch.save writes
+            raise InputError(f"{path} is damaged: give another checkpoint")
         with reading(path), safe_globals():
             if not check(torch.load(path, map_location="cpu", weights_only=True, mmap=True)):
                 raise InputError(f"{path} does not hold what its name says: give another checkpoint")
