@@ -24,7 +24,7 @@ from .ranks import join_after_restart, local_world_size, start_alone, world_size
 from .training.checkpoints import MANIFEST, find_checkpoint, numbered
 from .training.hardware import choose_attention, choose_precision
 from .training.optimizer import check_optimizer
-from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, check_output
+from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
 LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
@@ -190,7 +190,6 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     if not (args.estimate or args.check_data):
         may_hold_checkpoints = resume is not None or args.evaluate_only or args.dry_run
         _make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints)
-        check_output(Path(trainer["output_dir"]), args, trainer["report_to"])
 
     for_another_machine = args.estimate and not torch.accelerator.is_available()  # one with GPUs
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32, for_another_machine)

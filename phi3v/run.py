@@ -33,7 +33,7 @@ from .training.feature_cache import cache_features
 from .training.hardware import compute_dtype, device_memory, peak_flops, precision_of
 from .training.meter import Meter
 from .training.outline import estimate_run
-from .training.output_folder import FINISHED, check_same_folder, is_finished, prepare_output
+from .training.output_folder import FINISHED, check_output, check_same_folder, is_finished, prepare_output
 from .training.own_files import claim, delete_own
 from .training.resuming import check_states
 from .training.steps import plan_steps
@@ -54,8 +54,8 @@ class Run:
         """args, training_args: as `parse_arguments` returns them.
 
         Fetches the model from the Hub, finds the checkpoint to resume from and sets the seed. Raises InputError if the
-        model can't be fetched, if the checkpoint is not whole, and if ranks have different flags or see different
-        folders.
+        model can't be fetched, if the checkpoint is not whole, if the output folder holds what no run has written and
+        this run would overwrite, and if ranks have different flags or see different folders.
         """
         self.args, self.training_args = args, training_args
         self.output_dir = Path(training_args.output_dir)
@@ -63,6 +63,8 @@ class Run:
         self.preemption = Preemption()
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)
+        if not (args.estimate or args.check_data):  # which write nothing
+            check_output(self.output_dir, args, training_args.report_to)
         data_commits.clear()  # of an earlier run in this process
         with first_of_node(training_args, "model"):
             name, weights = args.model_name_or_path, not (args.estimate or args.check_data)
