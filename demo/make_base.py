@@ -335,6 +335,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--tower_steps", type=int, default=3500)
     parser.add_argument("--decoder_steps", type=int, default=4000)
     args = parser.parse_args(argv)
+    if min(args.tower_steps, args.decoder_steps) < 1:
+        parser.error("--tower_steps and --decoder_steps must be at least 1")
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the result depends on the number of threads, because the order of sums does
     tokenizer = make_tokenizer()

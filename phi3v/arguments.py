@@ -21,8 +21,9 @@ from .flag_rules import check_flags
 from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
-from .training.checkpoints import MANIFEST, find_checkpoint
+from .training.checkpoints import MANIFEST, find_checkpoint, numbered
 from .training.hardware import choose_attention, choose_precision
+from .training.optimizer import check_optimizer
 from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
@@ -150,7 +151,7 @@ def parse_arguments(
     if "deepspeed" not in given and not (args.use_lora or args.evaluate_only):
         trainer["deepspeed"] = deepspeed  # adapters are small, and an evaluation has no optimizer
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
-    check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER)
+    check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER, os.cpu_count())
     return args, resolve(args, trainer, given)
 
 
@@ -167,6 +168,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
     if args.max_tokens_per_gpu not in (None, "auto"):
         args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
+    trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])  # as TrainingArguments does
     restarted = join_after_restart(trainer["ddp_timeout"])
     if args.evaluate_only or args.dry_run:
         trainer["resume_from_checkpoint"] = None  # so that either flag can be added to the command of any run
@@ -210,9 +212,12 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     if not trainer["dataloader_num_workers"]:
         trainer["dataloader_prefetch_factor"] = None
     try:
-        return TrainingArguments(**trainer)
-    except (ValueError, TypeError) as e:
+        training_args = TrainingArguments(**trainer)
+    except (ValueError, TypeError, ImportError, RecursionError) as e:
         raise InputError(" ".join(str(e).split())) from None
+    if not args.evaluate_only:
+        check_optimizer(training_args)
+    return training_args
 
 
 def _check_model(args, output_dir: str):
@@ -264,7 +269,7 @@ def _make_output_dir(folder: Path, may_hold_checkpoints: bool):
         raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output_dir {folder} is not writable")
-    if not may_hold_checkpoints and any(folder.glob("checkpoint-*")):
+    if not may_hold_checkpoints and numbered(folder):
         raise InputError(
             f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
         )

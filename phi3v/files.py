@@ -85,7 +85,7 @@ def _locked(mark: Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str):
-    with replacing(path) as partial:
+    with replacing(path, several_writers=True) as partial:  # whose name no other file has
         partial.write_text(text, encoding="utf-8")
 
 

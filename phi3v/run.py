@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from .data.check import check_data
 from .data.conversations import ConversationDataset
 from .data.preview import render_example
 from .data.sizes import all_sizes, fingerprint
+from .deepspeed_config import check_agreement
 from .errors import BadExamples, blaming, first_of_node, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
@@ -33,7 +33,9 @@ from .training.feature_cache import cache_features
 from .training.hardware import compute_dtype, device_memory, peak_flops, precision_of
 from .training.meter import Meter
 from .training.outline import estimate_run
-from .training.output_folder import FINISHED, check_same_folder, is_finished, prepare_output
+from .training.output_folder import FINISHED, check_output, check_same_folder, is_finished, prepare_output
+from .training.own_files import claim, delete_own
+from .training.resuming import check_states
 from .training.steps import plan_steps
 from .training.stopping import Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
@@ -52,8 +54,8 @@ class Run:
         """args, training_args: as `parse_arguments` returns them.
 
         Fetches the model from the Hub, finds the checkpoint to resume from and sets the seed. Raises InputError if the
-        model can't be fetched, if the checkpoint is not whole, and if ranks have different flags or see different
-        folders.
+        model can't be fetched, if the checkpoint is not whole, if the output folder holds what no run has written and
+        this run would overwrite, and if ranks have different flags or see different folders.
         """
         self.args, self.training_args = args, training_args
         self.output_dir = Path(training_args.output_dir)
@@ -61,6 +63,8 @@ class Run:
         self.preemption = Preemption()
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)
+        if not (args.estimate or args.check_data):  # which write nothing
+            check_output(self.output_dir, args, training_args.report_to)
         data_commits.clear()  # of an earlier run in this process
         with first_of_node(training_args, "model"):
             name, weights = args.model_name_or_path, not (args.estimate or args.check_data)
@@ -69,13 +73,15 @@ class Run:
         args.model_revision = self.saved.commits.get(name)
         if args.num_crops is None:
             args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
-        if args.dry_run and is_first():
-            shutil.rmtree(self.output_dir, ignore_errors=True)  # left by a dry run that was stopped
-            self.output_dir.mkdir()
+        if args.dry_run and not (args.estimate or args.check_data) and is_first():
+            delete_own(self.output_dir)  # left by a dry run that was stopped
+            claim(self.output_dir)
         self.checkpoint, messages = find_checkpoint(training_args.resume_from_checkpoint, self.output_dir)
         say(*messages)
         check_same_folder(self.checkpoint, self.output_dir)
         refuse_pickles()
+        if self.checkpoint:
+            check_states(self.checkpoint, training_args.fp16)
         self.stored_settings = stored_settings(self.checkpoint)
         set_seed(training_args.seed)
         if is_deepspeed_zero3_enabled():
@@ -182,8 +188,8 @@ class Run:
             say(f"{self.output_dir} holds a finished run: there is nothing left to do")
             return None
         model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
-        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes)
         self.steps, self.sampler = plan_steps(args, training_args, train_dataset, self.plan.tokens)
+        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes, self.steps)
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
         self.meter = Meter(self.estimate.costs[self.plan.checkpointing], self.peak_flops)
         self.training_args = replace(
@@ -191,6 +197,7 @@ class Run:
             gradient_accumulation_steps=self.sampler.accumulation,
             activation_checkpointing=activation_checkpointing.flag_for_trainer(self.plan.checkpointing),
         )
+        check_agreement(self.training_args, self.config.hidden_size, self.steps)
         return self.training_args
 
     @property
@@ -259,7 +266,11 @@ class Run:
             write_page(self.training_args, before, after, self.facts, example, state, left_out=left_out)
 
     def save(self, trainer: RecipeTrainer):
-        """Saves the model under the Hub's tensor names, or the adapter, and the processor."""
+        """Saves the model under the Hub's tensor names, or the adapter, and the processor.
+
+        Raises InputError if weights are NaN or too large.
+        """
+        trainer.health.check_weights(trainer)
         if not self.args.use_lora:
             trainer.model.to(compute_dtype(self.training_args))  # so that the saved model is what is evaluated
         with disk_full_as_input_error(self.output_dir):

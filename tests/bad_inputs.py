@@ -3,6 +3,7 @@
     python tests/bad_inputs.py FOLDER
 
 writes one file of annotations or one image for each case. They are made by code, so none is kept in the repository.
+bad_folders.py has output folders, checkpoints and DeepSpeed configurations.
 """
 
 import io

@@ -107,7 +107,7 @@ def write_html_report(
         num_shown=len(shown),
         num_examples=len(rows),
     )
-    with replacing(path) as partial:
+    with replacing(path, several_writers=True) as partial:  # whose name no other file has
         page.dump(str(partial), encoding="utf-8", errors="replace")
 
 

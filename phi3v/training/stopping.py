@@ -73,6 +73,8 @@ class Preemption(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # A checkpoint holds the logging and saving intervals of the run that wrote it; this run's flags decide.
         state.compute_steps(args, state.max_steps)
+        # The Trainer would delete other checkpoints than the best; `publish` decides which are deleted.
+        state.best_model_checkpoint = state.best_global_step = None
 
     def stop_training(self, control):
         self.stopped = control.should_save = control.should_training_stop = True

@@ -3,13 +3,13 @@
 import gc
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -19,11 +19,13 @@ from ..errors import InputError, blaming
 from ..files import read_json, write_json
 from ..model.adapters import load_separators, save_separators
 from ..ranks import is_first
-from .checkpoints import PREFIX, UNFINISHED, clear_unfinished, disk_full_as_input_error, publish
+from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
 from .health import TrainingHealth
 from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
+from .own_files import MARK, UNFINISHED, claim, delete_own, free_name, is_best, strangers
+from .resuming import check_keys, reading
 from .stopping import Interrupted, ignore_signals
 from .trackers import Trackers
 
@@ -116,11 +118,15 @@ class RecipeTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / UNFINISHED / f"{PREFIX}{self.state.global_step}"
+        keep, self.args.save_total_limit = self.args.save_total_limit, None  # `publish` deletes the others
         with disk_full_as_input_error(folder):
+            if self.is_world_process_zero():
+                claim(folder)
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                publish(folder, self.settings, self.args.save_total_limit)
+                publish(folder, self.settings, keep)
+        self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
 
     def log(self, logs, *args, **kwargs):
@@ -160,19 +166,26 @@ class RecipeTrainer(Trainer):
         """Keeps the model in the folder BEST if it evaluates better than all before. Every rank must call it."""
         folder, name = Path(self.args.output_dir) / BEST, report["metric"]
         best = -math.inf
-        if (folder / BEST_EVALUATION).is_file():
+        if is_best(folder):
             earlier = read_json(folder / BEST_EVALUATION)
-            if earlier["num_examples"] == report["num_examples"]:  # otherwise the two can't be compared
-                best = earlier.get(name, best)
+            # A best model of another number of examples can't be compared with this one.
+            if earlier["num_examples"] == report["num_examples"] and isinstance(earlier.get(name), (int, float)):
+                best = earlier[name]
         if not gather_object([report[name] > best])[0]:  # rank 0 decides, as only it may see the new file
             return
+        self.health.check_weights(self)
         unfinished = Path(self.args.output_dir) / UNFINISHED / BEST
         with disk_full_as_input_error(unfinished):
+            if self.is_world_process_zero():
+                claim(unfinished)
             self.save_model(str(unfinished))
             if self.is_world_process_zero():
                 write_json(unfinished / BEST_EVALUATION, {"step": self.state.global_step, **report})
-                if folder.exists():
-                    os.replace(folder, unfinished.with_name(REPLACED_BEST))
+                (unfinished / MARK).unlink()  # from now on, the evaluation says what this folder is
+                if os.path.lexists(folder):
+                    is_own = is_best(folder) and not strangers(folder)
+                    aside = free_name(folder.with_name(f"abandoned-{BEST}"))
+                    os.replace(folder, unfinished.with_name(REPLACED_BEST) if is_own else aside)
                 os.replace(unfinished, folder)
                 clear_unfinished(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
@@ -192,9 +205,29 @@ class RecipeTrainer(Trainer):
             save_separators(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if isinstance(self.model, PeftModel):
-            load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if isinstance(self.model, PeftModel):
+                load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
+                with safe_open(Path(resume_from_checkpoint) / "adapter_model.safetensors", "pt") as file:
+                    found = set(file.keys())
+                own = get_peft_model_state_dict(self.model, save_embedding_layers=False).keys()
+                check_keys(own - found, found - own, resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result):
+        check_keys(load_result.missing_keys, load_result.unexpected_keys, "the checkpoint to resume from")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
 
 def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
@@ -214,7 +247,7 @@ def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
         torch.accelerator.empty_cache()
     report = evaluation.report(load_saved(), args)
     if is_first():
-        shutil.rmtree(folder)
+        delete_own(folder)
         pairs = zip(after["predictions"], report["predictions"], strict=True)
         if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:
             raise InputError(f"--dry_run: the saved model, loaded again, gives other answers to {', '.join(different)}")
