@@ -12,9 +12,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..console import tell
 from ..errors import InputError, Problems
 from ..model.processing_phi3v import Phi3VProcessor
 from ..model.rgb import exif_orientation, to_rgb
+from ..text import printable
 from .conversations import chat_text
 from .images import image_name, open_image
 
@@ -62,8 +64,7 @@ class Summary:
             ids = ", ".join(map(str, self.bad_examples[: self.problems.shown]))
             more = ", …" if len(self.bad_examples) > self.problems.shown else ""
             lines.append(
-                f"{len(self.problems):,} problems in {len(self.bad_examples):,} examples: "
-                f"{ids.encode('unicode_escape').decode()}{more}"
+                f"{len(self.problems):,} problems in {len(self.bad_examples):,} examples: {printable(ids)}{more}"
             )
             lines += [f"  {line}" for line in self.problems.lines]
         return "\n  ".join(lines)
@@ -241,9 +242,9 @@ def check_data(
     problems = Problems()
     for name, conversations in (("training data", train), ("evaluation data", evaluation)):
         summary = check_images(conversations, processor, num_workers, max_length, name, disable_tqdm)
-        print(summary, flush=True)
+        tell(*str(summary).split("\n"))
         problems.extend(summary.problems)
     if not skip_bad:
         problems.raise_if_any("data")
     elif problems:
-        print("a run leaves out the examples with problems, as --on_bad_example skip says", flush=True)
+        tell("a run leaves out the examples with problems, as --on_bad_example skip says")

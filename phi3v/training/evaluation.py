@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from .. import ranks
+from ..console import say
 from ..data.collate import Collator
 from ..data.conversations import ConversationDataset
 from ..data.images import as_seen
@@ -172,4 +173,4 @@ def write_evaluation(path: Path, report: dict):
     """Writes a report as json, whole or not at all, and prints its metric."""
     write_json(path, report)
     value = report[report["metric"]]
-    print(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples", flush=True)
+    say(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples")

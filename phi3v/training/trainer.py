@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ..console import say
 from ..data.sampler import EpochLoader
 from ..errors import InputError, blaming
 from ..files import read_json, write_json
@@ -218,4 +219,4 @@ def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
         pairs = zip(after["predictions"], report["predictions"], strict=True)
         if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:
             raise InputError(f"--dry_run: the saved model, loaded again, gives other answers to {', '.join(different)}")
-        print("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")
+        say("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")
