@@ -44,5 +44,18 @@ def _is_seen(c: str) -> bool:
     return category not in ("Cc", "Cs", "Co", "Zl", "Zp") and not _INVISIBLE.match(c)
 
 
+def markdown_text(text) -> str:
+    """The text as Markdown that shows it as it is, in a paragraph, a list or a table: no link, no picture, no HTML."""
+    return re.sub(r"[&<>`*~|\[\]\\!]", lambda match: f"&#{ord(match[0])};", printable(str(text)))
+
+
+def markdown_code(text) -> str:
+    """The text as a code span of Markdown, between more backticks than it holds in a row."""
+    text = printable(str(text))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text or text != text.strip() else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
 def _escape(c: str) -> str:
     return ascii(c)[1:-1]
