@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from .console import outlive_readers, say
 from .ranks import is_first, leave_group
 from .secrets import guard_output_of_libraries, masked_command, safe_to_print
+from .workers import end_workers, explain, raise_file_limit
 
 
 class InputError(ValueError):
@@ -167,19 +168,26 @@ def first_of_node(training_args, desc: str):
 
 
 def exit_on_input_error(main):
-    """Calls `main`. An InputError ends the process with `error: …` and status 2, without a traceback."""
+    """Calls `main`. An InputError, the death of a worker and a limit of the machine end the process with `error: …` and
+    status 2, without a traceback."""
     outlive_readers()
     guard_output_of_libraries()
+    raise_file_limit()
     try:
         main()
         leave_group()
     except SystemExit:
         leave_group()
         raise
-    except InputError as e:
+    except Exception as e:
+        message = e if isinstance(e, InputError) else explain(e)
+        if message is None:
+            raise
         if not is_first():
             # Most errors occur on rank 0 as well. It reports them, and torchrun ends this process while it sleeps.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(20)
-        print(f"error: {e}", file=sys.stderr, flush=True)
+        print(f"error: {InputError(str(message))}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        end_workers()

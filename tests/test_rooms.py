@@ -19,6 +19,7 @@ FOUNDATION = {
     "hub_names",
     "ranks",
     "secrets",
+    "workers",
     "deepspeed_config",
     "text",
 }
