@@ -158,7 +158,7 @@ def guard_output_of_libraries():
 
     def status_printer(file):
         show = print_status(file)
-        return lambda text: show(safe_to_print(text))
+        return lambda text: show(safe_to_print(COLOURS.sub("", text)))
 
     logging.setLogRecordFactory(record)
     warnings.formatwarning = lambda *args, **kwargs: safe_to_print(format_warning(*args, **kwargs), keep="\n")

@@ -55,7 +55,7 @@ def end_workers():
             worker.kill()
         for worker in workers:
             worker.join(timeout=5)
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def raise_file_limit():

@@ -128,5 +128,5 @@ def test_a_batch_that_never_comes_is_an_error_and_a_signal_ends_the_wait(has_sig
             signal.signal(number, handler)
         workers.end_workers()
         loading.on_long_wait.clear()
-    assert ("there is no new checkpoint" in capfd.readouterr().err) == has_signal
+    assert ("stops waiting, as a signal has come" in capfd.readouterr().err) == has_signal
     assert not multiprocessing.active_children()

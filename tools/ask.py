@@ -111,7 +111,7 @@ class Streamer(TextStreamer):
     """Prints an answer while it is generated. What a terminal obeys is escaped: the model may be a stranger's."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
-        super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
+        super().on_finalized_text(printable(text, keep="\n\t"), stream_end=stream_end)
 
 
 @torch.inference_mode()

@@ -67,11 +67,8 @@ class Preemption(TrainerCallback):
         """Raises Interrupted if this rank has received a signal and has waited too long for a batch, so that it can't
         finish its step. waited: in seconds."""
         if self.has_signal() and waited >= LONGEST_WAIT:
-            tell(
-                f"stopped by a signal while the processes that prepare images had made no batch for {waited:.0f} s: "
-                "there is no new checkpoint",
-                to_stderr=True,
-            )
+            reason = f"the processes that prepare images have made no batch for {waited:.0f} s"
+            tell(f"stops waiting, as a signal has come: {reason}", to_stderr=True)
             raise Interrupted
 
     def check(self):
