@@ -24,6 +24,7 @@ from huggingface_hub import constants, set_client_factory, snapshot_download
 from huggingface_hub.utils import filter_repo_objects, logging
 from huggingface_hub.utils._http import default_client_factory
 
+from .console import tell
 from .errors import InputError
 from .files import read_json, replacing
 from .hub_faults import TIMEOUT, Fault, explain, refused, without_password
@@ -155,7 +156,7 @@ def _fetch(wanted: Wanted, patterns: list[str], is_whole: Callable, shown: Wante
             fault = e if isinstance(e, Fault) else explain(e)
         if folder := cached():
             hub_is_down = True
-            print(f"{shown}: {fault}; reads the cached files of commit {folder.name[:12]} instead, offline", flush=True)
+            tell(f"{shown}: {fault}; reads the cached files of commit {folder.name[:12]} instead, offline")
             break
         tries = ATTEMPTS_IF_BUSY if fault.wait is not None else ATTEMPTS
         if not fault.passes or attempt >= tries or (fault.wait or 0) > LONGEST_WAIT:
@@ -163,7 +164,7 @@ def _fetch(wanted: Wanted, patterns: list[str], is_whole: Callable, shown: Wante
             help = fault.help or f"try again later, set HF_ENDPOINT to a mirror, or {elsewhere}"
             raise InputError(f"{shown} can't be fetched from {without_password(constants.ENDPOINT)}: {fault}; {help}")
         wait = 2 ** (attempt - 1) if fault.wait is None else fault.wait
-        print(f"{shown}: {fault}; tries again in {wait:.0f} s (attempt {attempt + 1} of {tries})", flush=True)
+        tell(f"{shown}: {fault}; tries again in {wait:.0f} s (attempt {attempt + 1} of {tries})")
         time.sleep(wait)
     _check_contents(folder, patterns, shown)
     return folder
@@ -211,7 +212,7 @@ def _send(send: Callable, shown: Wanted, asked: Counter, request: httpx2.Request
     request.extensions["timeout"] = {k: limits.get(k) or TIMEOUT for k in ("connect", "read", "write", "pool")}
     asked[request.url] += options.get("stream", False)
     if asked[request.url] == 2:
-        print(f"{shown}: the connection broke off; resumes the download", flush=True)
+        tell(f"{shown}: the connection broke off; resumes the download")
     try:
         response = send(request, **options)
     except (httpx2.RequestError, httpx2.InvalidURL) as e:
@@ -249,7 +250,7 @@ def _check_contents(folder: Path, patterns: list[str], shown: Wanted):
                 new[path] = etag, state
     total = sum(size for _, (size, _) in new.values())
     if total > WORTH_SAYING:
-        print(f"{shown}: compares {total / 1e9:.1f} GB of new files with the Hub's hashes, once", flush=True)
+        tell(f"{shown}: compares {total / 1e9:.1f} GB of new files with the Hub's hashes, once")
     with ThreadPoolExecutor() as pool:
         found = dict(zip(new, pool.map(_hashes, new, [len(etag) for etag, _ in new.values()]), strict=True))
     bad = [path for path, (etag, _) in new.items() if etag not in found[path]]

@@ -172,7 +172,7 @@ class Run:
             device_memory(),
         )
         if args.estimate:
-            say(self.estimate.describe(self.plan.workload, training_args.num_train_epochs))
+            say(*self.estimate.describe(self.plan.workload, training_args.num_train_epochs).split("\n"))
             return None
         self.settings = settings.settings_of(
             args,
@@ -215,13 +215,10 @@ class Run:
         details = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
         details |= {"steps": self.steps, "n_parameters": estimate.parameters}
         if is_first():
-            print(render_example(train_dataset))
-            say(describe_run(model, args, training_args, self.facts, **details))
-            print(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
-            for warning in questionable_settings(
-                args, training_args, estimate.parameters, train_dataset.sizes, self.steps
-            ):
-                print(warning, flush=True)
+            say(*render_example(train_dataset))
+            say(*describe_run(model, args, training_args, self.facts, **details))
+            say(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
+            say(*questionable_settings(args, training_args, estimate.parameters, train_dataset.sizes, self.steps))
         if args.cache_vision_features:
             message = cache_features(
                 model,

@@ -11,6 +11,7 @@ SCRIPTS = sorted(ROOT.glob("finetune_hf_trainer_*.py"))
 ROOMS = ("model", "data", "training", "report")
 # Modules at the top of phi3v that every other module may import.
 FOUNDATION = {
+    "console",
     "errors",
     "files",
     "hub",
@@ -18,6 +19,7 @@ FOUNDATION = {
     "hub_names",
     "ranks",
     "secrets",
+    "workers",
     "deepspeed_config",
     "text",
     "number_limits",
@@ -28,7 +30,6 @@ MAY_IMPORT_ROOMS = {"run", "arguments"}  # of the modules at the top of phi3v; _
 MAY_BE_LONG = {"model.modeling_phi3v"}
 
 WITHOUT_A_TEST_FILE = {
-    "console": "test_errors.py starts two ranks and reads what they print",
     "data.image_folder": "data/test_annotations.py reads files that name images inside and outside of a folder",
     "data.preview": "report/test_summary.py trains, and reads the example that is printed before the first step",
     "report.templates": "report/test_page.py and report/test_card.py read what the templates render",

@@ -26,6 +26,7 @@ from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import load_adapter
 from phi3v.model.loading import find_saved, load_saved, nf4_config
 from phi3v.model.processing_phi3v import IMAGE_TAG
+from phi3v.text import printable
 from phi3v.training.hardware import ATTENTION, DTYPES, choose_attention, choose_precision
 
 
@@ -106,6 +107,13 @@ def encode(processor: Phi3VProcessor, turns: list[dict]) -> dict[str, torch.Tens
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
+class Streamer(TextStreamer):
+    """Prints an answer while it is generated. What a terminal obeys is escaped: the model may be a stranger's."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        super().on_finalized_text(printable(text, keep="\n\t"), stream_end=stream_end)
+
+
 @torch.inference_mode()
 def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: int) -> str:
     """The greedy answer to the last question, which is printed while it is generated."""
@@ -115,7 +123,7 @@ def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: 
         raise InputError(f"{length} tokens and --max_new_tokens {max_new_tokens} are more than the model's {limit}")
     tokenizer = processor.tokenizer
     ends = {"eos_token_id": processor.stop_ids, "pad_token_id": tokenizer.pad_token_id}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**batch, **ends, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
     if not tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip():
         print("(the answer is empty)", file=sys.stderr)

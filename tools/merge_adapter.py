@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from phi3v import Phi3VProcessor
+from phi3v.console import tell
 from phi3v.errors import InputError, Parser, exit_on_input_error
 from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import merge_adapter
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None):
     merged.save_pretrained(args.output_dir)
     Phi3VProcessor.from_pretrained(saved.folder).save_pretrained(args.output_dir)
     n_parameters = sum(p.numel() for p in merged.parameters())
-    print(f"{args.output_dir}: {saved.base} merged with {args.adapter}, {n_parameters:,} parameters")
+    tell(f"{args.output_dir}: {saved.base} merged with {args.adapter}, {n_parameters:,} parameters")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..console import say
 from ..errors import BadExamples, InputError
 from ..files import open_regular
 from ..model.processing_phi3v import END_TOKENS, IMAGE_TAG, OTHER_TOKENS, ROLE_TOKENS
-from ..ranks import is_first
 from .image_folder import ImageFolder
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 
@@ -70,9 +70,7 @@ def read_conversations(
     bad.settle(str(path), len(examples))
     if not examples:
         raise InputError(f"{path} holds no examples")
-    if is_first():
-        for note in read.unused.lines(path):
-            print(note, flush=True)
+    say(*read.unused.lines(path))
     return examples
 
 

@@ -195,6 +195,10 @@ class ConversationDataset(Dataset):
             raise InputError(f"{name}, and nothing would be left of its answer: shorten its question")
         return {key: value[:limit] for key, value in example.items()}
 
+    def bytes_of_crops(self, crops: float) -> float:
+        """What so many crops take in items that hold tiles: a byte for each value of a pixel."""
+        return crops * 3 * self.processor.image_processor.image_size**2
+
     def images_key(self, index: int):
         """A key that is equal for examples with the same images; None for an example that can't share its images,
         because it has none or its later turns have some."""

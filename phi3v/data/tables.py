@@ -14,6 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..console import tell
 from ..errors import BadExamples, InputError
 from ..hub import fetch_data, missing_parts
 from ..hub_names import data_revision
@@ -217,7 +218,7 @@ def _writable_cache() -> Path:
     except OSError:
         other = Path(tempfile.gettempdir()) / f"datasets-of-{os.getuid()}"
         if is_first_of_node():
-            print(f"{wanted} can't be written to: tables are kept in {other}; HF_DATASETS_CACHE chooses another folder")
+            tell(f"{wanted} can't be written to: tables are kept in {other}; HF_DATASETS_CACHE chooses another folder")
         return other
 
 
@@ -236,9 +237,7 @@ def without_seen_images(
     if len(keep) == len(train):
         return train
     if is_first():
-        print(
-            f"{len(train) - len(keep)} of {len(train)} training rows left out: their images are in the evaluation set"
-        )
+        tell(f"{len(train) - len(keep)} of {len(train)} training rows left out: their images are in the evaluation set")
     if not keep:
         raise InputError("every training image is in the evaluation set too: choose another split")
     return train.select(keep)
@@ -299,7 +298,7 @@ def question_keys(table: datasets.Dataset, name: str, bad: BadExamples | None = 
                 tags += any(tag_problem(text[role]) is not None for role in ROLES)
     bad.settle(name, len(keys))
     if tags and is_first():
-        print(f"warning: {name}: {tags:,} examples hold a tag such as <video> or <image>, which is read as text")
+        tell(f"warning: {name}: {tags:,} examples hold a tag such as <video> or <image>, which is read as text")
     return keys
 
 

@@ -22,7 +22,7 @@ def describe_run(
     max_tokens: int | None,
     steps: int,
     n_parameters: int,
-) -> str:
+) -> list[str]:
     """Six lines about what will happen: what is trained, on which data, in how many steps, with which optimizer, in how
     much memory, and where the output goes.
 
@@ -64,7 +64,7 @@ def describe_run(
         "memory": about["memory"],
         "output": f"{training_args.output_dir}, {saving}",
     }
-    return "\n".join(f"{name:10} {text}" for name, text in lines.items())
+    return [f"{name:10} {text}" for name, text in lines.items()]
 
 
 def describe_mode(args) -> str:

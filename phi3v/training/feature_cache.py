@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .. import ranks
 from ..data.conversations import ConversationDataset, encode_images
+from ..data.loading import batches_of, largest_batch, make_loader
 from ..errors import InputError
 from ..model.adapters import inner_model
 from ..model.modeling_phi3v import Phi3VForCausalLM, Phi3VImageEmbedding
 from .feature_files import FeatureCache, all_finite, bytes_in, reading_seconds, write_features
 from .hardware import wait_for_device
-from .stopping import Interrupted, ignore_signals
+from .stopping import Interrupted
 
 TIMED_IMAGES = 8  # on each rank, before reading is compared with computing
 FORMAT = 1  # must be raised whenever the way in which crops or features are computed changes
@@ -182,14 +183,18 @@ def _images_of_this_rank(
 ) -> Iterator[tuple]:
     """The (path, tiles, grids, is_damaged) of this rank's share of the images that have no features yet."""
     rank = ranks.rank()
-    loader = DataLoader(
-        _MissingImages(dataset, examples[rank :: ranks.world_size()], cache),
+    own = examples[rank :: ranks.world_size()]
+    loader = make_loader(
+        _MissingImages(dataset, own, cache),
         batch_size=None,
         collate_fn=list,  # leaves the items as they are
         num_workers=num_workers,
-        worker_init_fn=ignore_signals,
+        batches=len(own),
+        batch_bytes=largest_batch(dataset.sizes, 1, None, dataset.bytes_of_crops),
     )
-    for missing in tqdm(loader, desc="caching vision features", disable=disable_tqdm or rank != 0):
+    for missing in tqdm(
+        batches_of(loader), desc="caching vision features", total=len(loader), disable=disable_tqdm or rank != 0
+    ):
         yield from missing
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from ..console import say
 from ..errors import InputError
 from ..files import read_json
 from ..ranks import is_first
@@ -125,7 +126,7 @@ def prepare_output(
     if checkpoint:
         set_aside_later(output_dir, step_of(checkpoint))
     if hint := shutdown_hint(checkpoint_bytes):
-        print(hint, flush=True)
+        say(hint)
 
 
 def checkpoints_kept(training_args, steps: int | None) -> int:
@@ -165,7 +166,7 @@ def set_aside_results(output_dir: Path):
     # The files that say what the others are go last, in case that this process is killed meanwhile.
     for path in sorted(found, key=lambda path: (path.name in RECORDS, path.name == FINISHED)):
         os.replace(path, output_dir / f"earlier-{number}" / path.name)
-    print(f"{output_dir}: the model of an earlier run is in earlier-{number} now", flush=True)
+    say(f"{output_dir}: the model of an earlier run is in earlier-{number} now")
 
 
 def check_same_folder(checkpoint: Path | None, output_dir: Path):

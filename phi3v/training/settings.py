@@ -202,9 +202,9 @@ def check_settings(stored: dict, now: dict, source: Path, anyway: bool):
         lines.append(f"  --data_revision {former} trains on the former commit of the data")
     if structural:
         ways = "; ".join(dict.fromkeys(STRUCTURAL[name] for name in structural))
-        lines.append(f"to resume from it, {ways}; or train anew from its weights, in another --output_dir")
+        lines.append(f"  to resume from it, {ways}; or train anew from its weights, in another --output_dir")
     else:
-        lines.append("give the same settings as before, or resume with the new ones by --resume_anyway")
+        lines.append("  give the same settings as before, or resume with the new ones by --resume_anyway")
     raise InputError("\n".join(lines))
 
 

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ..console import say
+from ..data.loading import largest_batch, make_loader, next_batch
 from ..data.sampler import EpochLoader
 from ..errors import InputError, blaming
 from ..files import read_json, write_json
@@ -26,7 +28,7 @@ from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
 from .own_files import MARK, UNFINISHED, claim, delete_own, free_name, is_best, strangers
 from .resuming import check_keys, reading
-from .stopping import Interrupted, ignore_signals
+from .stopping import Interrupted
 from .trackers import Trackers
 
 
@@ -89,15 +91,24 @@ class RecipeTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-batches alone, so that accelerate need not distribute batches over ranks."""
-        return EpochLoader(
-            self.train_dataset,
-            batch_sampler=self.sampler,
+        dataset, sampler = self.train_dataset, self.sampler
+        pin_memory = self.args.dataloader_pin_memory and torch.accelerator.is_available()
+        bytes_of_crops = dataset.feature_cache.bytes_of if dataset.feature_cache else dataset.bytes_of_crops
+        return make_loader(
+            dataset,
+            kind=EpochLoader,
+            batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
-            worker_init_fn=ignore_signals,
+            prefetch=self.args.dataloader_prefetch_factor,
+            batches=len(sampler),
+            batch_bytes=largest_batch(dataset.sizes, sampler.examples_per_gpu, sampler.max_tokens, bytes_of_crops),
+            held=2 if pin_memory else sampler.accumulation + 1,  # the Trainer reads all batches of a step first
+            pin_memory=pin_memory,
         )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(iter(lambda: next_batch(epoch_iterator), None), num_batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.meter.add(inputs["packing"])
@@ -251,4 +262,4 @@ def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
         pairs = zip(after["predictions"], report["predictions"], strict=True)
         if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:
             raise InputError(f"--dry_run: the saved model, loaded again, gives other answers to {', '.join(different)}")
-        print("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")
+        say("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")

@@ -197,3 +197,8 @@ def test_from_the_terminal(images):
     bad = subprocess.run([*command, "nowhere.png"], input="", capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stdout == ""
     assert bad.stderr.splitlines()[-1].startswith("error: nowhere.png can't be read") and "Traceback" not in bad.stderr
+
+
+def test_an_answer_can_not_command_the_terminal(capsys):
+    ask.Streamer(None).on_finalized_text("é 👍🏽\t\x1b]0;PWNED\x07\n")
+    assert capsys.readouterr().out == "é 👍🏽\t\\x1b]0;PWNED\\x07\n"
