@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import ConversationDataset
+from phi3v.model.chat import SAME_CHAT_TEMPLATE
 from phi3v.model.packing import IGNORE_INDEX
 from phi3v.training.evaluation import generate_answers
 
@@ -35,10 +36,6 @@ HERE = Path(__file__).resolve().parent
 
 VOCABULARY = 512
 SPECIAL = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
-CHAT_TEMPLATE = (
-    "{%- for turn in messages -%}{{ '<|' ~ turn.role ~ '|>\\n' ~ turn.content ~ '<|end|>\\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt and messages[-1].role != 'assistant' -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
-)
 # The words of the questions here and of the demo's tasks. Each word becomes one or two tokens.
 TEXTS = [
     "Describe the image. Describe image 1. Which digits are shown?",
@@ -91,7 +88,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = SAME_CHAT_TEMPLATE
     return tokenizer
 
 

@@ -237,7 +237,9 @@ def _check_model_folder(name: str):
         model_type = read_json(folder / "config.json").get("model_type")
     except OSError:
         raise InputError(f"--model_name_or_path {name}: there is no such folder with a config.json in it") from None
-    except (ValueError, AttributeError):
+    except InputError as e:
+        raise InputError(f"--model_name_or_path {name}: {e}") from None
+    except AttributeError:
         raise InputError(f"--model_name_or_path {name}: its config.json is not a JSON object") from None
     if model_type != "phi3_v":
         raise InputError(f"--model_name_or_path {name} holds a model of type {model_type}, must be phi3_v")

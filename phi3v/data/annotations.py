@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BadExamples, InputError
-from ..model.processing_phi3v import END_TOKENS, IMAGE_TAG, OTHER_TOKENS, ROLE_TOKENS
+from ..model.processing_phi3v import IMAGE_TAG
+from ..model.tokenizer import END_TOKENS, OTHER_TOKENS, ROLE_TOKENS
 from ..ranks import is_first
 from .image_folder import ImageFolder
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem

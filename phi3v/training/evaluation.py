@@ -18,6 +18,7 @@ from ..data.images import as_seen
 from ..data.sizes import all_sizes
 from ..errors import InputError
 from ..files import write_json
+from ..model.generation import use_own_settings
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from ..model.processing_phi3v import Phi3VProcessor
 from .stopping import ignore_signals
@@ -65,6 +66,7 @@ def generate_answers(
         collate_fn=Collator(processor, "left", normalise=False),
         worker_init_fn=ignore_signals,
     )
+    use_own_settings(model, processor)
     was_training = model.training
     model.eval()
     answers, problems = [], []
@@ -77,13 +79,7 @@ def generate_answers(
             problems += batch.pop("problems", [None] * len(batch["input_ids"]))
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             batch["pixel_values"] = processor.image_processor.crops_of_tiles(batch.pop("tiles"), grids)
-            ids = model.generate(
-                **batch,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=processor.stop_ids,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )
+            ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
             new_ids = ids[:, batch["input_ids"].shape[1] :]
             answers += [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
     model.train(was_training)

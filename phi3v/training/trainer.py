@@ -17,7 +17,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..data.sampler import EpochLoader
 from ..errors import InputError, blaming
 from ..files import read_json, write_json
-from ..model.adapters import load_separators, save_separators
+from ..model.adapters import check_resumable, load_separators, save_separators
+from ..model.folder import check_files
+from ..model.generation import use_own_settings
 from ..ranks import is_first
 from .checkpoints import PREFIX, UNFINISHED, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
@@ -185,6 +187,7 @@ class RecipeTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir=None, state_dict=None):
+        use_own_settings(self.model, self.processing_class)  # the Trainer has given it the tokenizer's eos alone
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to load one
@@ -192,6 +195,8 @@ class RecipeTrainer(Trainer):
             save_separators(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_files(Path(resume_from_checkpoint))
+        check_resumable(self.model, Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if isinstance(self.model, PeftModel):
             load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
