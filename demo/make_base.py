@@ -27,6 +27,7 @@ from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProce
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import ConversationDataset
 from phi3v.model.chat import SAME_CHAT_TEMPLATE
+from phi3v.model.generation import use_own_settings
 from phi3v.model.packing import IGNORE_INDEX
 from phi3v.training.evaluation import generate_answers
 
@@ -124,8 +125,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Phi3VForCausalLM:
         },
     )
     model = Phi3VForCausalLM(config)
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
     embeddings = model.model.vision_embed_tokens.img_processor.vision_model.embeddings
     with torch.no_grad():
         # Filters that sum to zero respond only to strokes. Otherwise the white paper would hide the patch's position.
@@ -341,6 +340,7 @@ def main(argv: list[str] | None = None):
     train_tower(model, processor, args.tower_steps, batch_size=64, learning_rate=2e-3)
     train_decoder(model, processor, args.decoder_steps, batch_size=32, learning_rate=1e-3)
     model.to(torch.bfloat16)  # as the real checkpoint is
+    use_own_settings(model, processor)
     model.save_pretrained(args.out_dir)
     processor.save_pretrained(args.out_dir)
     for question, (right, asked) in count_right(model, processor, 2000).items():

@@ -239,7 +239,7 @@ def _check_model_folder(name: str):
         raise InputError(f"--model_name_or_path {name}: there is no such folder with a config.json in it") from None
     except InputError as e:
         raise InputError(f"--model_name_or_path {name}: {e}") from None
-    except AttributeError:
+    except (ValueError, AttributeError):
         raise InputError(f"--model_name_or_path {name}: its config.json is not a JSON object") from None
     if model_type != "phi3_v":
         raise InputError(f"--model_name_or_path {name} holds a model of type {model_type}, must be phi3_v")

@@ -91,7 +91,7 @@ def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> PeftModel:
     load_separators(model, Path(folder))
     adapted = PeftModel.from_pretrained(model, folder, config=config)
     for name, parameter in adapted.named_parameters():
-        if "lora_" in name and not parameter.isfinite().all():
+        if ("lora_" in name or name.endswith(SEPARATORS)) and not parameter.isfinite().all():
             raise InputError(f"{folder}: the adapter's weights {name} hold NaN or infinity")
     return adapted
 
@@ -99,6 +99,8 @@ def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> PeftModel:
 def check_resumable(model: PeftModel | Phi3VForCausalLM, folder: Path):
     """Raises InputError unless a checkpoint holds exactly the weights of the model that is trained. The Trainer itself
     would keep the weights of whatever is missing."""
+    if inner := [path for path in folder.glob("*/adapter_*") if path.parent.is_dir()]:
+        raise InputError(f"{inner[0].parent} holds a second adapter, which no run of these scripts has saved")
     if isinstance(model, PeftModel):
         wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
         found = {f"{PREFIX}{name}": shape for name, shape in adapter_shapes(folder).items()}

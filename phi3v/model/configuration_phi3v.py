@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.phi3.configuration_phi3 import Phi3Config
@@ -105,17 +106,26 @@ class Phi3VConfig(Phi3Config):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """The content of a folder's config.json. Raises InputError, which is a ValueError, if it can't be used."""
         file = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
-        if file.parent.is_dir():
-            read_json(file)  # transformers would wait for a pipe, and overflow at deep nesting
-        content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         try:
+            if file.parent.is_dir():  # transformers would wait for a pipe, and overflow at deep nesting
+                check_config(read_json(file), cls)
+            content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
             check_config(content, cls)
+        except InputError:
+            raise
         except ValueError as e:
             raise InputError(f"{file}: {e}") from None
         # The caller decides about the implementation. The Hub's file asks for flash attention, which may not be
         # installed, and a stranger's could name code to be fetched.
         own = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
         return {name: value for name, value in content.items() if name not in own}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as e:  # transformers' own checks, which raise no ValueError
+            raise InputError(f"config.json: {' '.join(str(e).split())}") from None
 
     def __post_init__(self, **kwargs):
         # The Hub's file asks for flash attention and would fail where that is not installed. The caller of

@@ -1,5 +1,6 @@
 """The small files of a model's folder, looked at before a library reads them: all of them may be a stranger's."""
 
+import json
 from pathlib import Path
 
 from ..errors import InputError
@@ -21,12 +22,23 @@ PARTS |= {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "ByteLevel", "BPEDecoder", 
 def check_files(folder: Path):
     """Raises InputError for a file in a model's folder that is no regular file, as a pipe, that is not JSON where it
     should be, or that would make the tokenizer read other files or take very long."""
+    try:
+        _check_files(folder)
+    except OSError as e:  # a socket, or a file that may not be read
+        raise InputError(f"{folder} can't be read ({e})") from None
+
+
+def _check_files(folder: Path):
     for name in JSON_FILES:
         path = folder / name
         if path.exists():
             content = read_json(path)
             if not isinstance(content, dict):
                 raise InputError(f"{path} is not a JSON object: it holds {type(content).__name__}")
+            try:
+                json.dumps(content, ensure_ascii=False).encode()  # as it is written when the model is saved
+            except UnicodeEncodeError:
+                raise InputError(f"{path} holds a text that is not valid Unicode") from None
             if name == "tokenizer.json":
                 check_tokenizer(content, path)
             try:

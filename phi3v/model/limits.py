@@ -243,11 +243,11 @@ def check_config(values: dict, cls: type):
     for name in ("short_factor", "long_factor"):
         if name in rope and len(rope[name]) != rotated // 2:
             raise ValueError(f"rope_scaling: {name} has {len(rope[name])} elements, must have {rotated // 2}")
-    if quantization := values.get("quantization_config"):
+    if (quantization := values.get("quantization_config")) is not None:
         check({"quant_method": None} | quantization, QUANTIZATION, "quantization_config: ", closed=True)
     vision = {} if values.get("vision_config") is None else values["vision_config"]
     if isinstance(vision, CLIPVisionConfig):
-        vision = {name: getattr(vision, name) for name in VISION if hasattr(vision, name)}
+        vision = {name: value for name, value in vars(vision).items() if name in VISION}
     check(vision, VISION, "vision_config: ")
     refuse_attributes(vision, CLIPVisionConfig, VISION.keys() | OF_EVERY_CONFIG, "vision_config: ")
     width, heads = (

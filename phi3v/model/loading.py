@@ -1,5 +1,6 @@
 """Loads a saved model or adapter, in 4 bits or not, and refuses a model that lacks weights."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from .generation import name_unused_settings
 from .modeling_phi3v import Phi3VForCausalLM
 from .weights import check_shapes, shapes_in, weight_files
 
+REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")
 IS_IT_WHOLE = ": is it a whole Phi-3.5-vision?"
 
 
@@ -64,9 +66,15 @@ def base_and_adapter(name: str | Path) -> tuple[str, str | None, Path | None]:
     content = read_json(config)
     content = content if isinstance(content, dict) else {}
     base, revision = content.get("base_model_name_or_path"), content.get("revision")
-    if not isinstance(base, str):
+    if not isinstance(base, str) or not base:
         raise InputError(f"{config} does not name a base_model_name_or_path")
-    return base, revision if isinstance(revision, str) else None, Path(name)
+    if not (revision is None or isinstance(revision, str) and REVISION.fullmatch(revision)):
+        raise InputError(f"{config}: revision is {revision!r:.80}, must be a branch, a tag or a commit of the base")
+    try:
+        Path(base).exists()
+    except (OSError, ValueError):  # a name with NUL, or one that is too long
+        raise InputError(f"{config}: base_model_name_or_path is {base!r:.80}, which can't be a folder's name") from None
+    return base, revision, Path(name)
 
 
 def refuse_adapter(name: str, folder: Path):

@@ -19,7 +19,7 @@ from .weights import Shape, check_shapes, shapes_in
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names of an adapter's weights
-SECONDS = 5  # to compare the names of a model's modules with the patterns of an adapter
+SECONDS = 2  # to compare the names of a model's modules with the patterns of an adapter
 
 MOST = 2_000  # names or patterns
 PATTERN = Rule(lambda v: isinstance(v, str) and len(v) <= 20_000, "a text of at most 20,000 characters")
@@ -133,11 +133,11 @@ class Patterns:
 
 
 def modules_to_save(config: dict, path: Path, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the adapter holds whole, by name."""
+    """The modules that the adapter holds whole, by name: as in PEFT, all whose names end like one in the list."""
     wanted = config.get("modules_to_save") or []
-    found = {name: m for name, m in model.named_modules() if any(name == w or name.endswith(f".{w}") for w in wanted)}
+    found = {name: module for name, module in model.named_modules() if name.endswith(tuple(wanted))}
     for own in wanted:
-        if not any(name == own or name.endswith(f".{own}") for name in found):
+        if not own or not any(name.endswith(own) for name in found):
             raise InputError(f"{path}: modules_to_save has {own!r:.80}, which is no module of the model")
     for name in found:
         if nested := [other for other in found if other.startswith(f"{name}.")]:
