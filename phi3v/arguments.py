@@ -242,6 +242,8 @@ def _check_model_folder(name: str):
         model_type = read_json(folder / "config.json").get("model_type")
     except OSError:
         raise InputError(f"--model_name_or_path {name}: there is no such folder with a config.json in it") from None
+    except InputError as e:
+        raise InputError(f"--model_name_or_path {name}: {e}") from None
     except (ValueError, AttributeError):
         raise InputError(f"--model_name_or_path {name}: its config.json is not a JSON object") from None
     if model_type != "phi3_v":

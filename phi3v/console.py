@@ -13,10 +13,10 @@ from .ranks import is_first
 from .secrets import safe_to_print
 
 
-def say(*lines: str):
+def say(*lines: str, to_stderr: bool = False):
     """Prints on rank 0 alone, as `tell` does."""
     if is_first():
-        tell(*lines)
+        tell(*lines, to_stderr=to_stderr)
 
 
 def tell(*lines: str, to_stderr: bool = False):

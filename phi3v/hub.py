@@ -77,15 +77,31 @@ def fetch_model(name: str, weights: bool = True, revision: str | None = None, ch
     if not weights:
         return folder
     try:
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if (folder / INDEX).is_file() else WEIGHTS
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{folder / INDEX} is not an index of weights: delete it, and it is fetched again") from None
+        files = shards_of(folder / INDEX) if (folder / INDEX).is_file() else WEIGHTS
+    except InputError as e:
+        raise InputError(f"{e}; if it is only damaged: delete it, and it is fetched again") from None
     every = files if files is not WEIGHTS else []
     at_commit = Wanted(name, revision=folder.name)
     _fetch(at_commit, files, lambda folder: all((folder / file).is_file() for file in every), shown=wanted)
     if not any((folder / file).is_file() for file in files):
         raise InputError(f"{wanted} has no weights in safetensors on the Hub, and files of other kinds are not read")
     return folder
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of the files that an index of weights lists. They are in safetensors and lie beside it.
+
+    Raises InputError for an index that names other files, or that transformers could not read."""
+    content = read_json(index)
+    if not (isinstance(content, dict) and isinstance(content.get("metadata"), dict)):
+        raise InputError(f"{index} is not an index of weights: it must be an object with metadata and weight_map")
+    names = content.get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    bad = [name for name in names if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", name))]
+    if bad or not names:
+        found = f"names {bad[0]!r:.80}" if bad else "names no files"
+        raise InputError(f"{index} is not an index of weights: it {found}, must name files *.safetensors beside it")
+    return sorted(set(names))
 
 
 def fetch_data(repo: str, config: str | None, revision: str | None = None) -> Path:

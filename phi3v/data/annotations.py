@@ -11,7 +11,8 @@ from pathlib import Path
 from ..console import say
 from ..errors import BadExamples, InputError
 from ..files import open_regular
-from ..model.processing_phi3v import END_TOKENS, IMAGE_TAG, OTHER_TOKENS, ROLE_TOKENS
+from ..model.processing_phi3v import IMAGE_TAG
+from ..model.tokenizer import END_TOKENS, OTHER_TOKENS, ROLE_TOKENS
 from .image_folder import ImageFolder
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 

@@ -11,9 +11,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from ..model.chat import render
 from ..model.image_processing_phi3v import num_image_tokens
 from ..model.packing import IGNORE_INDEX
-from ..model.processing_phi3v import ASSISTANT, ROLE_TOKENS, Phi3VProcessor, image_tag
+from ..model.processing_phi3v import Phi3VProcessor, image_tag
+from ..model.tokenizer import ASSISTANT, END_OF_CONVERSATION, ROLE_TOKENS
 from .images import image_name, image_size, read_image
 from .sizes import Size, digest
 
@@ -42,10 +44,9 @@ def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool
         tags = "".join(map(image_tag, range(first, len(images) + 1)))
         messages.append({"role": "user", "content": f"{tags}\n{turn['user']}" if tags else turn["user"]})
         messages.append({"role": "assistant", "content": turn["assistant"]})
-    tokenizer = processor.tokenizer
     if for_generation:
-        return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True), images
-    return tokenizer.apply_chat_template(messages, tokenize=False) + tokenizer.eos_token, images
+        return render(messages[:-1], add_generation_prompt=True), images
+    return render(messages) + END_OF_CONVERSATION, images
 
 
 def _encode_text(processor: Phi3VProcessor, text: str, grids: list[tuple[int, int]]) -> dict:
@@ -175,7 +176,7 @@ class ConversationDataset(Dataset):
             return (self.processor.image_processor.image_size,) * 2
 
     def grids(self, images: list) -> list[tuple[int, int]]:
-        """The number of sub-crops (down, across) of each image, from its header alone. Raises InputError as items do."""
+        """The sub-crops (down, across) of each image, from its header alone. Raises InputError as items do."""
         return [_grid(self.processor.image_processor, image, self._image_size(image)) for image in images]
 
     def _image_size(self, image) -> tuple[int, int]:

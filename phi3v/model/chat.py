@@ -13,8 +13,25 @@ from ..errors import InputError
 from ..image_files import open_image_file
 from ..inside import open_file
 
+# The template in the Hub's tokenizer_config.json, and another that renders the same.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
+    "{{- '<|assistant|>\n' -}}{% endif %}"
+)
+SAME_CHAT_TEMPLATE = (
+    "{%- for turn in messages -%}{{ '<|' ~ turn.role ~ '|>\\n' ~ turn.content ~ '<|end|>\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt and messages[-1].role != 'assistant' -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
+)
 IMAGE_KEYS = ("image", "url", "path", "base64")
 SECONDS = 60  # to wait for an address
+
+
+def render(messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """What CHAT_TEMPLATE makes of messages with a text as `content`. A folder's own template is never run: a stranger's
+    could take for ever."""
+    text = "".join(f"<|{message['role']}|>\n{message['content']}<|end|>\n" for message in messages)
+    return text + ("<|assistant|>\n" if add_generation_prompt and messages[-1]["role"] != "assistant" else "")
 
 
 def flatten(messages: list[dict], image_tag) -> tuple[list[dict], list]:

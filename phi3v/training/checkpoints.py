@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from ..console import say
 from ..errors import InputError
 from ..files import read_json, write_json
 from .own_files import (
@@ -87,7 +88,7 @@ def publish(unfinished: Path, settings: dict, keep: int | None):
         if not is_folder(old) or strangers(old):
             if old not in kept_for_others:
                 kept_for_others.add(old)
-                print(f"{old} is kept, because no run has written {', '.join(strangers(old)[:3]) or 'it'}", flush=True)
+                say(f"{old} is kept, because no run has written {', '.join(strangers(old)[:3]) or 'it'}")
         else:
             os.replace(old, unfinished.with_name(old.name))  # a half-deleted folder must not look like a checkpoint
     clear_unfinished(output_dir)

@@ -21,6 +21,7 @@ from ..data.loading import batches_of, largest_batch, make_loader
 from ..data.sizes import all_sizes
 from ..errors import InputError
 from ..files import write_json
+from ..model.generation import use_own_settings
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from ..model.processing_phi3v import Phi3VProcessor
 
@@ -68,6 +69,7 @@ def generate_answers(
         batch_bytes=largest_batch(sizes, batch_size, None, dataset.bytes_of_crops),
         collate_fn=Collator(processor, "left", normalise=False),
     )
+    use_own_settings(model, processor)
     was_training = model.training
     model.eval()
     answers, problems = [], []
@@ -81,13 +83,7 @@ def generate_answers(
             problems += batch.pop("problems", [None] * len(batch["input_ids"]))
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             batch["pixel_values"] = processor.image_processor.crops_of_tiles(batch.pop("tiles"), grids)
-            ids = model.generate(
-                **batch,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=processor.stop_ids,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )
+            ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
             new_ids = ids[:, batch["input_ids"].shape[1] :]
             answers += [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
     model.train(was_training)

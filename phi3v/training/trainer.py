@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -19,7 +18,9 @@ from ..data.loading import largest_batch, make_loader, next_batch
 from ..data.sampler import EpochLoader
 from ..errors import InputError, blaming
 from ..files import read_json, write_json
-from ..model.adapters import load_separators, save_separators
+from ..model.adapters import check_resumable, load_separators, save_separators
+from ..model.folder import check_files
+from ..model.generation import use_own_settings
 from ..ranks import is_first
 from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
@@ -209,6 +210,7 @@ class RecipeTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir=None, state_dict=None):
+        use_own_settings(self.model, self.processing_class)  # the Trainer has given it the tokenizer's eos alone
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to load one
@@ -217,13 +219,11 @@ class RecipeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with reading(resume_from_checkpoint):
+            check_files(Path(resume_from_checkpoint))
+            check_resumable(self.model, Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if isinstance(self.model, PeftModel):
                 load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
-                with safe_open(Path(resume_from_checkpoint) / "adapter_model.safetensors", "pt") as file:
-                    found = set(file.keys())
-                own = get_peft_model_state_dict(self.model, save_embedding_layers=False).keys()
-                check_keys(own - found, found - own, resume_from_checkpoint)
 
     def _issue_warnings_after_load(self, load_result):
         check_keys(load_result.missing_keys, load_result.unexpected_keys, "the checkpoint to resume from")

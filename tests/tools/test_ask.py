@@ -115,7 +115,8 @@ def test_base_separators_and_processor_of_an_adapter(adapter, tmp_path, monkeypa
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/away"}))
     name = SEPARATORS[0]
-    trained = {name: load_file(CHECKPOINT / "model.safetensors")[name].float() + 1}
+    weights = load_file(CHECKPOINT / "model.safetensors")
+    trained = {separator: weights[separator].float() + 1 for separator in SEPARATORS}
     save_file(trained, tmp_path / SEPARATORS_FILE)
     monkeypatch.setattr("phi3v.hub.OFFLINE_ASKED_FOR", True)
     with pytest.raises(ask.InputError, match="gone/away is not, .* in the cache .*give --base"):
