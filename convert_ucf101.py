@@ -172,12 +172,14 @@ class VideoFile(io.BufferedReader):
         return super().read(size)
 
 
-def convert_and_note(video: Path, stem: Path, num_frames: int, root, seconds) -> tuple[str | None, dict[str, str]]:
-    """What `convert_video` returns, and the notes that it makes."""
-    notes = {}
-    problem = convert_video(video, stem, num_frames, notes, root, seconds)
-    gc.collect()  # a frame whose side data were read is in a reference cycle, and a large one would stay in memory
-    return problem, notes
+def convert_batch(videos: list[tuple[Path, Path]], num_frames: int, root, seconds) -> list[tuple[str | None, dict]]:
+    """For each video and its stem what `convert_video` returns, and the notes that it makes."""
+    results = []
+    for video, stem in videos:
+        notes = {}
+        results.append((convert_video(video, stem, num_frames, notes, root, seconds), notes))
+        gc.collect()  # a frame whose side data were read is in a reference cycle, and a large one would stay in memory
+    return results
 
 
 def convert_video(
@@ -496,11 +498,17 @@ def write_conversion(
         # would lose a signal during a fork, because it ignores exceptions that a signal handler raises there.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         # Not pool.map, which cancels futures: for those, a pool whose workers were killed prints a traceback.
-        convert = partial(convert_and_note, num_frames=num_frames, root=real_root, seconds=seconds)
-        futures = [pool.submit(convert, path, out / "images" / name) for _, path, name in jobs]
+        convert = partial(convert_batch, num_frames=num_frames, root=real_root, seconds=seconds)
+        pairs = [(path, out / "images" / name) for _, path, name in jobs]
+        size = 1 + min(31, len(jobs) // (64 * num_workers))  # of a batch, so that many tiny files take no time
+        futures = [pool.submit(convert, pairs[at : at + size]) for at in range(0, len(pairs), size)]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         # disable=None shows no progress bar in a log file
-        results = [future.result() for future in tqdm(futures, desc="converting", unit="video", disable=None)]
+        results = []
+        with tqdm(total=len(jobs), desc="converting", unit="video", disable=None) as progress:
+            for future in futures:
+                results += future.result()
+                progress.update(len(results) - progress.n)
     classes = sorted({path.parent.name for _, path, _ in jobs})
     prompt = f"Classify the video into one of the following classes: {', '.join(classes)}."
     lines, bad, lists = {split: [] for split in videos}, [], {}

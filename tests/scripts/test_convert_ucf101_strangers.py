@@ -109,6 +109,23 @@ def test_what_is_opened_is_checked(swapped, source, tmp_path, monkeypatch):
     assert not (tmp_path / "b.0.jpg").exists()
 
 
+@pytest.mark.slow
+def test_a_video_swapped_while_the_converter_runs_is_left_out(source, tmp_path, capfd, monkeypatch):
+    write_video(source / "train" / "Run" / "b.mp4")
+    find = convert_ucf101.find_videos
+
+    def find_and_swap(*args):
+        found = find(*args)
+        (source / "train" / "Run" / "a.mp4").rename(tmp_path / "moved.mp4")
+        (source / "train" / "Run" / "a.mp4").symlink_to(tmp_path / "moved.mp4")
+        return found
+
+    monkeypatch.setattr(convert_ucf101, "find_videos", find_and_swap)
+    assert convert(source, tmp_path / "out") == 1
+    assert "left out: train/Run/a.mp4: a link out of --source" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "images" / "train" / "Run" / "a.0.jpg").exists()
+
+
 def test_neither_pipes_nor_devices_are_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.avi")
     assert convert_video(tmp_path / "pipe.avi", tmp_path / "a", 1) == "not a regular file"
