@@ -101,6 +101,10 @@ STATES = {
     "no callbacks": ({"stateful_callbacks": {}}, "holds stateful_callbacks"),
     "callbacks are a list": ({"stateful_callbacks": [1]}, "holds stateful_callbacks"),
     "control is a number": ({"stateful_callbacks": {"TrainerControl": 3}}, "holds stateful_callbacks"),
+    "control without attributes": (
+        {"stateful_callbacks": {"TrainerControl": {"args": {}}}},
+        "holds stateful_callbacks",
+    ),
     "control is text": (
         {"stateful_callbacks": {"TrainerControl": CONTROL | {"args": {"should_save": "x"}}}},
         "not true or false",
