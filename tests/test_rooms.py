@@ -23,6 +23,8 @@ FOUNDATION = {
     "deepspeed_config",
     "text",
     "number_limits",
+    "image_files",
+    "inside",
 }
 # For each room, the other rooms that it may import.
 ARROWS = {"model": set(), "data": {"model"}, "training": {"model", "data"}, "report": set()}
