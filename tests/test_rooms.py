@@ -33,6 +33,7 @@ MAY_BE_LONG = {"model.modeling_phi3v"}
 
 WITHOUT_A_TEST_FILE = {
     "data.image_folder": "data/test_annotations.py reads files that name images inside and outside of a folder",
+    "data.seen_images": "data/test_tables.py reads tables whose splits share images",
     "data.preview": "report/test_summary.py trains, and reads the example that is printed before the first step",
     "report.templates": "report/test_page.py and report/test_card.py read what the templates render",
     "training.meter": "it measures speed; training/test_trackers.py checks that its numbers are logged",

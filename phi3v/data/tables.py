@@ -21,7 +21,6 @@ from ..hub_names import data_revision
 from ..inside import Inside, is_inside, real_folders
 from ..ranks import is_first, is_first_of_node
 from .annotations import ROLES, text_problem
-from .images import read_image
 from .unsupported import tag_problem
 
 ROW = "row_in_split"  # a column with the number that a row has in its split
@@ -180,14 +179,14 @@ def undecoded(table: datasets.Dataset, index: int) -> dict:
     row = table.with_format("arrow")[index : index + 1].to_pylist()[0]
     for column, feature in table.features.items():
         if isinstance(feature, datasets.Image):
-            row[column] = _image(row[column], row)
+            row[column] = image_of_row(row[column], row)
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
             images = [None] if row[column] is None else row[column]
-            row[column] = [_image(image, row, number) for number, image in enumerate(images, 1)]
+            row[column] = [image_of_row(image, row, number) for number, image in enumerate(images, 1)]
     return row
 
 
-def _image(image: dict | None, row: dict, number: int | None = None) -> dict:
+def image_of_row(image: dict | None, row: dict, number: int | None = None) -> dict:
     """An image of a row with its name for messages. If its content is in a file, that must lie in the row's folder."""
     name = f"{row[PLACE]}: its image{f' {number}' if number else ''}"
     content, path = (image["bytes"], image["path"]) if image else (None, None)
@@ -220,57 +219,6 @@ def _writable_cache() -> Path:
         if is_first_of_node():
             tell(f"{wanted} can't be written to: tables are kept in {other}; HF_DATASETS_CACHE chooses another folder")
         return other
-
-
-def without_seen_images(
-    train: datasets.Dataset, evaluation: datasets.Dataset, bad: BadExamples | None = None
-) -> datasets.Dataset:
-    """`train` without the rows that have an image which is also in `evaluation`, pixel for pixel.
-
-    Both tables have a column `image`, or a column `images` with lists. The images' hashes are cached by `datasets`.
-    Rank 0 prints how many rows were left out. Raises InputError if no row is left, and for an image that can't be read,
-    unless `bad` says that such examples are left out; this happens later, when the image is needed.
-    """
-    skip = bad is not None and bad.skip
-    seen = {digest for row in _hashes(evaluation, skip) for digest in row}
-    keep = [i for i, row in enumerate(_hashes(train, skip)) if seen.isdisjoint(row)]
-    if len(keep) == len(train):
-        return train
-    if is_first():
-        tell(f"{len(train) - len(keep)} of {len(train)} training rows left out: their images are in the evaluation set")
-    if not keep:
-        raise InputError("every training image is in the evaluation set too: choose another split")
-    return train.select(keep)
-
-
-def _hashes(table: datasets.Dataset, skip: bool):
-    """For each row the hashes of its images' sizes and pixels; with `skip` without images that can't be read."""
-    column = "images" if "images" in table.column_names else "image"
-
-    def digest(batch) -> dict:
-        hashes = []
-        for row in batch.to_pylist():
-            hashes.append([])
-            for image in row[column] if isinstance(row[column], list) else [row[column]]:
-                try:
-                    rgb = read_image(_image(image, row), f"{row[PLACE]}: its image")
-                except InputError:
-                    if skip:
-                        continue
-                    raise
-                hashes[-1].append(hashlib.sha1(repr(rgb.size).encode() + rgb.tobytes()).hexdigest())
-        return {"hashes": hashes}
-
-    pixels = table.select_columns([column, PLACE, FOLDER]).with_format("arrow")
-    hashed = pixels.map(
-        digest,
-        batched=True,
-        batch_size=32,
-        num_proc=min(8, len(os.sched_getaffinity(0))) if len(table) > 5000 else None,
-        remove_columns=[column, PLACE, FOLDER],
-        desc="hashing images",
-    )
-    return hashed.with_format(None)["hashes"]
 
 
 def question_keys(table: datasets.Dataset, name: str, bad: BadExamples | None = None) -> list[tuple[int, int]]:

@@ -13,7 +13,8 @@ import pytest
 from helpers import png_cell
 
 from phi3v.data.images import image_size, read_image
-from phi3v.data.tables import TEXTS_ABOUT_IMAGES, load_table, question_keys, undecoded, without_seen_images
+from phi3v.data.seen_images import without_seen_images
+from phi3v.data.tables import TEXTS_ABOUT_IMAGES, load_table, question_keys, undecoded
 from phi3v.errors import BadExamples, InputError
 from phi3v.training.feature_files import FeatureCache
 

@@ -10,7 +10,8 @@ import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v import Phi3VProcessor
 from phi3v.data.conversations import ConversationDataset
-from phi3v.data.tables import PLACE, ROW, without_seen_images
+from phi3v.data.seen_images import without_seen_images
+from phi3v.data.tables import PLACE, ROW
 from phi3v.errors import BadExamples, InputError
 
 
