@@ -210,7 +210,10 @@ IMAGES = {
     "text.jpg": (b"This is no image.", "in none of the formats that are read"),
     "page.png": (b"<!DOCTYPE html><html>404</html>", "in none of the formats that are read"),
     "vector.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "in none of the formats that are read"),
-    "large_files.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "in none of the formats"),
+    "large_files.png": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "in none of the formats",
+    ),
     "film.avi": (b"RIFF\0\0\0\0AVI LIST", "in none of the formats that are read"),
     "noise.bin": (bytes(range(256)) * 9, "can't be read as an image"),
     "cut.png": (cut(encoded("png")), "can't be read as an image"),

@@ -47,7 +47,9 @@ def test_postscript_is_not_run(ghostscript, tmp_path, processor):
 
 
 # Formats in which PIL writes and reads, and which are not on the list.
-@pytest.mark.parametrize("format", ["EPS", "ICNS", "ICO", "PCX", "TGA", "SGI", "IM", "DDS", "MSP", "SPIDER", "JPEG2000"])
+@pytest.mark.parametrize(
+    "format", ["EPS", "ICNS", "ICO", "PCX", "TGA", "SGI", "IM", "DDS", "MSP", "SPIDER", "JPEG2000"]
+)
 def test_other_formats_are_refused(format):
     Image.init()
     buffer = io.BytesIO()

@@ -175,7 +175,7 @@ class ConversationDataset(Dataset):
             return (self.processor.image_processor.image_size,) * 2
 
     def grids(self, images: list) -> list[tuple[int, int]]:
-        """The number of sub-crops (down, across) of each image, from its header alone. Raises InputError as items do."""
+        """The sub-crops (down, across) of each image, from its header alone. Raises InputError as items do."""
         return [_grid(self.processor.image_processor, image, self._image_size(image)) for image in images]
 
     def _image_size(self, image) -> tuple[int, int]:

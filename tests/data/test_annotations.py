@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from phi3v.data import annotations
 from phi3v.data.annotations import check_text, read_conversations, text_problem
 from phi3v.errors import BadExamples, InputError
 
