@@ -556,7 +556,7 @@ class ArchiveBytes:
 
 def next_member(archive: ArchiveBytes) -> tarfile.TarInfo | None:
     """The header of the next member, under its whole name; None at the end. Raises ValueError and tarfile's errors."""
-    longer = {}
+    longer, is_next = {}, False
     while (block := archive.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         if member.type not in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *PAX_HEADERS):
@@ -568,6 +568,7 @@ def next_member(archive: ArchiveBytes) -> tarfile.TarInfo | None:
                 member.type = tarfile.GNUTYPE_SPARSE
             return member
         # This block begins a longer header, for the next member or, as XGLTYPE, for all that follow.
+        is_next |= member.type != tarfile.XGLTYPE
         if not 0 <= member.size <= LONGEST_HEADER:
             raise ValueError(f"a header of {member.size:,} bytes")
         content = archive.read(member.size)
@@ -579,7 +580,7 @@ def next_member(archive: ArchiveBytes) -> tarfile.TarInfo | None:
                 longer |= found
             elif found.keys() & {"path", "size"}:
                 raise ValueError("a header gives all members one name or size")
-    if longer:
+    if is_next:
         raise ValueError("a header without its member")
     return None
 
@@ -623,14 +624,14 @@ def unpack(archive: Path, folder: Path, most_members: int = MOST_MEMBERS, most_g
             start = raw.read(6)
             raw.seek(0)
             decompress = next((open for mark, open in COMPRESSED.items() if start.startswith(mark)), lambda raw: raw)
-            limit = f"{archive}, of {size:,} bytes, unpacks to more than {most / 2**30:.3g} GiB"
-            limit = InputError(f"{limit}: if you trust it, raise --max_unpacked_gib")
+            said = f"{archive}, of {size:,} bytes, unpacks to more than {most / 2**30:.3g} GiB"
+            limit = InputError(f"{said}: if you trust it, raise --max_unpacked_gib")
             content, count = ArchiveBytes(decompress(raw), most, limit), 0
             while member := next_member(content):
                 name, count = member.name, count + 1
                 if count > most_members:
-                    limit = f"{archive} holds more than {most_members:,} files and folders"
-                    raise InputError(f"{limit}: if you trust it, raise --max_members")
+                    said = f"{archive} holds more than {most_members:,} files and folders"
+                    raise InputError(f"{said}: if you trust it, raise --max_members")
                 if problem := why_not_unpacked(member):
                     raise InputError(f"{archive} is not safe to unpack: {name[:200]} is {problem}")
                 parts = tuple(part for part in name.split("/") if part not in ("", "."))

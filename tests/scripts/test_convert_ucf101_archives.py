@@ -140,7 +140,10 @@ def test_what_tarfile_reads_of_a_good_archive_is_what_is_unpacked(content, tmp_p
     except InputError:
         return
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-        named = {os.path.normpath(info.name): info for info in archive if info.isfile()}
+        try:
+            named = {os.path.normpath(info.name): info for info in archive if info.isfile()}
+        except tarfile.TarError:
+            return
         assert named.keys() == files
         for name, info in named.items():
             assert (place / "folder" / name).read_bytes() == archive.extractfile(info).read()
