@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import CHECKPOINT, arguments
+from helpers import CHECKPOINT, SHORT, arguments, train
 from safetensors.torch import load_file
 
 import finetune_hf_trainer_ucf101 as script
@@ -58,13 +59,24 @@ def test_the_answer_stays_and_one_line_names_what_is_not_used(values, tmp_path, 
 
 
 def test_an_evaluation_does_not_follow_it_either(toy_data, tmp_path, capfd):
-    model = asking(tmp_path / "model", {"num_return_sequences": 3, "min_new_tokens": 4, "temperature": 0.2})
+    model = asking(tmp_path / "model", {"min_new_tokens": 8, "suppress_tokens": list(range(270, 500))})
     for folder in (str(CHECKPOINT), model):
         flags = ["--evaluate_only", "--max_eval_samples", "3", "--model_name_or_path", folder]
         script.main(arguments(toy_data, tmp_path / f"out of {len(folder)}", *flags))
     first, second = (json.loads((path / "evaluation.json").read_text()) for path in tmp_path.glob("out of *"))
     assert first == second
-    assert capfd.readouterr().err.count("asks for num_return_sequences 3, min_new_tokens 4, temperature 0.2: not") == 1
+    assert capfd.readouterr().err.count("asks for min_new_tokens 8, suppress_tokens [270, 271,") == 1
+
+
+def test_a_run_replaces_what_the_base_says_about_stopping(toy_data, tmp_path, processor):
+    model = Path(asking(tmp_path / "model", {"eos_token_id": 2, "min_new_tokens": 8}))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 507}))
+    flags = [*SHORT, "--max_eval_samples", "1", "--no_eval_before", "--model_name_or_path", model]
+    train(toy_data, tmp_path / "out", *flags)
+    for name in ("config.json", "generation_config.json"):
+        saved = json.loads((tmp_path / "out" / name).read_text())
+        assert saved["eos_token_id"] == processor.stop_ids and "min_new_tokens" not in saved
 
 
 def test_the_hubs_files_ask_for_nothing(tmp_path):
