@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def rows(path: Path, bad: BadExamples, is_image: Callable[[str], bool]) -> Itera
             f"{path}: there is no column {', '.join(missing)}, only {header}: the first line must name the columns, "
             f"with {delimiter_name} between them"
         )
-    if twice := [name for name in header if name and header.count(name) > 1]:
+    if twice := [name for name, count in Counter(header).items() if name and count > 1]:
         raise InputError(f"{path}: the column {twice[0]!r} is there twice: rename or remove one")
     for number, fields, problem in found:
         where = f"{path}:{number}"
