@@ -13,6 +13,10 @@ from .files import open_regular
 _SNAPSHOT = re.compile(r"(.*/(?:datasets|models|spaces)--[^/]+)/snapshots/[^/]+(?:/.*)?", re.DOTALL)
 
 
+class Outside(ValueError):
+    """A file lies outside of the folder that it must lie in."""
+
+
 class Inside(str):
     """A path that `open_file` opens only if the file that it leads to lies in one of `folders`."""
 
@@ -51,7 +55,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
     """Opens a regular file for reading, and one of an `Inside` path only if it lies in one of its folders.
 
     What is opened is looked at, so that the file can't be swapped after the check. Raises ValueError with the reason,
-    or OSError, if the file can't be opened.
+    which is Outside for that one, or OSError, if the file can't be opened.
     """
     if not os.path.exists(path):
         raise ValueError("the file does not exist")
@@ -61,7 +65,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
         raise ValueError("not a regular file") from None
     if isinstance(path, Inside) and not is_inside(_real_path(file.fileno()), path.folders):
         file.close()
-        raise ValueError(f"the file lies outside of {path.folders[0]}")
+        raise Outside(f"the file lies outside of {path.folders[0]}")
     return file
 
 

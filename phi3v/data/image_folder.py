@@ -5,6 +5,8 @@ from pathlib import Path
 
 from ..inside import Inside, is_inside, real_folders
 
+LONGEST_NAME = 4096  # characters; systems accept no longer path
+
 
 class ImageFolder:
     """Tells whether a name belongs to a file inside a folder. It lists every folder once, because looking up each file
@@ -22,6 +24,8 @@ class ImageFolder:
 
     def path(self, name: str) -> str | None:
         """The path of a regular file inside the folder; None for any other name."""
+        if len(name) > LONGEST_NAME:
+            return None
         folder, slash, file = name.rpartition("/")
         folder += slash
         listing = self.listings.get(folder)
@@ -55,6 +59,8 @@ class ImageFolder:
             return f"must be a path inside {self.root}"
         path = os.path.join(self.root, name)
         try:
+            if len(name) > LONGEST_NAME:  # resolving its links would take quadratic time
+                return f"but {path} does not exist"
             if not self._is_inside(path):
                 return f"which is a symbolic link out of {self.root}: give --follow_links, or put the file itself there"
             if os.path.isfile(path):

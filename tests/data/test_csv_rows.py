@@ -122,6 +122,7 @@ def test_every_answer_can_be_written(answer, suffix, tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
+        ("image,question,answer," + ",".join(map(str, range(100_000))) + ",7\n", "the column '7' is there twice"),
         ("image,question\n", "no column answer"),
         ("", "no column image, question, answer"),
         ("image;question;answer\n", "with a comma between them"),

@@ -162,6 +162,7 @@ def test_precision_by_default_and_on_request(monkeypatch):
         (["CHECKPOINT", "--attn_implementation", "flash_attention_2"], "flash attention needs an Ampere GPU"),
         (["CHECKPOINT", "--base", "x"], "--base x is only for an adapter"),
         (["CHECKPOINT", "nowhere.png", "--question", "a"], "nowhere.png can't be read as an image"),
+        (["CHECKPOINT", "Makefile", "--question", "a"], "Makefile can't be read as an image (in none of the formats"),
         (["README.md", "CHECKPOINT"], "README.md is not a folder: give the model's folder first"),
         (["nowhere"], "nowhere is not a folder"),
         (["demo"], "demo can't be loaded"),
