@@ -38,7 +38,7 @@ from phi3v.data.split import groups_of_shared_images, split_by_image
 from phi3v.data.unsupported import is_media_file
 from phi3v.errors import BadExamples, InputError, Parser, exit_on_input_error, listing
 from phi3v.files import replacing_folder
-from phi3v.inside import Inside, open_file, real_folders
+from phi3v.inside import Inside, is_inside, open_file, real_folders
 from phi3v.text import printable
 
 FICLONE = 0x40049409  # Linux's request to let a file share the blocks of another one, which btrfs and XFS can
@@ -82,12 +82,12 @@ class Images:
         own = _below(self.folder, os.path.normpath(given)) or _below(self.real_folder, os.path.normpath(given))
         if not is_file or not own:
             raise InputError(f"image {name:.100} is not a file below {self.given}: see --images_dir")
-        if not self.follow_links:
+        if not self.follow_links and not is_inside(file, self.folders):
             raise InputError(
                 f"image {name:.100} is behind a link out of {self.given}, to {file}: give --follow_links if it may be "
                 "used"
             )
-        return own, file
+        return own, file if self.follow_links else Inside(file, self.folders)
 
 
 def _below(folder: str, path: str) -> str | None:
@@ -104,7 +104,10 @@ def place_image(file: str, copy: Path, exif_rotate: bool, link: bool) -> bool:
     try:
         with open_file(file) as source:
             if link:
-                os.link(file, copy, follow_symlinks=False)
+                try:
+                    os.link(file, copy, follow_symlinks=False)
+                except OSError as e:
+                    raise ValueError(f"no hard link: {e.strerror}; leave out --link") from None
                 if not os.path.samestat(os.fstat(source.fileno()), os.lstat(copy)):
                     raise ValueError("another file took its place just now")
                 return False

@@ -265,6 +265,15 @@ def test_images_are_copies_and_with_link_hard_links(images, tmp_path):
     assert os.path.samefile(copy, images / "3.png")
 
 
+def test_links_to_another_disk_are_not_possible(images, tmp_path, monkeypatch):
+    def other_disk(*_, **__):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", other_disk)
+    with pytest.raises(InputError, match=r"0.png can't be copied \(no hard link: Invalid cross-device link; leave out"):
+        convert(images, tmp_path, "a.csv", csv(*(f"{i}.png,What?,x" for i in range(10))), "--link")
+
+
 def test_an_image_swapped_after_the_check_is_not_copied(linked, tmp_path, monkeypatch):
     place_image = convert_conversations.place_image
 
@@ -400,6 +409,18 @@ def test_the_folder_itself_may_be_a_link(linked, tmp_path):
     rows = [*(f"{i}.png,What?,x" for i in range(8)), "inside.png,What?,x", f"{tmp_path}/link/b.png,What?,x"]
     train, val = convert(tmp_path / "link", tmp_path, "a.csv", csv(*rows))
     assert images_of(train + val)[8:] == [str(tmp_path / "out" / "images" / name) for name in ("a.png", "b.png")]
+
+
+def test_a_snapshot_of_the_hub_may_link_to_its_blobs(images, tmp_path):
+    snapshot, blobs = (tmp_path / "datasets--me--photos" / name for name in ("snapshots/0123abc", "blobs"))
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i in range(10):
+        shutil.copy(images / f"{i}.png", blobs / f"hash{i}")
+        (snapshot / f"{i}.png").symlink_to(f"../../blobs/hash{i}")
+    train, val = convert(snapshot, tmp_path, "a.csv", csv(*(f"{i}.png,What?,x" for i in range(10))))
+    assert sorted(map(os.path.basename, images_of(train + val))) == [f"{i}.png" for i in range(10)]
+    assert not any(map(os.path.islink, images_of(train + val)))
 
 
 def test_addresses_of_local_files(images, tmp_path):
