@@ -11,6 +11,7 @@ SCRIPTS = sorted(ROOT.glob("finetune_hf_trainer_*.py"))
 ROOMS = ("model", "data", "training", "report")
 # Modules at the top of phi3v that every other module may import.
 FOUNDATION = {"errors", "files", "hub", "hub_faults", "hub_names", "ranks", "secrets", "deepspeed_config", "text"}
+FOUNDATION |= {"image_files", "inside"}
 # For each room, the other rooms that it may import.
 ARROWS = {"model": set(), "data": {"model"}, "training": {"model", "data"}, "report": set()}
 MAY_IMPORT_ROOMS = {"run", "arguments"}  # of the modules at the top of phi3v; __init__ imports only model
