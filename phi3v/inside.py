@@ -57,12 +57,14 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
     What is opened is looked at, so that the file can't be swapped after the check. Raises ValueError with the reason,
     which is Outside for that one, or OSError, if the file can't be opened.
     """
-    if not os.path.exists(path):
-        raise ValueError("the file does not exist")
     try:
         file = open_regular(path)
     except InputError:
         raise ValueError("not a regular file") from None
+    except (OSError, ValueError):
+        if os.path.exists(path):
+            raise
+        raise ValueError("the file does not exist") from None
     if isinstance(path, Inside) and not is_inside(_real_path(file.fileno()), path.folders):
         file.close()
         raise Outside(f"the file lies outside of {path.folders[0]}")

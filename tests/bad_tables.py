@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from helpers import png_cell
 
+from phi3v.data.tables import TEXTS_ABOUT_IMAGES, load_table
+
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 TEXTS = pa.list_(pa.struct({"user": pa.string(), "assistant": pa.string()}))
 GOOD = {"images": [png_cell(0)], "texts": [{"user": "Is it?", "assistant": "no"}]}
@@ -68,3 +70,7 @@ READMES = {
     "aliases": "a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n",
     "object": "a: !!python/object/apply:os.system ['touch {outside}/started']\n",
 }
+
+
+def load_pairs(folder, split="train"):
+    return load_table("HuggingFaceM4/the_cauldron", "nlvr2", split, str(folder), TEXTS_ABOUT_IMAGES)

@@ -2,25 +2,22 @@
 
 import hashlib
 import os
-import re
-import shlex
-import stat
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..console import tell
 from ..errors import BadExamples, InputError
-from ..hub import fetch_data, missing_parts
+from ..hub import fetch_data
 from ..hub_names import data_revision
-from ..inside import Inside, is_inside, real_folders
+from ..inside import Inside, real_folders
 from ..ranks import is_first, is_first_of_node
 from .annotations import ROLES, text_problem
+from .table_files import damage, features_of, files_of_split
 from .unsupported import tag_problem
 
 ROW = "row_in_split"  # a column with the number that a row has in its split
@@ -50,9 +47,7 @@ def load_table(
     if data_dir is not None and not source.is_dir():
         raise InputError(f"--data_dir {data_dir} holds no folder {source.name}, a copy of {repo}")
     folder = fetch_data(repo, config, data_revision(repo, revisions)) if data_dir is None else source
-    files = _files(folder, config, name, where, data_dir is None)
-    if missing := missing_parts(files):
-        raise InputError(f"{where}, split {name}: {folder} lacks {_some(missing)}: copy all files of the data set")
+    files = files_of_split(folder, config, name, where, data_dir is None)
     data_files = {name: [str(path.relative_to(folder)) for path in files]}
     cache_dir = _cache_dir(folder, files)
     try:
@@ -61,13 +56,13 @@ def load_table(
             data_dir=str(folder),
             data_files=data_files,
             split=name,
-            features=_features(pq.read_schema(files[0])),
+            features=features_of(pq.read_schema(files[0])),
             cache_dir=cache_dir,
         )
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(table)})
         rows = range(len(table))[part.from_ : part.to]
     except Exception as e:  # the many things that can go wrong here share no other class
-        reason = _damage(files, data_dir is None) or _reason(e)
+        reason = damage(files, data_dir is None) or _reason(e)
         raise InputError(f"{where}, split {split}, can't be loaded: {reason}") from None
     for column, wanted in columns.items():
         if column not in table.column_names:
@@ -79,55 +74,6 @@ def load_table(
     places = _places(f"{where}, {name}", files, len(table))[rows.start : rows.stop]
     table = table.select(rows).add_column(ROW, list(rows)).add_column(PLACE, places)
     return table.add_column(FOLDER, [str(folder)] * len(rows))
-
-
-def _files(folder: Path, config: str | None, split: str, where: str, on_hub: bool) -> list[Path]:
-    """The parquet files of a split, in their order. Raises InputError if there are none, and for a file that is not a
-    regular one or lies outside of the folder."""
-    found = sorted((folder / (config or "data")).glob("*-*.parquet"))
-    files = [path for path in found if path.name.startswith(f"{split}-")]
-    if (found or on_hub) and not files:
-        splits = ", ".join(sorted({path.name.partition("-")[0] for path in found}))
-        raise InputError(f"{where} has no split {split!r}" + (f", only {splits}" if splits else " on the Hub"))
-    for own in (folder / config if config else folder / "data", folder):
-        files = files or sorted({*own.glob(f"{split}-*.parquet"), *own.glob(f"{split}.parquet")})
-    if not files:
-        wanted = folder / (config or "data") / f"{split}-*.parquet"
-        raise InputError(f"{where}, split {split}, can't be loaded: there is no file {wanted}")
-    folders = real_folders(folder)
-    for path in files:
-        if not is_inside(os.path.realpath(path), folders):
-            raise InputError(f"{path} is a link out of {folder}: put the file itself there")
-        if not re.fullmatch(r"[\w.+-]+", path.name):  # `datasets` reads addresses and patterns in names
-            raise InputError(f"{path}: rename the file, so that its name has letters, digits and -_.+ only")
-        if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
-            raise InputError(f"{path} is not a regular file: copy the data set again")
-    return files
-
-
-def _features(schema: pa.Schema) -> datasets.Features:
-    """The types of columns by how they are stored. A file can say that a column is of a type for which `datasets` opens
-    whatever file or address the column names. Here, images are the only such type, and `undecoded` reads them."""
-    features = datasets.Features.from_arrow_schema(schema.remove_metadata())
-    for field in schema:
-        if _is_image(field.type):
-            features[field.name] = datasets.Image()
-        elif pa.types.is_list(field.type) and _is_image(field.type.value_type):
-            features[field.name] = datasets.List(datasets.Image())
-    return features
-
-
-def _is_image(type: pa.DataType) -> bool:
-    if not pa.types.is_struct(type) or {field.name for field in type} != {"bytes", "path"}:
-        return False
-    content, path = type.field("bytes").type, type.field("path").type
-    return any(is_type(content) for is_type in (pa.types.is_binary, pa.types.is_large_binary)) and any(
-        is_type(path) for is_type in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
-    )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more files" if len(names) > 10 else "")
 
 
 def _reason(error: Exception) -> str:
@@ -144,23 +90,6 @@ def _places(where: str, files: list[Path], n_rows: int) -> list[str]:
         return [f"{where} row {i}" for i in range(n_rows)]
     in_files = ((path.name, k) for path, count in zip(files, counts, strict=True) for k in range(count))
     return [f"{where} row {i} (row {k} of {name})" for i, (name, k) in enumerate(in_files)]
-
-
-def _damage(files: list[Path], in_hub_cache: bool) -> str | None:
-    """Which of the parquet files is damaged, from which row on, and what to do; None if all can be read."""
-    for path in files:
-        row = 0
-        try:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=1):
-                    row += len(batch)
-        except (OSError, pa.ArrowException, ValueError) as e:
-            name, reason = f"{path.parent.name}/{path.name}", " ".join(str(e).split())
-            help = "copy the file again"
-            if in_hub_cache:
-                help = f"run `rm {shlex.quote(os.path.realpath(path))}` and start again, and it is downloaded anew"
-            return f"{name} is damaged at its row {row} ({reason}): {help}"
-    return None
 
 
 def _fits(feature, wanted) -> bool:
