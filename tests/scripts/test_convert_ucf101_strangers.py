@@ -188,6 +188,7 @@ def test_the_largest_frames_can_be_read_in_training_and_8k_is_among_them():
     from PIL import Image
 
     assert 7680 * 4320 < convert_ucf101.MOST_PIXELS <= Image.MAX_IMAGE_PIXELS
+    assert convert_ucf101.FFMPEG_OPTIONS["max_pixels"] == str(convert_ucf101.MOST_PIXELS)
 
 
 def test_a_video_that_takes_too_long_is_bad(tmp_path, monkeypatch):
