@@ -34,7 +34,7 @@ from .training.hardware import compute_dtype, device_memory, peak_flops, precisi
 from .training.meter import Meter
 from .training.outline import estimate_run
 from .training.output_folder import FINISHED, check_same_folder, is_finished, prepare_output
-from .training.steps import plan_steps
+from .training.steps import plan_steps, shares_images
 from .training.stopping import Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
 
@@ -183,7 +183,9 @@ class Run:
             return None
         model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
         prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes)
-        self.steps, self.sampler = plan_steps(args, training_args, train_dataset, self.plan.tokens)
+        self.steps, self.sampler = plan_steps(
+            args, training_args, train_dataset, self.plan.tokens, self.config.original_max_position_embeddings
+        )
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
         self.meter = Meter(self.estimate.costs[self.plan.checkpointing], self.peak_flops)
         self.training_args = replace(
@@ -195,8 +197,8 @@ class Run:
 
     @property
     def shares_images(self) -> bool:
-        """Whether questions about the same image share one copy of its tokens, which flash attention can't compute."""
-        return self.args.share_images and self.args.attn_implementation != "flash_attention_2"
+        """As `steps.shares_images` decides, for the collator."""
+        return shares_images(self.args)
 
     def begin(self, trainer: RecipeTrainer):
         """Says what will happen, shows an example, warns of questionable settings, and caches vision features."""
