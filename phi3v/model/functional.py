@@ -93,19 +93,23 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotates the first heads of a tensor in place. Copies no heads, and keeps only the angles."""
+    """Rotates query and key in place, copies nothing, and keeps only the angles. The gradients of query, key and value
+    become one tensor in one step. Autograd would make three tensors of its size, of zeros and one part each, and add
+    them."""
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin, n_heads, head_dim):
+    def forward(ctx, qkv, cos, sin, heads, head_dim):
         ctx.save_for_backward(cos, sin)
-        ctx.heads = n_heads, head_dim
-        ctx.mark_dirty(qkv)
-        return _rotate_(qkv, cos, sin, *ctx.heads)
+        ctx.heads = sum(heads[:2]), head_dim
+        # `mark_dirty` can't be told of this change, because views are returned. Nothing else may use `qkv`.
+        _rotate_(qkv, cos, sin, *ctx.heads)
+        return qkv.unflatten(-1, (-1, head_dim)).split(heads, dim=-2)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         cos, sin = ctx.saved_tensors
-        return _rotate_(grad.clone(), cos, -sin, *ctx.heads), None, None, None, None
+        grad = torch.cat(grads, dim=-2).flatten(-2)
+        return _rotate_(grad, cos, -sin, *ctx.heads), None, None, None, None
 
 
 def _rotate_(qkv, cos, sin, n_heads, head_dim):
@@ -119,12 +123,17 @@ def _rotate_(qkv, cos, sin, n_heads, head_dim):
     return qkv
 
 
-def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_heads: int, head_dim: int) -> torch.Tensor:
-    """Applies rotary position embedding to the first `n_heads` heads of `qkv` (…, n, heads * head_dim), in place.
+def rotate(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: tuple[int, int, int], head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Applies rotary position embedding to query and key, in place, and returns query, key and value (…, n, own heads,
+    head_dim).
 
+    qkv: (…, n, sum(heads) * head_dim), which has them one after the other. It can't be used afterwards.
     cos, sin: (…, n, rotary_dim) with two equal halves. The first `rotary_dim` numbers of each head are rotated.
+    heads: how many heads query, key and value have.
     """
-    return _Rotate.apply(qkv, cos, sin, n_heads, head_dim)
+    return _Rotate.apply(qkv, cos, sin, heads, head_dim)
 
 
 class _CrossEntropySum(torch.autograd.Function):

@@ -1,11 +1,11 @@
-"""The loss, computed in chunks."""
+"""The loss, computed in chunks; rotary position embedding."""
 
 import copy
 
 import pytest
 import torch
 
-from phi3v.model.functional import cross_entropy
+from phi3v.model.functional import cross_entropy, rotate
 
 
 @pytest.mark.parametrize("divisor", [64, 20_000])
@@ -21,3 +21,23 @@ def test_gradients_of_the_loss_in_fp16(divisor):
         found.append((x.grad.float(), own.weight.grad.float()))
     for exact, half in zip(*found, strict=True):
         assert (half - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_rotate_against_autograd():
+    """More heads of queries than of keys, and heads of which a part is rotated. Every part has a gradient."""
+    torch.manual_seed(0)
+    heads, head_dim, rotary_dim = (4, 2, 2), 12, 8
+    qkv, cos, sin = torch.randn(1, 5, 96, requires_grad=True), torch.randn(1, 5, 4), torch.randn(1, 5, 4)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    query, key, value = qkv.unflatten(-1, (-1, head_dim)).split(heads, dim=-2)
+
+    def plain(x):
+        first, second, rest = x[..., :4], x[..., 4:rotary_dim], x[..., rotary_dim:]
+        turned = torch.cat([-second, first], -1) * sin[..., None, :]
+        return torch.cat([x[..., :rotary_dim] * cos[..., None, :] + turned, rest], -1)
+
+    expected = plain(query), plain(key), value
+    found = rotate(qkv * 1.0, cos, sin, heads, head_dim)
+    grads = [torch.randn_like(x) for x in expected]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, qkv, grads)[0] for x in (found, expected)))
