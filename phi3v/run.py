@@ -21,6 +21,7 @@ from .data.sizes import all_sizes, fingerprint
 from .errors import BadExamples, blaming, first_of_node, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
+from .model import fused
 from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
 from .ranks import is_first
 from .report.card import write_model_card
@@ -201,8 +202,12 @@ class Run:
         return shares_images(self.args)
 
     def begin(self, trainer: RecipeTrainer):
-        """Says what will happen, shows an example, warns of questionable settings, and caches vision features."""
+        """Fuses functions on an accelerator, says what will happen, shows an example, warns of questionable settings,
+        and caches vision features."""
         args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
+        fused.turn_off()  # of an earlier run in this process
+        if not args.no_fuse and training_args.device.type != "cpu":
+            say(*fused.turn_on(training_args.device, compute_dtype(training_args)))
         model, train_dataset = trainer.model, trainer.train_dataset
         activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
         data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))
