@@ -46,8 +46,9 @@ class Fused:
             if isinstance(a, torch.Tensor):
                 torch._dynamo.maybe_mark_dynamic(a, 0)  # so that one graph serves all lengths
         # None of these operations is one that autocast changes, but another graph would be compiled under autocast.
-        autocast = torch.is_autocast_enabled(self.device_type)
-        torch.set_autocast_enabled(self.device_type, False)
+        autocast = torch.amp.is_autocast_available(self.device_type) and torch.is_autocast_enabled(self.device_type)
+        if autocast:
+            torch.set_autocast_enabled(self.device_type, False)
         try:
             return self.compiled(*rows).unflatten(0, x.shape[:common])
         except (RuntimeError, torch._dynamo.exc.FailOnRecompileLimitHit) as e:
@@ -57,7 +58,8 @@ class Fused:
             text = f"{self.name} could not be compiled for other inputs, and runs unfused: {_line(e)}"
             warnings.warn(text, stacklevel=2)
         finally:
-            torch.set_autocast_enabled(self.device_type, autocast)
+            if autocast:
+                torch.set_autocast_enabled(self.device_type, True)
         return self.plain(*args)
 
     def compile(self, device: torch.device, backend: str):

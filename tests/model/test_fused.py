@@ -2,13 +2,14 @@
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from phi3v.model import fused
+from phi3v.model import functional, fused
 from phi3v.model.functional import QuickGELU, _quick_gelu, rotate, swiglu
 
 CPU = torch.device("cpu")
@@ -37,23 +38,28 @@ def outputs_and_gradients(rows, dtype=torch.float32, by_heads=False):
     return *outputs, *torch.autograd.grad(outputs, inputs, grads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fused_functions_compute_what_plain_ones_do(dtype):
-    plain = outputs_and_gradients(100, dtype)
-    assert fused.turn_on(CPU, dtype, backend="eager") == []
-    found = outputs_and_gradients(100, dtype)
+def assert_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        tolerance = 8 * torch.finfo(one.dtype).eps
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+def test_fused_functions_compute_what_plain_ones_do():
+    plain = outputs_and_gradients(100, torch.bfloat16)
+    assert fused.turn_on(CPU, torch.bfloat16, backend="eager") == []
+    assert_close(outputs_and_gradients(100, torch.bfloat16), plain)
     assert all(function.compiled for function in fused.Fused.every)
-    for one, other in zip(found, plain, strict=True):
-        assert one.dtype == dtype and one.shape == other.shape
-        torch.testing.assert_close(one, other, atol=8 * torch.finfo(dtype).eps, rtol=8 * torch.finfo(dtype).eps)
 
 
 def test_one_graph_serves_all_lengths():
     """Also under autocast and under activation checkpointing; and no operation breaks a graph."""
+    expected = outputs_and_gradients(130)
     fused.compile_all(CPU, backend="eager")
     outputs_and_gradients(100)
     assert counters["stats"]["unique_graphs"] == len(fused.Fused.every) and not counters["graph_break"]
-    for rows in (130, 999, 64):
+    assert_close(outputs_and_gradients(130), expected)
+    for rows in (999, 64):
         outputs_and_gradients(rows)
     with torch.autocast("cpu", torch.bfloat16):
         outputs_and_gradients(200)
@@ -92,16 +98,15 @@ def test_all_ranks_run_plain_functions_if_one_must(monkeypatch):
     def gather(found, own):
         found[:] = [own, "swiglu: it differs"]
 
-    monkeypatch.setattr(fused.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(fused.dist, "all_gather_object", gather)
+    monkeypatch.setattr(fused, "dist", SimpleNamespace(is_initialized=lambda: True, all_gather_object=gather))
     monkeypatch.setattr(fused, "world_size", lambda: 2)
     (line,) = fused.turn_on(CPU, torch.float32, backend="eager")
     assert line.endswith("on rank 1, swiglu: it differs")
     assert not any(function.compiled for function in fused.Fused.every)
 
 
-def test_a_function_that_can_not_be_compiled_later_runs_plain(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_a_function_that_can_not_be_compiled_later_runs_plain():
     fused.compile_all(CPU, backend="eager")
     with warnings.catch_warnings(action="error"):
         _quick_gelu(torch.randn(70, 8))
@@ -124,6 +129,7 @@ def test_errors_of_a_compiled_function_are_not_hidden():
 
 @pytest.mark.slow
 def test_the_compiler_of_a_device(tmp_path, monkeypatch):
-    """Inductor keeps intermediate results in fp32, so its results are nearer to the exact ones than plain torch's."""
+    """Of the CPU here. The results are within two roundings of the exact ones."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(fused.Fused, "every", [functional._swiglu_backward, functional._rotate_backward])
     assert fused.turn_on(CPU, torch.bfloat16) == []
