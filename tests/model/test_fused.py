@@ -53,7 +53,7 @@ def test_fused_functions_compute_what_plain_ones_do():
 
 
 def test_one_graph_serves_all_lengths():
-    """Also in a part of the model that does not train, under autocast and under activation checkpointing; and no operation breaks a graph."""
+    """Also in parts that do not train, under autocast, and under activation checkpointing. No graph breaks."""
     expected = outputs_and_gradients(130)
     fused.compile_all(CPU, backend="eager")
     outputs_and_gradients(100)
