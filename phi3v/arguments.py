@@ -71,6 +71,11 @@ class RunArguments:
         help="in place of --batch_size_per_gpu: fill each micro-batch with examples up to this many tokens; auto: as "
         "many as are expected to fit into memory",
     )
+    no_fuse: bool = HfArg(
+        default=False,
+        help="do not fuse elementwise functions on a GPU with torch.compile, which makes their results differ by "
+        "rounding",
+    )
     share_images: bool = HfArg(
         default=True,
         help="train on all questions about an image in the same step, so that it is encoded once (default); "

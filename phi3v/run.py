@@ -21,6 +21,7 @@ from .deepspeed_config import check_agreement
 from .errors import BadExamples, blaming, first_of_node, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
+from .model import fused
 from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
 from .ranks import is_first
 from .report.card import write_model_card
@@ -36,7 +37,7 @@ from .training.outline import estimate_run
 from .training.output_folder import FINISHED, check_output, check_same_folder, is_finished, prepare_output
 from .training.own_files import claim, delete_own
 from .training.resuming import check_states
-from .training.steps import plan_steps
+from .training.steps import plan_steps, shares_images
 from .training.stopping import Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
 
@@ -188,7 +189,9 @@ class Run:
             say(f"{self.output_dir} holds a finished run: there is nothing left to do")
             return None
         model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
-        self.steps, self.sampler = plan_steps(args, training_args, train_dataset, self.plan.tokens)
+        self.steps, self.sampler = plan_steps(
+            args, training_args, train_dataset, self.plan.tokens, self.config.original_max_position_embeddings
+        )
         prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes, self.steps)
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
         self.meter = Meter(self.estimate.costs[self.plan.checkpointing], self.peak_flops)
@@ -202,12 +205,16 @@ class Run:
 
     @property
     def shares_images(self) -> bool:
-        """Whether questions about the same image share one copy of its tokens, which flash attention can't compute."""
-        return self.args.share_images and self.args.attn_implementation != "flash_attention_2"
+        """As `steps.shares_images` decides, for the collator."""
+        return shares_images(self.args)
 
     def begin(self, trainer: RecipeTrainer):
-        """Says what will happen, shows an example, warns of questionable settings, and caches vision features."""
+        """Fuses functions on an accelerator, says what will happen, shows an example, warns of questionable settings,
+        and caches vision features."""
         args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
+        fused.turn_off()  # of an earlier run in this process
+        if not args.no_fuse and training_args.device.type != "cpu":
+            say(*fused.turn_on(training_args.device, compute_dtype(training_args)))
         model, train_dataset = trainer.model, trainer.train_dataset
         activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
         data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))

@@ -241,10 +241,9 @@ class Phi3VAttention(Phi3Attention):
         if packing is None:
             return super().forward(hidden_states, position_embeddings, *args, **kwargs)
         heads = self.config.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads
-        states = rotate(self.qkv_proj(hidden_states), *position_embeddings, heads[0] + heads[1], self.head_dim)
-        query, key, value = states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(heads, dim=1)
+        query, key, value = rotate(self.qkv_proj(hidden_states), *position_embeddings, heads, self.head_dim)
         if kept_rows is not None:
-            query = query[:, :, kept_rows]
+            query = query[:, kept_rows]
         dropout = self.attention_dropout if self.training else 0.0
         output = packed_attention(self, query, key, value, packing, kept_rows is not None, dropout)
         return self.o_proj(output.flatten(2)), None

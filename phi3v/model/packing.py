@@ -207,8 +207,8 @@ def _sdpa(query, key, value, mask, is_causal, dropout, scaling, enable_gqa):
 def packed_attention(module, query, key, value, packing: Packing, trimmed: bool, dropout: float) -> torch.Tensor:
     """Attention within the groups of a packed row.
 
-    query: (1, heads, n, head_dim) for all tokens, or with `trimmed` only for those of `Packing.kept_rows`.
-    key, value: (1, key heads, length, head_dim). Returns (1, n, heads, head_dim).
+    query: (1, n, heads, head_dim) for all tokens, or with `trimmed` only for those of `Packing.kept_rows`.
+    key, value: (1, length, key heads, head_dim). Returns (1, n, heads, head_dim).
 
     Flash attention computes all groups in one call. It raises ValueError for branches, which it can't compute.
     Eager and SDPA attention go group by group, so no mask spans two groups: causal attention needs no mask, and
@@ -216,31 +216,36 @@ def packed_attention(module, query, key, value, packing: Packing, trimmed: bool,
     """
     kind = module.config._attn_implementation
     if kind == "flash_attention_2":
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return _flash(module, query, key, value, packing, trimmed, dropout)
     attend = _eager if kind == "eager" else _sdpa
-    options = {"dropout": dropout, "scaling": module.scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    outputs, q, k = [], 0, 0
-    for group in packing.groups:
-        keys, values = (x[:, :, k : k + group.size] for x in (key, value))
-        rows = group.tail if trimmed else group.length
-        if rows:
+    options = {"dropout": dropout, "scaling": module.scaling, "enable_gqa": query.shape[2] != key.shape[2]}
+    rows = [group.tail if trimmed else group.length for group in packing.groups]
+    parts = [(n, sum(group.branches)) for n, group in zip(rows, packing.groups, strict=True)]
+    queries = iter(_split(query, [n for part in parts for n in part if n]))
+    keys, values = (_split(x, [group.size for group in packing.groups]) for x in (key, value))
+    outputs = []
+    for group, n, k, v in zip(packing.groups, rows, keys, values, strict=True):
+        if n:
             mask = None
-            if rows < group.length:
-                shape = (rows, group.length)
+            if n < group.length:
+                shape = (n, group.length)
                 mask = packing.cached(shape, lambda s=shape: _tail_mask(*s, query.device))
-            own = query[:, :, q : q + rows]
-            common = (keys[:, :, : group.length], values[:, :, : group.length])
-            outputs.append(attend(own, *common, mask, is_causal=mask is None, **options))
+            common = (x[:, :, : group.length] if group.branches else x for x in (k, v))
+            outputs.append(attend(next(queries), *common, mask, is_causal=mask is None, **options))
         if group.branches:
-            n = sum(group.branches)
             shape = (group.length, group.branches)
             mask = packing.cached(shape, lambda s=shape: _branch_mask(*s, query.device))
-            own = query[:, :, q + rows : q + rows + n]
-            outputs.append(attend(own, keys, values, mask, is_causal=False, **options))
-        q += rows + sum(group.branches)
-        k += group.size
-    output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-    return output.transpose(1, 2)
+            outputs.append(attend(next(queries), k, v, mask, is_causal=False, **options))
+    outputs = [output.transpose(1, 2) for output in outputs]
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+
+
+def _split(states: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, ...]:
+    """(1, sum of lengths, heads, head_dim) → (1, heads, length, head_dim) for each length. Their gradients are joined
+    in one step. The gradient of a slice would be a tensor of the whole row's size, for each group."""
+    states = states.transpose(1, 2)
+    return states.split(lengths, dim=2) if len(lengths) > 1 else (states,)
 
 
 def _flash(module, query, key, value, packing: Packing, trimmed: bool, dropout: float) -> torch.Tensor:
