@@ -54,7 +54,8 @@ Assumptions, the same for every prediction:
   pass, views included (from a CPU run with tiny tensors, one thread of a Xeon), and {HOST_LAUNCH * 1e6:g} µs more for each launch. The
   Trainer's and DeepSpeed's own Python is not counted. A pass takes as long as the slower of host and GPU.
 - ZeRO-2 all-reduces the gradients of every micro-batch during its backward pass, which takes no less time than that.
-  It also keeps the GPU busy with collecting them in buckets. ZeRO-1, and DDP for adapters, all-reduce once a step.
+  It also keeps the GPU busy with collecting them in buckets. ZeRO-1, and DDP for adapters, do both once a step, and
+  add up the gradients of micro-batches before.
 - The optimizer reads and writes {ADAM_BYTES} bytes for each parameter that it updates. ZeRO then gathers the weights.
 - MFU counts the FLOPs that the mathematics needs, as training reports it: causal attention, and nothing recomputed.
 - Whether memory suffices is not looked at: see docs/hardware.md, or --estimate.
@@ -90,32 +91,40 @@ def predict(found: Trace, gpu: GPU, micro_batches: int, gpus: int, zero: int = 2
     """Predicted seconds of a micro-batch and a step, and the MFU. micro_batches: in a step, of one GPU."""
     busy, host = Counter(), Counter()
     for kernel in found.kernels:
-        busy[kernel.phase == "forward"] += kernel_seconds(kernel, gpu)
-        busy[kernel.kind] += kernel_seconds(kernel, gpu)
-        host[kernel.phase == "forward"] += HOST_LAUNCH
+        where, seconds = "forward" if kernel.phase == "forward" else "backward", kernel_seconds(kernel, gpu)
+        busy[where] += seconds
+        busy[kernel.kind] += seconds
+        host[where] += HOST_LAUNCH
     for phase, n in found.operations.items():
-        host[phase == "forward"] += n * (HOST_BACKWARD if phase == "backward" else HOST_FORWARD)
+        host["forward" if phase == "forward" else "backward"] += n * (
+            HOST_BACKWARD if phase == "backward" else HOST_FORWARD
+        )
+    forward, backward = (max(busy[where], host[where]) for where in ("forward", "backward"))
+
+    gradients = found.trained * (4 if found.adapters else 2)  # bytes
     others = (gpus - 1) / gpus
-    each_micro_batch = zero == 2 and not found.adapters
-    gradients = found.trained * (4 if found.adapters else 2)
-    sent = 2 * gradients * others / gpu.link  # seconds of an all-reduce
-    buckets = gpu.buckets * found.trained / WHOLE if each_micro_batch else 0.0
-    backward = max(busy[False], host[False])
-    reduced = max(backward, sent)
-    passes = max(busy[True], host[True]) + (reduced if each_micro_batch else backward) + buckets
-    shared = 1 if found.adapters else gpus
-    optimizer = found.trained / shared * ADAM_BYTES / gpu.bandwidth
+    all_reduce = 2 * gradients * others / gpu.link
+    exposed = max(all_reduce - backward, 0.0)  # what is left of it after the backward pass
+    buckets = gpu.buckets * found.trained / WHOLE
+    accumulate = 3 * gradients / gpu.bandwidth  # read twice, written once
+    updated = found.trained / (1 if found.adapters else gpus)
+    optimizer = updated * ADAM_BYTES / gpu.bandwidth
     if not found.adapters:
-        optimizer += found.trained * 2 * others / gpu.link
-    step = micro_batches * passes + optimizer + (0.0 if each_micro_batch else reduced - backward)
+        optimizer += 2 * found.trained * others / gpu.link  # to gather the weights
+    if zero == 2 and not found.adapters:
+        micro_batch = forward + backward + exposed + buckets
+        step = micro_batches * micro_batch + optimizer
+    else:
+        micro_batch = forward + backward
+        step = micro_batches * micro_batch + (micro_batches - 1) * accumulate + exposed + buckets + optimizer
     return {
-        "micro_batch": passes,
         "matrix": busy["matrix"],
         "attention": busy["attention"],
         "memory": busy["memory"],
-        "host": sum(host[forward] for forward in (True, False)),
-        "all_reduce": sent,
+        "host": host["forward"] + host["backward"],
+        "all_reduce": all_reduce,
         "buckets": buckets,
+        "micro_batch": micro_batch,
         "optimizer": optimizer,
         "step": step,
         "mfu": micro_batches * found.flops / step / gpu.peak,

@@ -174,15 +174,16 @@ def report(found: Trace, options: argparse.Namespace):
             flops, moved = sum(k.flops for k in own), sum(k.moved for k in own if k.kind == "memory")
             times = "".join(f"{sum(kernel_seconds(k, gpu) for k in own) * 1e3:>14.1f}" for gpu in GPUS.values())
             print(f"{part:45}{phase:14}{len(own):>9,}{flops / 1e12:>8.1f}{moved / 1e9:>11.1f}{times}")
-    names = ("matrix", "attention", "memory", "host", "all_reduce", "buckets", "micro_batch", "optimizer", "step")
+    predicted = predictions(found, options)
+    names = [name for name in next(iter(predicted.values())) if name != "mfu"]
     print("\nPREDICTED, not measured; times in ms")
     print(f"{'GPU':10}" + "".join(f"{name.replace('_', '-'):>12}" for name in names) + f"{'examples/s':>12}{'MFU':>8}")
-    for name, found_times in predictions(found, options).items():
-        if found_times is None:
+    for name, seconds in predicted.items():
+        if seconds is None:
             print(f"{name:10}  has no kernel for {options.attention}: --attention sdpa")
             continue
-        times = "".join(f"{found_times[n] * 1e3:>12.1f}" for n in names)
-        print(f"{name:10}{times}{options.batch_size / found_times['step']:>12.1f}{found_times['mfu']:>8.1%}")
+        times = "".join(f"{seconds[n] * 1e3:>12.1f}" for n in names)
+        print(f"{name:10}{times}{options.batch_size / seconds['step']:>12.1f}{seconds['mfu']:>8.1%}")
     print(f"\n{ASSUMPTIONS}")
     print(
         f"\n{'GPU':10}{'peak TFLOP/s':>13}{'matrix':>8}{'attention':>11}{'backward':>10}{'memory TB/s':>13}"
@@ -206,6 +207,7 @@ TABLE = {
     "16 small images": {"task": "images"},
     "16 small images, sdpa": {"task": "images", "attention": "sdpa"},
     "1 small image": {"task": "images", "micro_batch": 1, "batch_size": 128},
+    "1 small image, ZeRO-1": {"task": "images", "micro_batch": 1, "batch_size": 128, "zero": 1},
     "1 small image, sdpa": {"task": "images", "micro_batch": 1, "batch_size": 128, "attention": "sdpa"},
 }
 
@@ -219,7 +221,7 @@ def print_table(options: argparse.Namespace):
         case = complete(argparse.Namespace(**vars(options) | changes))
         found = run(case)
         cells = [
-            f"{p['mfu']:.0%}, {case.batch_size / p['step']:.3g}/s" if p else "–"
+            f"{p['mfu']:.1%}, {case.batch_size / p['step']:.3g}/s" if p else "–"
             for p in predictions(found, case).values()
         ]
         moved = found.total("moved", kind="memory") / 1e9
