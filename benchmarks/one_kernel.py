@@ -150,12 +150,30 @@ def _flash_attn() -> dict[str, types.ModuleType]:
     ):  # fmt: skip
         return _FlashAttn.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal)
 
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-    package.flash_attn_with_kvcache, package.__version__ = None, "2.8.3"
-    padding = types.ModuleType("flash_attn.bert_padding")
-    padding.pad_input = padding.unpad_input = None
-    modules = {module.__name__: module for module in (package, padding)}
-    for name, module in modules.items():
+    # The two passes below the autograd functions, as version 2.8 has them.
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, *options
+    ):
+        return *torch.ops.phi3v_benchmarks.flash_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, causal), None, None
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, *options,
+    ):  # fmt: skip
+        bounds = cu_seqlens_q, cu_seqlens_k, causal
+        torch.ops.phi3v_benchmarks.flash_attn_backward(dout, q, k, v, out, softmax_lse, *bounds)
+
+    functions = {
+        "flash_attn": (flash_attn_func, flash_attn_varlen_func),
+        "flash_attn.flash_attn_interface": (_flash_attn_varlen_forward, _flash_attn_varlen_backward),
+        "flash_attn.bert_padding": (),
+    }
+    modules = {}
+    for name, own in functions.items():
+        modules[name] = module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update({function.__name__: function for function in own})
+    # transformers imports these too, and does not call them.
+    modules["flash_attn"].__version__, modules["flash_attn"].flash_attn_with_kvcache = "2.8.3", None
+    modules["flash_attn.bert_padding"].pad_input = modules["flash_attn.bert_padding"].unpad_input = None
     return modules

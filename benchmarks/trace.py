@@ -13,6 +13,7 @@ follows a time. It is a PREDICTION, under the assumptions that are printed with 
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import json
 import sys
 from collections import Counter
@@ -74,7 +75,18 @@ def make_model(config: Phi3VConfig, mode: str, attention: str):
     return model
 
 
-def trace(model, examples: list[dict], recompute: str = "none", quantized: bool = False) -> Trace:
+@contextlib.contextmanager
+def fused(wanted: bool):
+    """Elementwise functions are fused within, as training fuses them on a GPU."""
+    module = importlib.import_module("phi3v.model.fused") if importlib.util.find_spec("phi3v.model.fused") else None
+    if module and wanted:
+        module.compile_all(torch.device("meta"))
+    yield
+    if module:
+        module.turn_off()
+
+
+def trace(model, examples: list[dict], recompute: str = "none", quantized: bool = False, fuse: bool = True) -> Trace:
     """One micro-batch forward and backward."""
     inner, tracer = inner_model(model), Tracer()
     if recompute != "none":
@@ -92,6 +104,7 @@ def trace(model, examples: list[dict], recompute: str = "none", quantized: bool 
     functions = {name: f for name, f in vars(modeling_phi3v).items() if name.startswith("rotate") and callable(f)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced())
+        stack.enter_context(fused(fuse))
         for name, function in functions.items():
             stack.enter_context(mock.patch.object(modeling_phi3v, name, tracer.following(function, "rotary")))
         stack.enter_context(tracer)
@@ -125,7 +138,7 @@ def run(options: argparse.Namespace, config: Phi3VConfig | None = None) -> Trace
     factors = {"type": "su", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
     model = make_model(config or Phi3VConfig(rope_scaling=factors), options.mode, options.attention)
     torch.manual_seed(0)
-    return trace(model, make_examples(options), options.recompute, options.mode == "qlora")
+    return trace(model, make_examples(options), options.recompute, options.mode == "qlora", not options.no_fuse)
 
 
 def predictions(found: Trace, options: argparse.Namespace) -> dict[str, dict | None]:
@@ -249,6 +262,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=MODES, default="full")
     parser.add_argument("--attention", choices=ATTENTION, default="flash")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none")
+    parser.add_argument("--no_fuse", action="store_true", help="as in training: elementwise functions are not fused")
     parser.add_argument("--zero", type=int, choices=(1, 2), default=2, help="ZeRO's stage")
     parser.add_argument(
         "--by", choices=("part", "kind", "name"), help="also print what parts, kinds or operations cost"
