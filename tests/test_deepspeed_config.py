@@ -67,3 +67,16 @@ def test_a_json_that_contradicts_the_flags_is_named_before_the_model_is_loaded(t
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 5}))
     with pytest.raises(InputError, match="the json contradicts the flags: gradient_clipping=5 vs hf max_grad_norm=1.0"):
         train(toy_data, tmp_path / "out", "--deepspeed", path)
+
+
+def test_the_shipped_files_differ_only_in_what_zero_does():
+    files = {path.stem: read_deepspeed_config(path) for path in (ROOT / "ds_config").glob("*.json")}
+    assert {name: zero_stage(config) for name, config in files.items()} == {
+        "zero1": 1,
+        "zero2": 2,
+        "zero2_offload": 2,
+        "zero3": 3,
+    }
+    one, two = (files[name].pop("zero_optimization") for name in ("zero1", "zero2"))
+    assert one | {"stage": 2} == two and files["zero1"] == files["zero2"]
+    assert files["zero2"].keys() <= files["zero3"].keys()
