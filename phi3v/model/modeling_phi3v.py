@@ -30,10 +30,11 @@ from transformers.models.phi3.modeling_phi3 import (
 )
 
 from ..files import let_others_read
+from .attention import packed_attention
 from .configuration_phi3v import Phi3VConfig
 from .functional import QuickGELU, cross_entropy, rms_norm, rotate, swiglu
 from .image_processing_phi3v import crops_of_tiles, num_image_tokens
-from .packing import IGNORE_INDEX, Packing, packed_attention
+from .packing import IGNORE_INDEX, Packing
 
 # The Hub's generation config stops at </s>, which the model never writes. The model ends a turn with <|end|> (32007)
 # and a conversation with <|endoftext|> (32000).
