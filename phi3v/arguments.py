@@ -21,7 +21,7 @@ from .flag_rules import check_flags
 from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
-from .training.checkpoints import MANIFEST, find_checkpoint, numbered
+from .training.checkpoints import MANIFEST, find_checkpoint, numbered, stored_settings
 from .training.hardware import choose_attention, choose_precision
 from .training.optimizer import check_optimizer
 from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
@@ -62,9 +62,13 @@ class RunArguments:
         help="branch, tag or commit of the model on the Hub; --model_name_or_path OWNER/NAME@REVISION says the same",
     )
     attn_implementation: str | None = HfArg(
-        default=None, help="flash_attention_2, sdpa or eager; default: the best that is installed and the GPU can run"
+        default=None,
+        help="flash_attention_2 (of the package flash-attn), varlen (torch's own flash attention), sdpa or eager; "
+        "default: the first of these that is installed and that the GPU can run",
     )
-    use_flash_attention: bool = HfArg(default=False, help="short for --attn_implementation flash_attention_2")
+    use_flash_attention: bool = HfArg(
+        default=False, help="flash attention, of the package flash-attn if it is installed, else torch's own"
+    )
     fp32: bool = HfArg(default=False, help="full precision; default: fp16 on a GPU, fp32 on a CPU")
     max_tokens_per_gpu: str | None = HfArg(
         default=None,
@@ -198,9 +202,10 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
 
     for_another_machine = args.estimate and not torch.accelerator.is_available()  # one with GPUs
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32, for_another_machine)
-    args.attn_implementation = choose_attention(
-        args.attn_implementation, args.use_flash_attention, precision, for_another_machine
-    )
+    asked = args.attn_implementation
+    if not given & {"attn_implementation", "use_flash_attention"}:
+        asked = _sdpa_of_checkpoint(resume, Path(trainer["output_dir"]))
+    args.attn_implementation = choose_attention(asked, args.use_flash_attention, precision, for_another_machine)
     trainer.update(
         bf16=precision == "bf16",
         fp16=precision == "fp16",
@@ -223,6 +228,13 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     if not args.evaluate_only:
         check_optimizer(training_args)
     return training_args
+
+
+def _sdpa_of_checkpoint(resume: str | None, output_dir: Path) -> str | None:
+    """ "sdpa" if the run that is resumed was trained with it: it goes on so, although flash attention may have been
+    installed since. None otherwise."""
+    stored = stored_settings(find_checkpoint(resume, output_dir)[0])
+    return "sdpa" if stored.get("attn_implementation") == "sdpa" else None
 
 
 def _check_model(args, output_dir: str):

@@ -31,7 +31,7 @@ from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.evaluation import Evaluation
 from .training.feature_cache import cache_features
-from .training.hardware import compute_dtype, device_memory, peak_flops, precision_of
+from .training.hardware import compute_dtype, describe_attention, device_memory, peak_flops, precision_of
 from .training.meter import Meter
 from .training.outline import estimate_run
 from .training.output_folder import FINISHED, check_output, check_same_folder, is_finished, prepare_output
@@ -218,7 +218,8 @@ class Run:
         model, train_dataset = trainer.model, trainer.train_dataset
         activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
         data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))
-        self.facts = {"memory": str(plan), "data": data} | self.hub_commits
+        attention = describe_attention(args.attn_implementation, self.config.attention_dropout)
+        self.facts = {"memory": str(plan), "attention": attention, "data": data} | self.hub_commits
         details = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
         details |= {"steps": self.steps, "n_parameters": estimate.parameters}
         if is_first():

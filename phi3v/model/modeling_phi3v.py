@@ -31,10 +31,11 @@ from transformers.models.phi3.modeling_phi3 import (
 from transformers.utils import logging
 
 from ..files import let_others_read
+from .attention import packed_attention
 from .configuration_phi3v import Phi3VConfig
 from .functional import QuickGELU, cross_entropy, rms_norm, rotate, swiglu
 from .image_processing_phi3v import crops_of_tiles, num_image_tokens
-from .packing import IGNORE_INDEX, Packing, packed_attention
+from .packing import IGNORE_INDEX, Packing
 
 logger = logging.get_logger(__name__)
 

@@ -4,6 +4,7 @@ import math
 
 from ..data.conversations import ConversationDataset
 from ..data.sampler import StepSampler, sampler_for
+from ..model.varlen import KERNELS
 
 
 def shares_images(args) -> bool:
@@ -12,7 +13,7 @@ def shares_images(args) -> bool:
 
     args: a script's flags.
     """
-    return args.share_images and args.attn_implementation != "flash_attention_2"
+    return args.share_images and args.attn_implementation not in KERNELS
 
 
 def plan_steps(

@@ -2,23 +2,19 @@
 
 import copy
 import sys
-from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import CHECKPOINT
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from phi3v.data.collate import Collator, PackingCollator
 from phi3v.data.conversations import ConversationDataset
 from phi3v.model.adapters import add_adapter
-from phi3v.model.functional import rotate
-from phi3v.model.packing import Group, Packing, packed_attention
+from phi3v.model.packing import Group
 
 ORIGINAL = 300  # tokens from which the long rotary factors are taken
 
@@ -200,32 +196,3 @@ def test_pinning_keeps_everything(data):
     batch = PackingCollator(data.processor, ORIGINAL, True)(data.__getitems__([0, 1]))
     packing = copy.copy(batch["packing"])
     assert hasattr(packing, "pin_memory") and packing.groups[0].branches
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operations that compute something, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view:
-            self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_more_groups_take_more_attention_and_nothing_else():
-    """The gradients of all groups are joined in one step. The gradient of a slice would be as large as the row."""
-
-    def calls(groups):
-        length, heads, head_dim = 12 * groups, (2, 2, 2), 8
-        packing = Packing((Group(12),) * groups, torch.arange(length), torch.arange(1))
-        module = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"), scaling=0.3)
-        qkv = torch.randn(1, length, 48, requires_grad=True)
-        angles = torch.randn(2, 1, length, head_dim)
-        with Calls() as counted:
-            packed_attention(module, *rotate(qkv * 1.0, *angles, heads, head_dim), packing, False, 0.0).sum().backward()
-        return {name: n for name, n in counted.counts.items() if "scaled_dot_product" not in name}
-
-    assert calls(2) == calls(6) and not any("slice_backward" in name for name in calls(6))
