@@ -209,8 +209,7 @@ class Run:
         return shares_images(self.args)
 
     def begin(self, trainer: RecipeTrainer):
-        """Fuses functions on an accelerator, says what will happen, shows an example, warns of questionable settings,
-        and caches vision features."""
+        """Fuses functions, says what will happen, shows an example, warns of settings, and caches vision features."""
         args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
         fused.turn_off()  # of an earlier run in this process
         if not args.no_fuse and training_args.device.type != "cpu":
