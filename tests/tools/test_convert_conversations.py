@@ -337,9 +337,14 @@ def test_a_full_disk_is_one_line(images, tmp_path, monkeypatch):
 def test_nothing_printed_is_obeyed_by_a_terminal(images, tmp_path, capsys):
     lines = [json.dumps({"messages": [ASK, SAY], "image": f"{i}.png", "\x1b]0;PW\x07": 1}) for i in range(10)]
     lines += [json.dumps({"messages": [ASK, SAY], "image": "\x1b[2J.png"})]
-    convert(images, tmp_path, "\x1b[1ma.jsonl", "\n".join(lines), "--on_bad_example", "skip")
+    lines[0] = lines[0].replace("A.", "<video>")
+    convert(images, tmp_path, "\x1b[1ma.jsonl", "\n".join(lines), "--on_bad_example", "skip", "--literal_tags")
     out = capsys.readouterr().out
-    assert "\\x1b]0;PW\\x07 (10 times)" in out and "image \\x1b[2J.png is not a file" in out
+    assert (
+        "\\x1b[1ma.jsonl: 1 examples: a tag such as" in out
+        and "\\x1b]0;PW\\x07 (10 times)" in out
+        and "image \\x1b[2J.png is not a file" in out
+    )
     assert all(line.isprintable() for line in out.split("\n") if "examples are left out" not in line)
 
 
