@@ -38,7 +38,7 @@ from phi3v.data.split import groups_of_shared_images, split_by_image
 from phi3v.data.unsupported import is_media_file
 from phi3v.errors import BadExamples, InputError, Parser, exit_on_input_error, listing
 from phi3v.files import replacing_folder
-from phi3v.inside import Inside, open_file, real_folders
+from phi3v.inside import Inside, is_inside, open_file, real_folders
 from phi3v.text import printable
 
 FICLONE = 0x40049409  # Linux's request to let a file share the blocks of another one, which btrfs and XFS can
@@ -82,6 +82,8 @@ class Images:
         own = _below(self.folder, os.path.normpath(given)) or _below(self.real_folder, os.path.normpath(given))
         if not is_file or not own:
             raise InputError(f"image {name:.100} is not a file below {self.given}: see --images_dir")
+        if is_inside(file, self.folders):  # in the Hub's cache, where names are links to blobs
+            return own, Inside(file, self.folders)
         if not self.follow_links:
             raise InputError(
                 f"image {name:.100} is behind a link out of {self.given}, to {file}: give --follow_links if it may be "

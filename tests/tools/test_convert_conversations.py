@@ -402,6 +402,19 @@ def test_the_folder_itself_may_be_a_link(linked, tmp_path):
     assert images_of(train + val)[8:] == [str(tmp_path / "out" / "images" / name) for name in ("a.png", "b.png")]
 
 
+def test_a_snapshot_in_the_cache_of_the_hub(images, tmp_path):
+    """Its files are links to the folder of blobs."""
+    cache = tmp_path / "datasets--a--b"
+    (cache / "snapshots" / "1" / "sub").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for i in range(20):
+        (images / f"{i}.png").rename(cache / "blobs" / f"abc{i}")
+        (cache / "snapshots" / "1" / "sub" / f"{i}.png").symlink_to(f"../../../blobs/abc{i}")
+    rows = csv(*(f"sub/{i}.png,What?,x" for i in range(20)))
+    train, val = convert(cache / "snapshots" / "1", tmp_path, "a.csv", rows)
+    assert set(images_of(train + val)) == {str(tmp_path / "out" / "images" / "sub" / f"{i}.png") for i in range(20)}
+
+
 def test_addresses_of_local_files(images, tmp_path):
     (images / "a b.png").write_bytes((images / "a.png").read_bytes())
     rows = [{"type": "image", "url": (images / name).as_uri()} for name in ("a b.png", "sub/b.png")]
