@@ -13,6 +13,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")  # JPEG i
 _NAMES = "JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF, PPM"
 
 # Limits for files that are small and take minutes. At each limit, decoding takes some seconds.
+MOST_SEGMENTS = 100_000  # before the pixels of a JPEG, with filler bytes between them; PIL reads each in Python
 MOST_EXIF_SEGMENTS = 100  # of a JPEG; one is usual, and PIL joins them in quadratic time
 MOST_SCANNED_PIXELS = 2 * 10**10  # the scans of a JPEG times its pixels; progressive photos have about 10 scans
 MOST_RUN_LENGTH_PIXELS = 10**7  # of a BMP with run lengths, which PIL decodes in Python
@@ -41,7 +42,7 @@ def open_image_file(file: BinaryIO, header_only: bool = False) -> Image.Image:
     is_jpeg = file.read(3) == b"\xff\xd8\xff"
     file.seek(0)
     if is_jpeg:
-        _check_exif_segments(file)
+        _check_head(file)
     try:
         image = Image.open(file, formats=formats())
     except Image.UnidentifiedImageError:
@@ -54,22 +55,25 @@ def open_image_file(file: BinaryIO, header_only: bool = False) -> Image.Image:
     return image
 
 
-def _check_exif_segments(file: BinaryIO):
+def _check_head(file: BinaryIO):
     """Walks through the head of a JPEG as PIL does."""
-    segments = 0
+    exif_segments, steps = 0, 0
     while byte := file.read(1):
+        steps += 1
         if byte != b"\xff":
             continue
-        while (marker := file.read(1)) == b"\xff":
-            pass
+        while (marker := file.read(1)) == b"\xff" and steps <= MOST_SEGMENTS:
+            steps += 1
+        if steps > MOST_SEGMENTS:
+            raise ValueError(f"it has more than {MOST_SEGMENTS:,} segments and filler bytes: save it as a usual JPEG")
         if not marker or marker == b"\xda":  # the pixels begin
             break
         has_segment = JpegImagePlugin.MARKER.get(0xFF00 | marker[0], (0, 0, None))[2]
         if not has_segment:
             continue
         head = file.read(8)
-        segments += marker == b"\xe1" and head[2:] == b"Exif\0\0"
-        if segments > MOST_EXIF_SEGMENTS:
+        exif_segments += marker == b"\xe1" and head[2:] == b"Exif\0\0"
+        if exif_segments > MOST_EXIF_SEGMENTS:
             raise ValueError(f"it has more than {MOST_EXIF_SEGMENTS} segments of EXIF data: save it without them")
         file.seek(int.from_bytes(head[:2], "big") - len(head), io.SEEK_CUR)
     file.seek(0)

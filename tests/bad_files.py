@@ -83,6 +83,12 @@ SLOW_IMAGES = {
     "exif.jpg": (lambda: jpeg_of_exif(300_000), "more than 100 segments of EXIF data"),
     "exif_behind_noise.jpg": (lambda: jpeg_of_exif(100_000, b"\xff\xff\x01"), "more than 100 segments of EXIF data"),
     "exif_behind_a_marker.jpg": (lambda: jpeg_of_exif(100_000, b"\xff\xf0"), "more than 100 segments of EXIF data"),
+    "filler.jpg": (lambda: jpeg_of_exif(1, b"\xff" * 10_000_000), "more than 100,000 segments and filler bytes"),
+    "zeros.jpg": (
+        lambda: jpeg_of_exif(1, b"\xff\xfe\0\2" + b"\0" * 10_000_000),
+        "more than 100,000 segments and filler bytes",
+    ),
+    "segments.jpg": (lambda: jpeg_of_exif(1, b"\xff\xfe\0\2" * 1_000_000), "more than 100,000 segments and filler"),
     "run_lengths.bmp": (lambda: bmp_of_run_lengths(13_000, 13_000), "a large BMP with run lengths"),
     "comments.ppm": (lambda: ppm_of_comments(1_000_000), "more than 1000 comments"),
     "colours.png": (lambda: png_with(b"iCCP", b"a\0\0" + zlib.compress(b"\0" * 10**8)), "too large"),
@@ -93,6 +99,7 @@ LARGE_IMAGES = {
     "frames.gif": lambda: gif_of_frames(50_000),
     "texts.png": lambda: png_with(b"tEXt", b"a\0b", 50_000),
     "exif.jpg": lambda: jpeg_of_exif(100),
+    "comments.jpg": lambda: jpeg_of_exif(1, (b"\xff\xfe\xff\xff" + b"a" * 65_533) * 1000 + b"\xff" * 1000),
     "scans.jpg": lambda: jpeg_of_scans(200, 1000),
 }
 

@@ -4,6 +4,7 @@ Some files say it themselves: `RECORDS`. The weights and the processor of a run 
 they count as written by a run if such a record lies beside them. Earlier versions have written the same files.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -30,7 +31,10 @@ STATE = (
     r"|zero_to_fp32\.py|\w+_states\.pt"
 )
 HALF_WRITTEN = r"\.tmp\w{6}|.+\.[0-9a-f]{32}\.partial|\.written-by-a-run"  # the first: by safetensors
-WRITTEN = re.compile("|".join((FULL_MODEL, ADAPTER, PROCESSOR, REPORTS, EVALUATION, STATE, HALF_WRITTEN)))
+BY_THE_SYSTEM = r"\.nfs[0-9a-f]+|\.DS_Store"  # the first: what NFS makes of a deleted file that is still open
+WRITTEN = re.compile(
+    "|".join((FULL_MODEL, ADAPTER, PROCESSOR, REPORTS, EVALUATION, STATE, HALF_WRITTEN, BY_THE_SYSTEM))
+)
 
 
 def _head(path: Path, size: int = 65536) -> str:
@@ -193,7 +197,8 @@ def delete_own(folder: Path):
     for root, _, files in os.walk(folder, topdown=False):
         for path in (Path(root, name) for name in files):
             if path != mark and str(path.relative_to(folder)) not in foreign:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # NFS keeps a file that is still open, and deletes it later
+                    path.unlink()
         if Path(root) != folder:
             _remove_if_empty(Path(root))
     mark.unlink()
@@ -201,10 +206,8 @@ def delete_own(folder: Path):
 
 
 def _remove_if_empty(folder: Path):
-    try:
+    with contextlib.suppress(OSError):
         folder.rmdir()
-    except OSError:
-        pass
 
 
 def free_name(path: Path) -> Path:

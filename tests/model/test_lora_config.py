@@ -163,6 +163,13 @@ def test_the_base_of_an_adapter_must_not_be_an_adapter(copy):
         find_saved(str(copy))
 
 
+def test_a_bias_that_cannot_be_merged(tmp_path):
+    config = LoraConfig(r=2, target_modules=["o_proj"], lora_bias=True)
+    get_peft_model(Phi3VForCausalLM.from_pretrained(CHECKPOINT), config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="can't be merged: it has lora_bias for layers whose base has no bias"):
+        merge_adapter(Phi3VForCausalLM.from_pretrained(CHECKPOINT), tmp_path)
+
+
 def test_weights_that_are_nan(copy):
     tensors(lambda weights: {k: v * float("nan") for k, v in weights.items()}, LORA)(copy)
     with pytest.raises(InputError, match="hold NaN or infinity"):

@@ -226,3 +226,20 @@ def test_a_run_that_is_killed_between_two_steps_can_start_again(change, finished
         shutil.rmtree(out)
         number += 1
     assert number > 1
+
+
+def test_files_of_the_system_do_not_make_a_folder_foreign(tmp_path, monkeypatch):
+    folder = tmp_path / "unfinished" / "checkpoint-5"
+    for name in (own_files.MARK, ".nfs000000000a1b0001", ".DS_Store"):
+        put(folder / name)
+    assert own_files.is_own_folder(folder)
+    unlink = Path.unlink
+
+    def busy(path, **options):
+        if path.name.startswith(".nfs"):
+            raise OSError("Device or resource busy")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    own_files.delete_own(folder)
+    assert [path.name for path in folder.iterdir()] == [".nfs000000000a1b0001"]
