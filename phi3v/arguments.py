@@ -231,8 +231,8 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
 
 
 def _sdpa_of_checkpoint(resume: str | None, output_dir: Path) -> str | None:
-    """ "sdpa" if the run that is resumed was trained with it: it goes on so, although flash attention may have been
-    installed since. None otherwise."""
+    """If the resumed run was trained with "sdpa", that, because flash attention may have been installed since. None
+    otherwise."""
     stored = stored_settings(find_checkpoint(resume, output_dir)[0])
     return "sdpa" if stored.get("attn_implementation") == "sdpa" else None
 

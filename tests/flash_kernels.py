@@ -33,6 +33,7 @@ def check_segments(query, key, s: Segments):
     assert len(s.query_ends) == len(s.key_ends)
 
 
+@torch.autocast("cpu", enabled=False)
 def scores_of(query, key, scale, is_causal):
     """Scaled scores (…, heads, queries, keys) in fp32; the last query is aligned with the last key."""
     key = key.repeat_interleave(query.shape[-2] // key.shape[-2], dim=-2)
@@ -43,6 +44,7 @@ def scores_of(query, key, scale, is_causal):
     return scores
 
 
+@torch.autocast("cpu", enabled=False)
 def weighted(scores, value, dtype):
     """(…, queries, heads, head_dim): for each query the mean of the values, weighted by the softmax of its scores."""
     value = value.float().repeat_interleave(scores.shape[-3] // value.shape[-2], dim=-2)

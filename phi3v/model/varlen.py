@@ -5,7 +5,8 @@ There are two kernels, which are named as `attn_implementation` names them:
 - "varlen": torch's own, which has the same origin. If FlashAttention-3 is installed and the GPU is a Hopper, torch runs
   that in its place.
 
-Both are called as forward and backward pass, below the autograd functions that they come with.
+Both are called as forward and backward pass, below the autograd functions that they come with, so that branches can
+share the tokens of their images.
 """
 
 import functools
@@ -155,20 +156,60 @@ def kernels_best_first() -> list[str]:
 # ---- Attention
 
 
+class Layout(NamedTuple):
+    """How a row is given to a kernel.
+
+    own: what can be computed as ordinary causal examples. Of a group with branches, that is the common part with its
+        first branch, and each other branch alone.
+    shared: the other branches attend to the common part as well: a segment for each such group, not causal. None if
+        there is none.
+    query_rows, key_rows: of `shared`, the rows of these queries and keys, as a slice or int64.
+    """
+
+    own: Segments
+    shared: Segments | None
+    query_rows: slice | torch.Tensor | None
+    key_rows: slice | torch.Tensor | None
+
+
 class _Attention(torch.autograd.Function):
+    """Queries of `Layout.shared` attend to two sets of keys. Each gives an output and the log-sum-exp of its scores;
+    with these the outputs are joined exactly. In the backward pass, each call of the kernel is given the joined output
+    and log-sum-exp: so it computes the softmax over all keys, and from it the exact gradients for its own keys. Ring
+    attention does the same with the keys of other devices (Liu et al., 2023, arXiv 2310.01889).
+    """
+
     @staticmethod
-    def forward(ctx, query, key, value, kernel, segments, scale):
+    def forward(ctx, query, key, value, kernel, layout, scale):
         query, key, value = map(_aligned, (query, key, value))
-        output, lse = _run_forward(kernel, query, key, value, segments, scale)
+        output, lse = _run_forward(kernel, query, key, value, layout.own, scale)
+        if layout.shared:
+            rows, keys = layout.query_rows, layout.key_rows
+            more = _run_forward(kernel, query[rows], key[keys], value[keys], layout.shared, scale)
+            output[rows], lse[:, rows] = _joined(output[rows], lse[:, rows], *more)
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.call = kernel, segments, scale
+        ctx.call = kernel, layout, scale
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        kernel, segments, scale = ctx.call
-        grads = kernel.backward(_aligned(grad), *ctx.saved_tensors, segments, scale)
+        kernel, layout, scale = ctx.call
+        query, key, value, output, lse = ctx.saved_tensors
+        grad = _aligned(grad)
+        grads = kernel.backward(grad, query, key, value, output, lse, layout.own, scale)
+        if layout.shared:
+            rows, keys = layout.query_rows, layout.key_rows
+            states = query[rows], key[keys], value[keys], output[rows], lse[:, rows].contiguous()
+            more = kernel.backward(grad[rows], *states, layout.shared, scale)
+            for whole, own, part in zip(grads, (rows, keys, keys), more, strict=True):
+                whole[own].add_(part) if isinstance(own, slice) else whole.index_add_(0, own, part)
         return *grads, None, None, None
+
+
+def _joined(output, lse, more, more_lse) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and log-sum-exp over two sets of keys, from those over each; computed in fp32."""
+    share = torch.sigmoid(more_lse - lse).T[..., None]  # of the second set in the softmax over both
+    return torch.lerp(output.float(), more.float(), share).to(output.dtype), torch.logaddexp(lse, more_lse)
 
 
 def _run_forward(kernel: Kernel, query, key, value, segments: Segments, scale):
@@ -203,16 +244,37 @@ def varlen_attention(kernel: Kernel, query, key, value, packing: Packing, trimme
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    segments = packing.cached(("varlen", trimmed), lambda: segments_of(packing, trimmed, device))
-    return _Attention.apply(*(x.squeeze(0) for x in (query, key, value)), kernel, segments, scale)[None]
+    layout = packing.cached(("varlen", trimmed), lambda: layout_of(packing, trimmed, device))
+    query, key, value = (x.squeeze(0) for x in (query, key, value))
+    return _Attention.apply(query, key, value, kernel, layout, scale)[None]
 
 
-def segments_of(packing: Packing, trimmed: bool, device) -> Segments:
-    """A segment for each group; `trimmed` as in `attention.packed_attention`. Raises ValueError for branches."""
-    if any(group.branches for group in packing.groups):
-        raise ValueError("flash attention can't share an image between branches: pack with share_images=False")
-    lengths = [(group.tail if trimmed else group.length, group.length) for group in packing.groups]
-    return _segments(lengths, device, is_causal=True)
+def layout_of(packing: Packing, trimmed: bool, device) -> Layout:
+    """`trimmed` as in `attention.packed_attention`."""
+    own, shared, query_rows, key_rows, q, k = [], [], [], [], 0, 0
+    for group in packing.groups:
+        rows = group.tail if trimmed else group.length
+        first, *others = group.branches or (0,)
+        # The first branch comes right after the common part, so together they are an ordinary causal example.
+        own += [(rows + first, group.length + first), *((n, n) for n in others)]
+        if others:
+            start = q + rows + first
+            query_rows.append((start, start + sum(others)))
+            key_rows.append((k, k + group.length))
+            shared.append((sum(others), group.length))
+        q += rows + sum(group.branches)
+        k += group.size
+    if not shared:
+        return Layout(_segments(own, device, is_causal=True), None, None, None)
+    rows = (_rows(spans, device) for spans in (query_rows, key_rows))
+    return Layout(_segments(own, device, is_causal=True), _segments(shared, device, is_causal=False), *rows)
+
+
+def _rows(spans: list[tuple[int, int]], device) -> slice | torch.Tensor:
+    """An index for the rows from start to end of each span. For one span it is a slice, which copies nothing."""
+    if len(spans) == 1:
+        return slice(*spans[0])
+    return torch.cat([torch.arange(*span) for span in spans]).to(device, non_blocking=True)
 
 
 def _segments(lengths: list[tuple[int, int]], device, is_causal: bool) -> Segments:

@@ -4,16 +4,15 @@ import math
 
 from ..data.conversations import ConversationDataset
 from ..data.sampler import StepSampler, sampler_for
-from ..model.varlen import KERNELS
 
 
 def shares_images(args) -> bool:
-    """Whether questions about the same image share one copy of its tokens in a micro-batch. Flash attention can't
+    """Whether questions about the same image share one copy of its tokens in a micro-batch. All kinds of attention can
     compute that. The sampler, which counts tokens, and the collator, which makes the rows, both ask here.
 
     args: a script's flags.
     """
-    return args.share_images and args.attn_implementation not in KERNELS
+    return args.share_images
 
 
 def plan_steps(

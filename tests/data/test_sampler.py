@@ -9,7 +9,6 @@ from phi3v.data.sampler import StepSampler
 from phi3v.data.sizes import Size
 from phi3v.errors import InputError
 from phi3v.model.packing import IGNORE_INDEX, pack
-from phi3v.model.varlen import KERNELS
 from phi3v.training.hardware import ATTENTION
 from phi3v.training.steps import plan_steps, shares_images
 
@@ -96,7 +95,7 @@ def test_the_count_of_a_micro_batch_is_the_length_of_its_row(attention, share_im
     """Eight questions about one page, with different first words, and examples that share no image with others."""
     page = [question(30, [100 + i, *range(5 + i)], key="page") for i in range(8)]
     counted, packed = counted_and_packed(attention, page, share_images)
-    assert counted == packed == (30 + 8 * 6 + 28 if share_images and attention not in KERNELS else 8 * 36 + 28)
+    assert counted == packed == (30 + 8 * 6 + 28 if share_images else 8 * 36 + 28)
     alone = [question(30, range(7), key=None), question(0, range(9), key=None)]
     counted, packed = counted_and_packed(attention, [*page[:3], *alone, *page[3:]], share_images)
     assert counted == packed
@@ -113,4 +112,4 @@ def test_examples_beyond_the_original_length_share_no_image_with_shorter_ones(at
 def test_a_row_is_never_longer_than_counted(attention):
     alike = [question(30, [*range(6), 100 + i, 1, 2], key="page") for i in range(8)]  # six first words in common
     counted, packed = counted_and_packed(attention, alike)
-    assert counted - packed == (7 * 6 if attention not in KERNELS else 0)
+    assert counted - packed == 7 * 6
