@@ -28,6 +28,7 @@ def replaced():
             (F, "rms_norm", one_kernel("rms_norm", F.rms_norm)),
             (F, "scaled_dot_product_attention", _attend),
             (torch, "compile", _compile),
+            (torch, "is_autocast_enabled", lambda *_: False),  # torch raises RuntimeError for meta
             (flash_utils, "is_flash_attn_2_available", lambda *_: True),
             (flash_utils, "_loaded_implementation", None),
         ):
@@ -116,7 +117,8 @@ _library.define(
 
 @torch.library.impl(_library, "flash_attn", "Meta")
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, causal):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    *batch, n, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(*batch, heads, n, dtype=torch.float32)
 
 
 @torch.library.impl(_library, "flash_attn_backward", "Meta")

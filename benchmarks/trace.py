@@ -216,6 +216,7 @@ TABLE = {
     "4 pages, LoRA": {"mode": "lora"},
     "4 pages, QLoRA": {"mode": "qlora"},
     "4 pages, sdpa": {"attention": "sdpa"},
+    "4 questions about one page, sdpa": {"questions": 4, "attention": "sdpa"},
     "1 page": {"micro_batch": 1},
     "16 small images": {"task": "images"},
     "16 small images, sdpa": {"task": "images", "attention": "sdpa"},

@@ -118,6 +118,33 @@ def test_attention_kernels_compute_the_pairs_that_attend():
     assert attended(attn_mask=mask) == attended()  # the kernel computes what the mask then hides
 
 
+def _torch_varlen(x, ends):
+    torch.ops.aten._flash_attention_forward(x, x, x, ends, ends, 6, 6, 0.0, True, False)
+
+
+def _package_varlen(x, ends):
+    from flash_attn import flash_attn_varlen_func
+
+    flash_attn_varlen_func(x, x, x, ends, ends, 6, 6, causal=True)
+
+
+def _below_autograd(x, ends):
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+    assert _flash_attn_varlen_forward(x, x, x, ends, ends, 6, 6, 0.0, 1.0, True)[1].shape == (2, 10)
+
+
+@pytest.mark.parametrize("kernel", [_torch_varlen, _package_varlen, _below_autograd])
+def test_kernels_for_packed_rows_compute_the_pairs_within_examples(kernel):
+    """Two examples, of 4 and 6 tokens: 10 and 21 pairs, in 2 heads of 8 numbers."""
+
+    def work():
+        ends = torch.tensor([0, 4, 10]).to("meta", torch.int32)
+        kernel(torch.empty(10, 2, 8, dtype=torch.bfloat16, device="meta"), ends)
+
+    assert [k.flops for k in counted(work) if k.kind == "attention"] == [2 * 2 * 2 * 8 * (10 + 21)]
+
+
 @pytest.mark.parametrize("attention", ["flash", "sdpa"])
 def test_the_flops_of_a_small_model_are_those_counted_by_hand(attention):
     found = traced("--attention", attention)
@@ -185,6 +212,18 @@ GPU = prediction.GPU(100e12, 0.5, 0.4, 0.2, 1e12, 1e-5, 1e11, 0.002)
 )
 def test_a_kernel_takes_the_time_of_its_flops_or_of_its_bytes(kernel, seconds):
     assert prediction.kernel_seconds(Kernel("part", "forward", *kernel), GPU) == seconds
+
+
+def test_the_assumptions_stay_as_they_are():
+    """Predictions of two versions of the code can be compared only if nothing but the code differs."""
+    fixed = {
+        "A100": (312e12, 0.77, 0.52, 0.45, 1.75e12, 2.5e-6, 185e9, 12e-3, True),
+        "H100": (989e12, 0.66, 0.36, 0.30, 2.9e12, 2.0e-6, 319e9, 7e-3, True),
+    }
+    assert {name: tuple(vars(prediction.GPUS[name]).values()) for name in fixed} == fixed
+    empty = prediction.Trace([], dict.fromkeys(("forward", "backward"), 0), None, 0.0, int(prediction.WHOLE), False)
+    seconds = [prediction.predict(empty, prediction.GPUS[name], 1, gpus=8)["optimizer"] for name in fixed]
+    assert seconds == pytest.approx([0.048, 0.028], abs=1e-4)
 
 
 def test_a_prediction_adds_up():
