@@ -13,7 +13,6 @@ follows a time. It is a PREDICTION, under the assumptions that are printed with 
 import argparse
 import contextlib
 import datetime
-import importlib.util
 import json
 import sys
 from collections import Counter
@@ -32,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints lines when it is imported
     import finetune_hf_trainer_docvqa as docvqa
     from phi3v import Phi3VConfig, Phi3VForCausalLM
+    from phi3v.model import fused as fused_functions
     from phi3v.model import modeling_phi3v
     from phi3v.model.adapters import inner_model
     from phi3v.model.loading import not_quantized
@@ -78,12 +78,10 @@ def make_model(config: Phi3VConfig, mode: str, attention: str):
 @contextlib.contextmanager
 def fused(wanted: bool):
     """Elementwise functions are fused within, as training fuses them on a GPU."""
-    module = importlib.import_module("phi3v.model.fused") if importlib.util.find_spec("phi3v.model.fused") else None
-    if module and wanted:
-        module.compile_all(torch.device("meta"))
+    if wanted:
+        fused_functions.compile_all(torch.device("meta"))
     yield
-    if module:
-        module.turn_off()
+    fused_functions.turn_off()
 
 
 def trace(model, examples: list[dict], recompute: str = "none", quantized: bool = False, fuse: bool = True) -> Trace:
@@ -216,7 +214,7 @@ TABLE = {
     "4 pages, LoRA": {"mode": "lora"},
     "4 pages, QLoRA": {"mode": "qlora"},
     "4 pages, sdpa": {"attention": "sdpa"},
-    "4 questions about one page, sdpa": {"questions": 4, "attention": "sdpa"},
+    "4 questions about one page": {"questions": 4},
     "1 page": {"micro_batch": 1},
     "16 small images": {"task": "images"},
     "16 small images, sdpa": {"task": "images", "attention": "sdpa"},
