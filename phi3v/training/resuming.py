@@ -121,11 +121,3 @@ def _load_by_deepspeed(engine, checkpoint, *args, **kwargs):
 
 
 trainer.deepspeed_load_checkpoint = _load_by_deepspeed  # which the Trainer calls by this name
-
-
-def check_keys(missing, unexpected, checkpoint: Path):
-    """Raises InputError if a checkpoint has no value for a weight that trains, or weights that the model lacks."""
-    if names := sorted(missing):
-        raise InputError(f"{checkpoint} lacks the weights {', '.join(names[:3])}: it is of another model")
-    if names := sorted(unexpected):
-        raise InputError(f"{checkpoint} holds the weights {', '.join(names[:3])}, which the model does not have")

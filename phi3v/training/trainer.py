@@ -28,7 +28,7 @@ from .health import TrainingHealth
 from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
 from .own_files import MARK, UNFINISHED, claim, delete_own, free_name, is_best, strangers
-from .resuming import check_keys, reading
+from .resuming import reading
 from .stopping import Interrupted
 from .trackers import Trackers
 
@@ -224,9 +224,6 @@ class RecipeTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if isinstance(self.model, PeftModel):
                 load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
-
-    def _issue_warnings_after_load(self, load_result):
-        check_keys(load_result.missing_keys, load_result.unexpected_keys, "the checkpoint to resume from")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with reading(checkpoint):

@@ -113,8 +113,8 @@ def other_schedule(checkpoint):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (other_names, "lacks the weights .*: it is of another model"),
-        (other_shapes, "checkpoint-12 can't be resumed from .*size mismatch"),
+        (other_names, "checkpoint-12 lacks the weights .* it holds weights that the model does not have, x"),
+        (other_shapes, "checkpoint-12 holds .* of shape .*, must be "),
         (other_groups, "checkpoint-12 can't be resumed from .*parameter groups"),
         (other_schedule, "checkpoint-12 can't be resumed from"),
     ],
@@ -136,7 +136,7 @@ def test_an_adapter_of_other_names_is_not_resumed_from(finished_run, toy_data, t
     save_file({"x" + name: tensor for name, tensor in weights.items()}, out / "checkpoint-12/adapter_model.safetensors")
     update_manifest(out / "checkpoint-12")
     flags = [*RESUMABLE_MODES["lora"], "--resume_from_checkpoint", "auto", "--max_steps", "13", "--resume_anyway"]
-    with pytest.raises(InputError, match="checkpoint-12 (lacks the weights|can't be resumed from)"):
+    with pytest.raises(InputError, match="checkpoint-12/.* names of an adapter's weights start with"):
         train_resumable(toy_data, out, *flags)
 
 
