@@ -127,13 +127,19 @@ def _torch_describe() -> str:
     return f"{name}; FlashAttention-3 is installed and can't be used: {problem}" if problem else name
 
 
+def _has_flash_attention_3() -> bool:
+    """Whether FlashAttention-3 is installed and the GPU is a Hopper, the only one that torch runs it on."""
+    if importlib.util.find_spec("flash_attn_interface") is None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability()[0] == 9
+
+
 @functools.cache
 def _flash_attention_3() -> tuple[bool, str]:
-    """Puts FlashAttention-3 in the place of torch's kernel, if it is installed and the GPU is a Hopper, the only one
-    that it is for. Returns whether it is there, and what has gone wrong."""
-    if importlib.util.find_spec("flash_attn_interface") is None or not torch.cuda.is_available():
-        return False, ""
-    if torch.cuda.get_device_capability()[0] != 9:
+    """Puts FlashAttention-3 in the place of torch's kernel, if it is there, from the first use on. Not earlier, because
+    torch then also runs it for SDPA attention, where it fails with dropout. Returns whether it runs, and what has gone
+    wrong."""
+    if not _has_flash_attention_3():
         return False, ""
     try:
         torch.nn.attention.activate_flash_attention_impl("FA3")
@@ -150,7 +156,7 @@ KERNELS = {  # by the names of `attn_implementation`
 
 def kernels_best_first() -> list[str]:
     """The names of KERNELS, the fastest first on this machine, whether it has them or not."""
-    return sorted(KERNELS, key=lambda kind: kind == "varlen", reverse=_flash_attention_3()[0])
+    return sorted(KERNELS, key=lambda kind: kind == "varlen", reverse=_has_flash_attention_3())
 
 
 # ---- Attention

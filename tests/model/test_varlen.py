@@ -8,6 +8,7 @@ from golden_cases import load as load_golden
 from helpers import TINY_MODEL
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM
+from phi3v.model import varlen
 from phi3v.model.image_processing_phi3v import num_image_tokens
 from phi3v.model.packing import IGNORE_INDEX, pack
 from phi3v.model.varlen import KERNELS, _aligned, _torch_backward, _torch_forward, layout_of, varlen_attention
@@ -284,3 +285,10 @@ def test_the_operations_of_the_installed_torch(dtype):
         assert lse.shape == (32, segments.queries) and lse.dtype == torch.float32
         grads = _torch_backward(torch.empty_like(output), query, key, value, output, lse, segments, 0.1)
         assert [(x.shape, x.dtype) for x in grads] == [(x.shape, dtype) for x in (query, key, value)]
+
+
+def test_flash_attention_3_that_cannot_be_loaded_leaves_torchs_kernel(monkeypatch):
+    monkeypatch.setattr(varlen, "_has_flash_attention_3", lambda: True)
+    monkeypatch.setattr(varlen, "_flash_attention_3", varlen._flash_attention_3.__wrapped__)  # without its cache
+    assert varlen._flash_attention_3() == (False, "No module named 'flash_attn_interface'")
+    assert "FlashAttention-3 is installed and can't be used: No module" in KERNELS["varlen"].describe()

@@ -31,6 +31,7 @@ def machine(monkeypatch):
 
     def put(is_ampere=True, lacking=(), flash_attention_3=False):
         monkeypatch.setattr(hardware, "_is_ampere", lambda: is_ampere)
+        monkeypatch.setattr(varlen, "_has_flash_attention_3", lambda: flash_attention_3)
         monkeypatch.setattr(varlen, "_flash_attention_3", lambda: (flash_attention_3, ""))
         for kind, name in {"flash_attention_2": PACKAGE, "varlen": OLD_TORCH}.items():
             lacks = name if kind in lacking else None
