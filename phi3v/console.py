@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 
+import datasets
 from transformers.utils import logging
 
 from .ranks import is_first
@@ -39,13 +40,17 @@ def quiet_console(no_bars: bool):
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        datasets.disable_progress_bars()  # a bar would share its line with what rank 0 says
 
 
 class _Output(io.FileIO):
     """Standard output or standard error that a run outlives: when its reader has gone (`| head -1`, a closed terminal),
     or the disk of a log is full, what is written to it is dropped, and the run goes on."""
 
+    at_line_start = True
+
     def write(self, data) -> int:
+        self.at_line_start = bytes(data[-1:]) == b"\n"
         try:
             return super().write(data)
         except OSError as e:
@@ -56,6 +61,14 @@ class _Output(io.FileIO):
                 if self.fileno() == 1 and sys.stderr:
                     tell("nobody reads the standard output any more: the program goes on without it", to_stderr=True)
             return len(data)
+
+
+def begin_line():
+    """Ends the line of standard error that a progress bar has left open."""
+    sys.stderr.flush()
+    raw = getattr(getattr(sys.stderr, "buffer", None), "raw", None)
+    if isinstance(raw, _Output) and not raw.at_line_start:
+        print(file=sys.stderr)
 
 
 def outlive_readers():

@@ -9,7 +9,7 @@ import time
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from .console import outlive_readers, say
+from .console import begin_line, outlive_readers, say
 from .ranks import end_process, is_first
 from .secrets import guard_output_of_libraries, masked_command, safe_to_print
 from .workers import end_workers, explain, raise_file_limit
@@ -189,6 +189,7 @@ def exit_on_input_error(main):
             # Most errors occur on rank 0 as well. It reports them, and torchrun ends this process while it sleeps.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(20)
+        begin_line()
         print(f"error: {InputError(str(message))}", file=sys.stderr, flush=True)
         status = 2
     finally:

@@ -225,7 +225,7 @@ def test_half_precision(weights, dtype, share_images, kernels):
         errors.append({name: ((grads[name] - grad).norm() / grad.norm()).item() for name, grad in expected[1].items()})
     for name, error in errors[1].items():
         if not name.endswith("k_proj.bias"):
-            assert error <= 1.5 * errors[0][name], name
+            assert error <= 2 * errors[0][name], name
 
 
 def test_fp32_states_are_converted_under_autocast(kernels):

@@ -113,7 +113,7 @@ def test_every_script_takes_all_flags_of_the_trainer():
 CHECKED_BY_THE_PROGRAM = {
     "tools/ask.py": {"num_crops", "max_new_tokens"},
     "tools/convert_conversations.py": {"val_share"},
-    "convert_ucf101.py": {"num_frames", "num_workers"},
+    "convert_ucf101.py": {"num_frames", "num_workers", "max_members", "max_unpacked_gib", "max_seconds_per_video"},
     "demo/make_data.py": {"videos", "rows"},
     "demo/make_base.py": {"tower_steps", "decoder_steps"},
 }
