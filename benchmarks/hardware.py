@@ -32,6 +32,7 @@ ANSWER = "$1,234.50"
 BATCH_SIZE = 64
 MODES = {
     "full": [],
+    "ZeRO-1": ["--deepspeed", str(ROOT / "ds_config" / "zero1.json")],
     "offload": ["--deepspeed", str(ROOT / "ds_config" / "zero2_offload.json")],
     "ZeRO-3": ["--deepspeed", str(ROOT / "ds_config" / "zero3.json")],
     "frozen vision": ["--freeze_vision_model"],
@@ -40,9 +41,10 @@ MODES = {
 }
 BEFORE_AMPERE = ("V100", "RTX 8000")  # these have neither bf16 nor flash attention
 # Columns of each table: (number of GPUs, mode). Offload is not repeated for 2 and 4 GPUs: it divides nothing between
-# them, so that n GPUs are n times as fast as one.
+# them, so that n GPUs are n times as fast as one. On one GPU, ZeRO-1 saves nothing.
 TABLES = [
-    [(1, mode) for mode in MODES] + [(n, mode) for n in (2, 4) for mode in ("full", "ZeRO-3")],
+    [(1, mode) for mode in MODES if mode != "ZeRO-1"]
+    + [(n, mode) for n in (2, 4) for mode in ("full", "ZeRO-1", "ZeRO-3")],
     [(8, mode) for mode in MODES],
 ]
 

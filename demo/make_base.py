@@ -26,6 +26,8 @@ from transformers import PreTrainedTokenizerFast
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import ConversationDataset
+from phi3v.model.chat import SAME_CHAT_TEMPLATE
+from phi3v.model.generation import use_own_settings
 from phi3v.model.packing import IGNORE_INDEX
 from phi3v.training.evaluation import generate_answers
 
@@ -35,10 +37,6 @@ HERE = Path(__file__).resolve().parent
 
 VOCABULARY = 512
 SPECIAL = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
-CHAT_TEMPLATE = (
-    "{%- for turn in messages -%}{{ '<|' ~ turn.role ~ '|>\\n' ~ turn.content ~ '<|end|>\\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt and messages[-1].role != 'assistant' -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
-)
 # The words of the questions here and of the demo's tasks. Each word becomes one or two tokens.
 TEXTS = [
     "Describe the image. Describe image 1. Which digits are shown?",
@@ -91,7 +89,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = SAME_CHAT_TEMPLATE
     return tokenizer
 
 
@@ -127,8 +125,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Phi3VForCausalLM:
         },
     )
     model = Phi3VForCausalLM(config)
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
     embeddings = model.model.vision_embed_tokens.img_processor.vision_model.embeddings
     with torch.no_grad():
         # Filters that sum to zero respond only to strokes. Otherwise the white paper would hide the patch's position.
@@ -335,6 +331,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--tower_steps", type=int, default=3500)
     parser.add_argument("--decoder_steps", type=int, default=4000)
     args = parser.parse_args(argv)
+    if min(args.tower_steps, args.decoder_steps) < 1:
+        parser.error("--tower_steps and --decoder_steps must be at least 1")
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the result depends on the number of threads, because the order of sums does
     tokenizer = make_tokenizer()
@@ -344,6 +342,7 @@ def main(argv: list[str] | None = None):
     train_tower(model, processor, args.tower_steps, batch_size=64, learning_rate=2e-3)
     train_decoder(model, processor, args.decoder_steps, batch_size=32, learning_rate=1e-3)
     model.to(torch.bfloat16)  # as the real checkpoint is
+    use_own_settings(model, processor)
     model.save_pretrained(args.out_dir)
     processor.save_pretrained(args.out_dir)
     for question, (right, asked) in count_right(model, processor, 2000).items():

@@ -22,8 +22,9 @@ from .flag_rules import check_flags
 from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
-from .training.checkpoints import MANIFEST, find_checkpoint
+from .training.checkpoints import MANIFEST, find_checkpoint, numbered, stored_settings
 from .training.hardware import choose_attention, choose_precision, disable_direct_links
+from .training.optimizer import check_optimizer
 from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
@@ -62,14 +63,23 @@ class RunArguments:
         help="branch, tag or commit of the model on the Hub; --model_name_or_path OWNER/NAME@REVISION says the same",
     )
     attn_implementation: str | None = HfArg(
-        default=None, help="flash_attention_2, sdpa or eager; default: the best that is installed and the GPU can run"
+        default=None,
+        help="flash_attention_2 (of the package flash-attn), varlen (torch's own flash attention), sdpa or eager; "
+        "default: the first of these that is installed and that the GPU can run",
     )
-    use_flash_attention: bool = HfArg(default=False, help="short for --attn_implementation flash_attention_2")
+    use_flash_attention: bool = HfArg(
+        default=False, help="flash attention, of the package flash-attn if it is installed, else torch's own"
+    )
     fp32: bool = HfArg(default=False, help="full precision; default: fp16 on a GPU, fp32 on a CPU")
     max_tokens_per_gpu: str | None = HfArg(
         default=None,
         help="in place of --batch_size_per_gpu: fill each micro-batch with examples up to this many tokens; auto: as "
         "many as are expected to fit into memory",
+    )
+    no_fuse: bool = HfArg(
+        default=False,
+        help="do not fuse elementwise functions on a GPU with torch.compile, which makes their results differ by "
+        "rounding",
     )
     share_images: bool = HfArg(
         default=True,
@@ -151,7 +161,7 @@ def parse_arguments(
     if "deepspeed" not in given and not (args.use_lora or args.evaluate_only):
         trainer["deepspeed"] = deepspeed  # adapters are small, and an evaluation has no optimizer
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
-    check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER)
+    check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER, os.cpu_count())
     return args, resolve(args, trainer, given)
 
 
@@ -169,6 +179,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
     if args.max_tokens_per_gpu not in (None, "auto"):
         args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
+    trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])  # as TrainingArguments does
     restarted = join_after_restart(trainer["ddp_timeout"])
     if args.evaluate_only or args.dry_run:
         trainer["resume_from_checkpoint"] = None  # so that either flag can be added to the command of any run
@@ -193,9 +204,10 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
 
     for_another_machine = args.estimate and not torch.accelerator.is_available()  # one with GPUs
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32, for_another_machine)
-    args.attn_implementation = choose_attention(
-        args.attn_implementation, args.use_flash_attention, precision, for_another_machine
-    )
+    asked = args.attn_implementation
+    if not given & {"attn_implementation", "use_flash_attention"}:
+        asked = _sdpa_of_checkpoint(resume, Path(trainer["output_dir"]))
+    args.attn_implementation = choose_attention(asked, args.use_flash_attention, precision, for_another_machine)
     trainer.update(
         bf16=precision == "bf16",
         fp16=precision == "fp16",
@@ -212,9 +224,19 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     if not trainer["dataloader_num_workers"]:
         trainer["dataloader_prefetch_factor"] = None
     try:
-        return TrainingArguments(**trainer)
-    except (ValueError, TypeError) as e:
+        training_args = TrainingArguments(**trainer)
+    except (ValueError, TypeError, ImportError, RecursionError) as e:
         raise InputError(" ".join(str(e).split())) from None
+    if not args.evaluate_only:
+        check_optimizer(training_args)
+    return training_args
+
+
+def _sdpa_of_checkpoint(resume: str | None, output_dir: Path) -> str | None:
+    """If the resumed run was trained with "sdpa", that, because flash attention may have been installed since. None
+    otherwise."""
+    stored = stored_settings(find_checkpoint(resume, output_dir)[0])
+    return "sdpa" if stored.get("attn_implementation") == "sdpa" else None
 
 
 def _check_model(args, output_dir: str):
@@ -239,6 +261,8 @@ def _check_model_folder(name: str):
         model_type = read_json(folder / "config.json").get("model_type")
     except OSError:
         raise InputError(f"--model_name_or_path {name}: there is no such folder with a config.json in it") from None
+    except InputError as e:
+        raise InputError(f"--model_name_or_path {name}: {e}") from None
     except (ValueError, AttributeError):
         raise InputError(f"--model_name_or_path {name}: its config.json is not a JSON object") from None
     if model_type != "phi3_v":
@@ -266,7 +290,7 @@ def _make_output_dir(folder: Path, may_hold_checkpoints: bool):
         raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output_dir {folder} is not writable")
-    if not may_hold_checkpoints and any(folder.glob("checkpoint-*")):
+    if not may_hold_checkpoints and numbered(folder):
         raise InputError(
             f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
         )

@@ -9,17 +9,22 @@ import time
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
+from .console import begin_line, outlive_readers, say
 from .ranks import end_process, is_first
-from .secrets import mask_logs_and_tracebacks, masked_command, without_secrets
-from .text import printable
+from .secrets import guard_output_of_libraries, masked_command, safe_to_print
+from .workers import end_workers, explain, raise_file_limit
 
 
 class InputError(ValueError):
-    """Something that a user gave is wrong. The message says where, what is wrong, and what to do, in one line for each
-    problem. Tokens and passwords in it are masked."""
+    """Something that a user gave is wrong. The message says where, what is wrong, and what to do, in one line.
+
+    If it lists several things, each further line begins with two spaces; other line breaks come from outside, and are
+    escaped like everything that a terminal obeys. Tokens and passwords are masked."""
 
     def __init__(self, message: str):
-        super().__init__(printable(without_secrets(message), keep="\n"))
+        # An error from a DataLoader's worker has the worker's traceback and this class's name before its message.
+        message = message.rpartition(f"{__name__}.InputError: ")[2].rstrip("\n")
+        super().__init__("\n  ".join(map(safe_to_print, message.split("\n  "))))
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +32,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{masked_command(message)} (see --help)")
+
+    def _print_message(self, message, file=None):
+        super()._print_message(message and safe_to_print(message, keep="\n"), file)
 
 
 class Problems:
@@ -54,7 +62,7 @@ class Problems:
         self.count += 1
         self.examples.add((where, example))
         if len(self.lines) < self.shown:
-            line = printable(f"{where}: {message}")
+            line = safe_to_print(f"{where}: {message}")
             self.lines.append(line if len(line) <= 400 else f"{line[:300]} … {line[-90:]}")
 
     def extend(self, other: "Problems"):
@@ -119,8 +127,7 @@ class BadExamples:
         self.left_out += problems.lines
         if not used:
             raise InputError(f"none of the {len(problems):,} examples of {source} can be used; {problems.lines[0]}")
-        if is_first():
-            print(f"{source}: {len(problems):,} of {used + len(problems):,} examples are left out", flush=True)
+        say(f"{source}: {len(problems):,} of {used + len(problems):,} examples are left out")
 
 
 def listing(left_out: list[str]) -> list[str]:
@@ -161,9 +168,12 @@ def first_of_node(training_args, desc: str):
 
 
 def exit_on_input_error(main):
-    """Calls `main` and ends the process with its status: 0, that of a SystemExit, or 2 after an InputError, which is
-    printed as `error: …` without a traceback. Other exceptions are raised."""
-    mask_logs_and_tracebacks()
+    """Calls `main` and ends the process with its status: 0, that of a SystemExit, or 2 after an InputError, the death
+    of a worker or a limit of the machine, which are printed as `error: …` without a traceback. Other exceptions are
+    raised."""
+    outlive_readers()
+    guard_output_of_libraries()
+    raise_file_limit()
     status = 0
     try:
         main()
@@ -171,13 +181,17 @@ def exit_on_input_error(main):
         if not isinstance(e.code, int | None):
             raise
         status = e.code or 0
-    except InputError as e:
+    except Exception as e:
+        message = e if isinstance(e, InputError) else explain(e)
+        if message is None:
+            raise
         if not is_first():
             # Most errors occur on rank 0 as well. It reports them, and torchrun ends this process while it sleeps.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(20)
-        # An error from a DataLoader's worker has the worker's traceback and the class's name before its message.
-        message = str(e).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2].strip()
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        begin_line()
+        print(f"error: {InputError(str(message))}", file=sys.stderr, flush=True)
         status = 2
+    finally:
+        end_workers()
     end_process(status)

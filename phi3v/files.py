@@ -1,17 +1,19 @@
 """Writing files so that they appear whole or not at all, whatever happens while they are written."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import InputError
 
+MARK = ".being_written"  # an empty file in a folder that is not complete yet; only such folders are deleted
 LARGEST_JSON = 256 << 20  # bytes; the tokenizer.json of a large vocabulary has about 20 MB
 
 
@@ -37,24 +39,53 @@ def replacing(path: str | Path, *, durable: bool = True, several_writers: bool =
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Gives a new, empty folder beside `path` to fill. When the block ends, that folder becomes `path`, which must not
-    exist or must be an empty folder; after an exception it is deleted with everything in it."""
-    path = Path(path)
+def replacing_folder(path: str | Path, earlier: Container[str] = ()) -> Iterator[Path]:
+    """Gives a new folder beside `path` to fill, which holds only MARK. When the block ends, that folder becomes `path`,
+    which must not exist or must be an empty folder; after an exception it is deleted with everything in it.
+
+    earlier: the names of what earlier versions, which made no MARK, left there when they were killed. Raises InputError
+    if another process is filling the folder, or if something of its name is there that is not ours.
+    """
+    path = Path(os.path.abspath(path))
     partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    if os.path.lexists(partial):
+        is_folder = partial.is_dir() and not partial.is_symlink()
+        names = os.listdir(partial) if is_folder else []
+        if not is_folder or MARK not in names and any(name not in earlier for name in names):
+            raise InputError(
+                f"{partial} is in the way, and was not made by this program: move it away, or choose another folder "
+                f"than {path}"
+            )
+        with _locked(partial / MARK):
+            shutil.rmtree(partial)  # left by a process that was killed
     partial.mkdir(parents=True)
     try:
-        yield partial
-        if path.exists():
-            path.rmdir()
-        os.replace(partial, path)
+        with _locked(partial / MARK):
+            yield partial
+            (partial / MARK).unlink()
+            if path.exists():
+                path.rmdir()
+            os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _locked(mark: Path) -> Iterator[None]:
+    """Makes the mark if need be, and locks it until the block or the process ends. Raises InputError if another
+    process has locked it."""
+    with open(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing to {mark.parent}: wait until it ends") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def write_text(path: str | Path, text: str):
-    with replacing(path) as partial:
+    with replacing(path, several_writers=True) as partial:  # whose name no other file has
         partial.write_text(text, encoding="utf-8")
 
 
@@ -65,10 +96,11 @@ def write_json(path: str | Path, content: dict, sort_keys: bool = False):
 def open_regular(path: str | Path) -> BinaryIO:
     """Opens a file for reading. Raises InputError for whatever is no regular file: reading from a named pipe or a
     device can wait for ever. What is opened is checked, so that the file can't be swapped after the check."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
+    if stat.S_ISREG(os.stat(path).st_mode):  # some devices do something when they are opened
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
     raise InputError(f"{path} is not a regular file: give a file that holds data, not a folder, pipe or device")
 
 

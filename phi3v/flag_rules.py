@@ -4,25 +4,12 @@ Every rule is a function of the flags and of the few facts about the machine tha
 changes nothing, and raises InputError with one line. `check_flags` applies all of them.
 """
 
-import math
+import json
 
 from .deepspeed_config import zero_stage
 from .errors import InputError
+from .number_limits import LARGEST_COUNT, check_numbers, most_workers
 
-# Flags that count something.
-COUNTS = (
-    "batch_size",
-    "batch_size_per_gpu",
-    "num_crops",
-    "max_new_tokens",
-    "max_train_samples",
-    "max_eval_samples",
-    "lora_rank",
-    "estimate_gpus",
-    "max_length",
-)
-# Flags that are amounts or rates: above 0, and finite.
-POSITIVE = ("learning_rate", "vision_lr", "projector_lr", "lora_alpha_ratio", "num_train_epochs", "cache_vision_gib")
 # Each of these flags only says how something is done; the flag beside it says that it is done at all.
 NEEDS = {
     "train_projector": "freeze_vision_model",
@@ -38,18 +25,19 @@ NEEDS = {
     "resume_anyway": "resume_from_checkpoint",
     "keep_best": "eval_steps",
 }
-MOST_CROPS = 16  # an image: the model was trained with no more
 
 
 def check_flags(
-    args, trainer: dict, given: set[str], world_size: int, has_accelerator: bool, launcher: dict[str, str]
+    args, trainer: dict, given: set[str], world_size: int, has_accelerator: bool, launcher: dict[str, str],
+    cores: int | None = None,
 ):  # fmt: skip
     """Raises InputError for the first rule that the flags break.
 
     args: a script's flags; trainer: all fields of TrainingArguments, with the content of its json under "deepspeed";
     given: names of the flags on the command line. launcher: environment variables that `accelerate launch` has set.
+    cores: of this machine's CPUs; None if that is not known.
     """
-    check_values(args, trainer, given)
+    check_values(args, trainer, cores)
     check_needed_flags(args, trainer, given)
     check_trained_parts(args, given)
     check_deepspeed(args, trainer["deepspeed"] or {})
@@ -59,27 +47,24 @@ def check_flags(
         raise InputError("--evaluate_only and --dry_run contradict each other: give one")
 
 
-def check_values(args, trainer: dict, given: set[str]):
-    for name in COUNTS:
-        if name in given and getattr(args, name) < 1:
-            raise InputError(f"--{name} is {getattr(args, name)}, must be at least 1")
-    if args.num_crops > MOST_CROPS:
-        raise InputError(f"--num_crops is {args.num_crops}, but the model was trained with at most {MOST_CROPS}")
-    if not 0 <= args.lora_dropout < 1:
-        raise InputError(f"--lora_dropout is {args.lora_dropout}, must be at least 0 and below 1")
-    for name in POSITIVE:
-        value = getattr(args, name, trainer.get(name))
-        if value is not None and not 0 < value < math.inf:  # this also refuses NaN
-            raise InputError(f"--{name} is {value}, must be above 0")
+def check_values(args, trainer: dict, cores: int | None):
+    check_numbers(trainer | vars(args))
+    workers = trainer["dataloader_num_workers"]
+    if cores and workers > most_workers(cores):
+        raise InputError(
+            f"--dataloader_num_workers is {workers}, must be at most {most_workers(cores)} on this machine, which has "
+            f"{cores} CPU cores: more processes only take memory"
+        )
+    options = trainer.get("lr_scheduler_kwargs")
+    if isinstance(options, str):
+        try:
+            is_object = isinstance(json.loads(options), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise InputError(f"--lr_scheduler_kwargs is {options[:100]}, must be a JSON object")
     if args.data_revision and args.data_dir:
         raise InputError(f"--data_revision {args.data_revision} is for data on the Hub, and contradicts --data_dir")
-    for name in ("save_steps", "eval_steps"):
-        if name in given and not trainer[name] > 0:
-            raise InputError(f"--{name} is {trainer[name]}, must be above 0")
-    least = {"save_total_limit": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0, "seed": 0}
-    for name, low in least.items():
-        if trainer[name] is not None and trainer[name] < low:
-            raise InputError(f"--{name} is {trainer[name]}, must be at least {low}")
     if args.on_bad_example not in ("error", "skip"):
         raise InputError(f"--on_bad_example is {args.on_bad_example}, must be error or skip")
 
@@ -129,8 +114,12 @@ def check_launcher(launcher: dict[str, str]):
 
 def check_micro_batches(args, given: set[str], world_size: int, has_accelerator: bool):
     tokens = args.max_tokens_per_gpu
-    if tokens not in (None, "auto") and not (tokens.isdecimal() and int(tokens) > 0):
-        raise InputError("--max_tokens_per_gpu must be auto, or a whole number of at least 1")
+    if tokens not in (None, "auto") and not (
+        tokens.isdecimal() and len(tokens) < 20 and 1 <= int(tokens) <= LARGEST_COUNT
+    ):
+        raise InputError(
+            f"--max_tokens_per_gpu must be auto, or a whole number of at least 1 and at most {LARGEST_COUNT}"
+        )
     if tokens == "auto" and args.estimate and not has_accelerator:
         raise InputError("--max_tokens_per_gpu auto depends on a GPU's memory, and there is no GPU here: give a number")
     if tokens and "batch_size_per_gpu" in given:

@@ -24,6 +24,7 @@ from huggingface_hub import constants, set_client_factory, snapshot_download
 from huggingface_hub.utils import filter_repo_objects, logging
 from huggingface_hub.utils._http import default_client_factory
 
+from .console import tell
 from .errors import InputError
 from .files import read_json, replacing
 from .hub_faults import TIMEOUT, Fault, explain, refused, without_password
@@ -76,15 +77,31 @@ def fetch_model(name: str, weights: bool = True, revision: str | None = None, ch
     if not weights:
         return folder
     try:
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if (folder / INDEX).is_file() else WEIGHTS
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{folder / INDEX} is not an index of weights: delete it, and it is fetched again") from None
+        files = shards_of(folder / INDEX) if (folder / INDEX).is_file() else WEIGHTS
+    except InputError as e:
+        raise InputError(f"{e}; if it is only damaged: delete it, and it is fetched again") from None
     every = files if files is not WEIGHTS else []
     at_commit = Wanted(name, revision=folder.name)
     _fetch(at_commit, files, lambda folder: all((folder / file).is_file() for file in every), shown=wanted)
     if not any((folder / file).is_file() for file in files):
         raise InputError(f"{wanted} has no weights in safetensors on the Hub, and files of other kinds are not read")
     return folder
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of the files that an index of weights lists. They are in safetensors and lie beside it.
+
+    Raises InputError for an index that names other files, or that transformers could not read."""
+    content = read_json(index)
+    if not (isinstance(content, dict) and isinstance(content.get("metadata"), dict)):
+        raise InputError(f"{index} is not an index of weights: it must be an object with metadata and weight_map")
+    names = content.get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    bad = [name for name in names if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", name))]
+    if bad or not names:
+        found = f"names {bad[0]!r:.80}" if bad else "names no files"
+        raise InputError(f"{index} is not an index of weights: it {found}, must name files *.safetensors beside it")
+    return sorted(set(names))
 
 
 def fetch_data(repo: str, config: str | None, revision: str | None = None) -> Path:
@@ -155,7 +172,7 @@ def _fetch(wanted: Wanted, patterns: list[str], is_whole: Callable, shown: Wante
             fault = e if isinstance(e, Fault) else explain(e)
         if folder := cached():
             hub_is_down = True
-            print(f"{shown}: {fault}; reads the cached files of commit {folder.name[:12]} instead, offline", flush=True)
+            tell(f"{shown}: {fault}; reads the cached files of commit {folder.name[:12]} instead, offline")
             break
         tries = ATTEMPTS_IF_BUSY if fault.wait is not None else ATTEMPTS
         if not fault.passes or attempt >= tries or (fault.wait or 0) > LONGEST_WAIT:
@@ -163,7 +180,7 @@ def _fetch(wanted: Wanted, patterns: list[str], is_whole: Callable, shown: Wante
             help = fault.help or f"try again later, set HF_ENDPOINT to a mirror, or {elsewhere}"
             raise InputError(f"{shown} can't be fetched from {without_password(constants.ENDPOINT)}: {fault}; {help}")
         wait = 2 ** (attempt - 1) if fault.wait is None else fault.wait
-        print(f"{shown}: {fault}; tries again in {wait:.0f} s (attempt {attempt + 1} of {tries})", flush=True)
+        tell(f"{shown}: {fault}; tries again in {wait:.0f} s (attempt {attempt + 1} of {tries})")
         time.sleep(wait)
     _check_contents(folder, patterns, shown)
     return folder
@@ -211,7 +228,7 @@ def _send(send: Callable, shown: Wanted, asked: Counter, request: httpx2.Request
     request.extensions["timeout"] = {k: limits.get(k) or TIMEOUT for k in ("connect", "read", "write", "pool")}
     asked[request.url] += options.get("stream", False)
     if asked[request.url] == 2:
-        print(f"{shown}: the connection broke off; resumes the download", flush=True)
+        tell(f"{shown}: the connection broke off; resumes the download")
     try:
         response = send(request, **options)
     except (httpx2.RequestError, httpx2.InvalidURL) as e:
@@ -249,7 +266,7 @@ def _check_contents(folder: Path, patterns: list[str], shown: Wanted):
                 new[path] = etag, state
     total = sum(size for _, (size, _) in new.values())
     if total > WORTH_SAYING:
-        print(f"{shown}: compares {total / 1e9:.1f} GB of new files with the Hub's hashes, once", flush=True)
+        tell(f"{shown}: compares {total / 1e9:.1f} GB of new files with the Hub's hashes, once")
     with ThreadPoolExecutor() as pool:
         found = dict(zip(new, pool.map(_hashes, new, [len(etag) for etag, _ in new.values()]), strict=True))
     bad = [path for path, (etag, _) in new.items() if etag not in found[path]]

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,11 @@ from .data.check import check_data
 from .data.conversations import ConversationDataset
 from .data.preview import render_example
 from .data.sizes import all_sizes, fingerprint
+from .deepspeed_config import check_agreement
 from .errors import BadExamples, blaming, first_of_node, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
+from .model import fused
 from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
 from .ranks import is_first
 from .report.card import write_model_card
@@ -30,11 +31,13 @@ from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.evaluation import Evaluation
 from .training.feature_cache import cache_features
-from .training.hardware import compute_dtype, device_memory, peak_flops, precision_of
+from .training.hardware import compute_dtype, describe_attention, device_memory, peak_flops, precision_of
 from .training.meter import Meter
 from .training.outline import estimate_run
-from .training.output_folder import FINISHED, check_same_folder, is_finished, prepare_output
-from .training.steps import plan_steps
+from .training.output_folder import FINISHED, check_output, check_same_folder, is_finished, prepare_output
+from .training.own_files import claim, delete_own
+from .training.resuming import check_states
+from .training.steps import plan_steps, shares_images
 from .training.stopping import Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
 
@@ -52,8 +55,8 @@ class Run:
         """args, training_args: as `parse_arguments` returns them.
 
         Fetches the model from the Hub, finds the checkpoint to resume from and sets the seed. Raises InputError if the
-        model can't be fetched, if the checkpoint is not whole, and if ranks have different flags or see different
-        folders.
+        model can't be fetched, if the checkpoint is not whole, if the output folder holds what no run has written and
+        this run would overwrite, and if ranks have different flags or see different folders.
         """
         self.args, self.training_args = args, training_args
         self.output_dir = Path(training_args.output_dir)
@@ -61,6 +64,8 @@ class Run:
         self.preemption = Preemption()
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)
+        if not (args.estimate or args.check_data):  # which write nothing
+            check_output(self.output_dir, args, training_args.report_to)
         data_commits.clear()  # of an earlier run in this process
         with first_of_node(training_args, "model"):
             name, weights = args.model_name_or_path, not (args.estimate or args.check_data)
@@ -69,13 +74,15 @@ class Run:
         args.model_revision = self.saved.commits.get(name)
         if args.num_crops is None:
             args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
-        if args.dry_run and is_first():
-            shutil.rmtree(self.output_dir, ignore_errors=True)  # left by a dry run that was stopped
-            self.output_dir.mkdir()
+        if args.dry_run and not (args.estimate or args.check_data) and is_first():
+            delete_own(self.output_dir)  # left by a dry run that was stopped
+            claim(self.output_dir)
         self.checkpoint, messages = find_checkpoint(training_args.resume_from_checkpoint, self.output_dir)
         say(*messages)
         check_same_folder(self.checkpoint, self.output_dir)
         refuse_pickles()
+        if self.checkpoint:
+            check_states(self.checkpoint, training_args.fp16)
         self.stored_settings = stored_settings(self.checkpoint)
         set_seed(training_args.seed)
         if is_deepspeed_zero3_enabled():
@@ -166,7 +173,7 @@ class Run:
             device_memory(),
         )
         if args.estimate:
-            say(self.estimate.describe(self.plan.workload, training_args.num_train_epochs))
+            say(*self.estimate.describe(self.plan.workload, training_args.num_train_epochs).split("\n"))
             return None
         self.settings = settings.settings_of(
             args,
@@ -182,8 +189,10 @@ class Run:
             say(f"{self.output_dir} holds a finished run: there is nothing left to do")
             return None
         model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
-        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes)
-        self.steps, self.sampler = plan_steps(args, training_args, train_dataset, self.plan.tokens)
+        self.steps, self.sampler = plan_steps(
+            args, training_args, train_dataset, self.plan.tokens, self.config.original_max_position_embeddings
+        )
+        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes, self.steps)
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
         self.meter = Meter(self.estimate.costs[self.plan.checkpointing], self.peak_flops)
         self.training_args = replace(
@@ -191,30 +200,32 @@ class Run:
             gradient_accumulation_steps=self.sampler.accumulation,
             activation_checkpointing=activation_checkpointing.flag_for_trainer(self.plan.checkpointing),
         )
+        check_agreement(self.training_args, self.config.hidden_size, self.steps)
         return self.training_args
 
     @property
     def shares_images(self) -> bool:
-        """Whether questions about the same image share one copy of its tokens, which flash attention can't compute."""
-        return self.args.share_images and self.args.attn_implementation != "flash_attention_2"
+        """As `steps.shares_images` decides, for the collator."""
+        return shares_images(self.args)
 
     def begin(self, trainer: RecipeTrainer):
-        """Says what will happen, shows an example, warns of questionable settings, and caches vision features."""
+        """Fuses functions, says what will happen, shows an example, warns of settings, and caches vision features."""
         args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
+        fused.turn_off()  # of an earlier run in this process
+        if not args.no_fuse and training_args.device.type != "cpu":
+            say(*fused.turn_on(training_args.device, compute_dtype(training_args)))
         model, train_dataset = trainer.model, trainer.train_dataset
         activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
         data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))
-        self.facts = {"memory": str(plan), "data": data} | self.hub_commits
+        attention = describe_attention(args.attn_implementation, self.config.attention_dropout)
+        self.facts = {"memory": str(plan), "attention": attention, "data": data} | self.hub_commits
         details = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
         details |= {"steps": self.steps, "n_parameters": estimate.parameters}
         if is_first():
-            print(render_example(train_dataset))
-            say(describe_run(model, args, training_args, self.facts, **details))
-            print(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
-            for warning in questionable_settings(
-                args, training_args, estimate.parameters, train_dataset.sizes, self.steps
-            ):
-                print(warning, flush=True)
+            say(*render_example(train_dataset))
+            say(*describe_run(model, args, training_args, self.facts, **details))
+            say(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
+            say(*questionable_settings(args, training_args, estimate.parameters, train_dataset.sizes, self.steps))
         if args.cache_vision_features:
             message = cache_features(
                 model,
@@ -259,7 +270,11 @@ class Run:
             write_page(self.training_args, before, after, self.facts, example, state, left_out=left_out)
 
     def save(self, trainer: RecipeTrainer):
-        """Saves the model under the Hub's tensor names, or the adapter, and the processor."""
+        """Saves the model under the Hub's tensor names, or the adapter, and the processor.
+
+        Raises InputError if weights are NaN or too large.
+        """
+        trainer.health.check_weights(trainer)
         if not self.args.use_lora:
             trainer.model.to(compute_dtype(self.training_args))  # so that the saved model is what is evaluated
         with disk_full_as_input_error(self.output_dir):

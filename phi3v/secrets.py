@@ -1,45 +1,95 @@
 """Masks what looks like a secret: in messages, logs and reports, and in the settings that checkpoints hold."""
 
+import base64
+import binascii
+import functools
 import logging
+import netrc
 import os
 import re
 import shlex
+import stat
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
 
-SECRET = re.compile(r"token(?!s_|iz)|key|passw|secret|credential|auth", re.IGNORECASE)
-# A name that looks secret and its value: --name=value, --name value, NAME=value, "name": "value".
-_NAME, _VALUE = rf"[\w-]*(?:{SECRET.pattern})[\w-]*", r"""(?:'[^']*'|"[^"]*"|[^\s'"])+"""
-SECRET_IN_TEXT = re.compile(
-    rf"""(?P<quote>['"])(?P<a>{_NAME}=)(?:(?!(?P=quote)).)*|"""
-    rf"""(?P<b>{_NAME}["']?\s*[:=]\s*|(?<!\S)-{_NAME}\s+(?!-))(?P<value>{_VALUE})""",
-    re.IGNORECASE | re.DOTALL,
+from tqdm.std import tqdm
+
+from .text import COLOURS, printable
+
+# Names of secrets. Short words count only where they stand alone: --pw, DB_PASS.
+SECRET = re.compile(
+    r"token(?!s_|iz)|key|passw|passphrase|pwd|secret|credential|cookie|bearer|auth(?!or(?!i))|"
+    r"(?<![a-z])(?:pw|pass|pat)(?![a-z])",
+    re.IGNORECASE,
 )
-# Values that are secret whatever their name: user and password in a URL, tokens of well-known services.
+# Below, + after a quantifier means that what is matched is not given up again, and {1,200} that a search ends: without
+# them, the time for a hostile text would grow with the square of its length.
+_NAME = re.compile(r"[\w-]++")
+# What may stand between a name and its value: --name=value, NAME: value, "name": "value", 'Authorization': 'Bearer v'.
+_SCHEME = r"(?:[\"']?(?:Bearer|Basic|Digest|Token)\s+)?"
+_EQUALS = re.compile(rf"\\*[\"']?\s*+[:=]\s*+{_SCHEME}", re.IGNORECASE)
+_SPACE = re.compile(r"\\*[\"']?,?\s++(?![\"']?-)")  # after a flag
+_VALUE = re.compile(r"""(?:'[^']*+'?|"[^"]*+"?|[^\s'"])++""")
+_NUMBER = re.compile(r"[\d.,_e+-]++", re.IGNORECASE)
+
+# Values that are secret whatever their name.
 SECRET_VALUE = re.compile(
-    r"(?<=://)[^/\s@]+(?=@)|(?<=Bearer )[^\s'\"]+|"
-    r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}[\w.-]*|"  # a folder may be named hf_datasets
-    r"\b(?:api_org_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}|"
-    r"(?<=[?&]sig=)[^&\s]+|(?<=[Ss]ignature=)[^&\s]+"  # signed links, which open without a password
+    # User and password in an address; a password may hold a slash or an @.
+    r"(?<=://)(?:[^/\s'\"]+|[^/\s:'\"]{1,200}+:(?!\d*/)[^\s'\"]{1,200})(?=@)|"
+    r"(?<![\w./:@-])(?P<user>[\w.-]{1,64}+:)[^\s/@'\":]{3,200}+(?=@[\w.-])|"
+    r"(?<=Bearer )[^\s'\"]+|(?<=bearer )(?=[^\s'\"\d]*+\d)[^\s'\"]+|"
+    # Tokens of well-known services: Hugging Face (a folder may be named hf_datasets), …
+    r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}+[\w.-]*+|"
+    r"\b(?:api_org_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|xapp-|AKIA|AIza|pypi-AgE|[srp]k_(?:live|test)_|whsec_|"
+    r"wandb_v\d_|nvapi-|dop_v1_|ya29\.|lin_api_)[\w.-]{8,}+|"
+    r"\bASIA[A-Z0-9]{12,}+|\b(?:npm_|gsk_|r8_)[A-Za-z0-9]{20,}+|\bSG\.[\w-]{16,}+[\w.-]*+|"
+    r"\beyJ[\w-]{10,}+[\w.=-]*+|"  # a JSON Web Token
+    r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----|\Z)|"
+    # 40 hexadecimal digits are a key of W&B where its name is near, elsewhere the name of a commit.
+    r"(?P<near>(?i:wandb|api.?key|login)[^\n]{0,40}?)(?<![\w])[0-9a-f]{40}(?![\w])|"
+    # Addresses that open without a password.
+    r"(?<=[?&]sig=)[^&\s]+|(?<=[Ss]ignature=)[^&\s]+|(?<=AccountKey=)[^;\s]+|(?<=hooks\.slack\.com/services/)[\w/]+",
+    re.DOTALL,
 )
+_BASIC = re.compile(r"(?<=Basic )[A-Za-z0-9+/]{4,}+=*")
 SECRET_VARIABLE = re.compile(r"(TOKEN|API_?KEY|ACCESS_?KEY|PASSWORD|PASSWD|SECRET)$", re.IGNORECASE)
 SHORTEST_SECRET = 8  # characters; masking shorter values would make messages unreadable
 MASK = "•••"
 
 
 def known_secrets() -> Iterator[str]:
-    """The values of environment variables such as HF_TOKEN, and the token that `hf auth login` has stored."""
+    """The values of environment variables such as HF_TOKEN, the token that `hf auth login` has stored, and the
+    passwords in the file .netrc, where W&B stores its key."""
     for name, value in os.environ.items():
         if SECRET_VARIABLE.search(name):
             yield value.strip()
     home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+    yield from _secrets_of_file(os.environ.get("HF_TOKEN_PATH", os.path.join(home, "token")), _whole_file)
+    yield from _secrets_of_file(os.environ.get("NETRC", os.path.expanduser("~/.netrc")), _netrc_passwords)
+
+
+def _secrets_of_file(path: str, read) -> tuple[str, ...]:
+    """What `read` finds in a file, which is read again only when it has changed; nothing if it can't be read."""
     try:
-        with open(os.environ.get("HF_TOKEN_PATH", os.path.join(home, "token")), encoding="utf-8") as file:
-            yield file.read().strip()
-    except (OSError, ValueError):
-        pass
+        state = os.stat(path)
+        regular = stat.S_ISREG(state.st_mode) and state.st_size < 2**20
+        return read(path, state.st_mtime_ns, state.st_size) if regular else ()
+    except (OSError, ValueError, netrc.NetrcParseError):
+        return ()
+
+
+@functools.lru_cache
+def _whole_file(path: str, *state) -> tuple[str, ...]:
+    with open(path, encoding="utf-8") as file:
+        return (file.read().strip(),)
+
+
+@functools.lru_cache
+def _netrc_passwords(path: str, *state) -> tuple[str, ...]:
+    return tuple(password for _, _, password in netrc.netrc(path).hosts.values() if password)
 
 
 def without_secrets(text: str) -> str:
@@ -47,7 +97,19 @@ def without_secrets(text: str) -> str:
     for value in known_secrets():
         if len(value) >= SHORTEST_SECRET:
             text = text.replace(value, MASK)
-    return SECRET_VALUE.sub(MASK, text)
+    return _BASIC.sub(_basic, SECRET_VALUE.sub(_masked_value, text))
+
+
+def _masked_value(match: re.Match) -> str:
+    return f"{match['user'] or match['near'] or ''}{MASK}"
+
+
+def _basic(match: re.Match) -> str:
+    """Masks a user and a password in base64, and leaves a word like "Basic settings"."""
+    try:
+        return MASK if b":" in base64.b64decode(match[0], validate=True) else match[0]
+    except (binascii.Error, ValueError):
+        return match[0]
 
 
 def without_secrets_in(settings, secret: bool = False):
@@ -66,26 +128,43 @@ def without_secrets_in(settings, secret: bool = False):
     return settings
 
 
-def mask_logs_and_tracebacks():
-    """From now on, this process masks secrets in what libraries log, in warnings, and in the traceback that ends it."""
+def safe_to_print(text: str, keep: str = "") -> str:
+    """The text with secrets masked and with what a terminal obeys escaped, as `printable` does it."""
+    return printable(without_secrets(text), keep)
+
+
+def guard_output_of_libraries():
+    """From now on, what libraries log, warn of and show beside progress bars, and the traceback that ends the process,
+    holds no secret and nothing that a terminal obeys."""
     make_record, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+    print_status = tqdm.status_printer
 
-    def masked_record(*args, **kwargs):
-        record = make_record(*args, **kwargs)
+    def record(*args, **kwargs):
+        made = make_record(*args, **kwargs)
         try:
-            text = record.getMessage()
+            text = made.getMessage()
         except Exception:  # the message does not fit its arguments: logging itself reports that
-            return record
-        if (masked := without_secrets(text)) != text:
-            record.msg, record.args = masked, ()
-        return record
+            return made
+        safe = safe_to_print(COLOURS.sub("", text), keep="\n\t")
+        if safe != text:
+            made.msg, made.args = safe, ()
+        if made.exc_info and made.exc_info[0]:
+            made.exc_text = safe_to_print("".join(traceback.format_exception(*made.exc_info)).strip(), keep="\n")
+        return made
 
-    def masked_traceback(kind, error, trace):
-        print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    def print_traceback(kind, error, trace):
+        text = "".join(traceback.format_exception(kind, error, trace))
+        print(safe_to_print(text, keep="\n"), end="", file=sys.stderr)
 
-    logging.setLogRecordFactory(masked_record)
-    warnings.formatwarning = lambda *args, **kwargs: without_secrets(format_warning(*args, **kwargs))
-    sys.excepthook = masked_traceback
+    def status_printer(file):
+        show = print_status(file)
+        return lambda text: show(safe_to_print(COLOURS.sub("", text)))
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = lambda *args, **kwargs: safe_to_print(format_warning(*args, **kwargs), keep="\n")
+    sys.excepthook = print_traceback
+    threading.excepthook = lambda args: print_traceback(args.exc_type, args.exc_value, args.exc_traceback)
+    tqdm.status_printer = staticmethod(status_printer)
 
 
 def masked_rows(values: dict, prefix: str = "", secret: bool = False):
@@ -105,13 +184,26 @@ def masked_rows(values: dict, prefix: str = "", secret: bool = False):
 
 
 def _masked(text: str) -> str:
-    def mask(match):
-        if match["a"]:
-            return f"{match['quote']}{match['a']}{MASK}"
-        count = "tokens" in match["b"].lower() and match["value"].isdigit()
-        return match[0] if count else f"{match['b']}{MASK}"
-
-    return without_secrets(SECRET_IN_TEXT.sub(mask, text))
+    """The text with a mask for each value that has a secret's name: --name value, NAME=value, "name": "value"."""
+    parts, end = [], 0
+    while name := _NAME.search(text, end):
+        parts.append(text[end : name.end()])
+        start = end = name.end()
+        if not SECRET.search(name[0]):
+            continue
+        between = _EQUALS.match(text, end) or (_SPACE.match(text, end) if name[0].startswith("-") else None)
+        if not between:
+            continue
+        quote = text[name.start() - 1 : name.start()]
+        if quote in ("'", '"') and text.startswith("=", start):  # '--name=value with spaces'
+            closing = text.find(quote, start)
+            end = len(text) if closing < 0 else closing
+            parts.append(f"={MASK}")
+        elif value := _VALUE.match(text, between.end()):
+            is_count = "tokens" in name[0].lower() and _NUMBER.fullmatch(value[0])
+            parts += [between[0], value[0] if is_count else MASK]
+            end = value.end()
+    return without_secrets("".join(parts) + text[end:])
 
 
 def masked_command(command: str | list | None) -> str | None:

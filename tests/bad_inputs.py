@@ -3,6 +3,7 @@
     python tests/bad_inputs.py FOLDER
 
 writes one file of annotations or one image for each case. They are made by code, so none is kept in the repository.
+bad_folders.py has output folders, checkpoints and DeepSpeed configurations.
 """
 
 import io
@@ -207,11 +208,14 @@ def flipped(content: bytes, at: float) -> bytes:
 # name: (content of the file, what the message holds besides the file's name)
 IMAGES = {
     "empty.png": (b"", "the file is empty"),
-    "text.jpg": (b"This is no image.", "not in a format that PIL knows"),
-    "page.png": (b"<!DOCTYPE html><html>404</html>", "not in a format that PIL knows"),
-    "vector.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not in a format that PIL knows"),
-    "large_files.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "not in a format"),
-    "film.avi": (b"RIFF\0\0\0\0AVI LIST", "not in a format that PIL knows"),
+    "text.jpg": (b"This is no image.", "in none of the formats that are read"),
+    "page.png": (b"<!DOCTYPE html><html>404</html>", "in none of the formats that are read"),
+    "vector.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "in none of the formats that are read"),
+    "large_files.png": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "in none of the formats",
+    ),
+    "film.avi": (b"RIFF\0\0\0\0AVI LIST", "in none of the formats that are read"),
     "noise.bin": (bytes(range(256)) * 9, "can't be read as an image"),
     "cut.png": (cut(encoded("png")), "can't be read as an image"),
     "cut.jpg": (cut(encoded("jpeg")), "truncated"),

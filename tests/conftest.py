@@ -25,6 +25,14 @@ def scripts_do_not_end_this_process(monkeypatch):
     monkeypatch.setattr(errors, "end_process", sys.exit)
 
 
+@pytest.fixture(autouse=True)
+def recursion_limit_as_before():
+    """torch's compiler raises Python's limit for the whole process, and tests of nested input expect the usual one."""
+    limit = sys.getrecursionlimit()
+    yield
+    sys.setrecursionlimit(limit)
+
+
 started_processes = []
 
 

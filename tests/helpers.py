@@ -120,11 +120,20 @@ def digest_of_weights(out: Path) -> str:
 # Started by torchrun: the script, and a file with the weights' hash, losses and engine of every rank.
 DRIVER = """
 import hashlib, json, os, sys
+import torch.distributed
 import finetune_hf_trainer_ucf101 as script
 from phi3v.errors import exit_on_input_error
 
+all_reduce, sizes = torch.distributed.all_reduce, []
+
+
+def counted_all_reduce(tensor, *args, **kwargs):
+    sizes.append(tensor.numel())
+    return all_reduce(tensor, *args, **kwargs)
+
 
 def run():
+    torch.distributed.all_reduce = counted_all_reduce
     trainer = script.main(sys.argv[1:])
     digest = hashlib.sha256()
     for name, tensor in sorted(trainer.accelerator.unwrap_model(trainer.model).state_dict().items()):
@@ -133,7 +142,8 @@ def run():
     engine = type(trainer.model_wrapped).__name__
     path = os.path.join(trainer.args.output_dir, f"rank{os.environ['RANK']}.json")
     with open(path, "w") as file:
-        json.dump({"weights": digest.hexdigest(), "losses": losses, "engine": engine}, file)
+        found = {"weights": digest.hexdigest(), "losses": losses, "engine": engine}
+        json.dump(found | {"gradients_sent": sum(n > 10_000 for n in sizes)}, file)
 
 
 exit_on_input_error(run)

@@ -1,13 +1,14 @@
-"""What a command line sets: the presets of the published results."""
+"""What a command line sets: the presets of the published results, and what a resumed run keeps."""
 
 import pytest
-from helpers import parse_command
+from helpers import CHECKPOINT, GOLDEN, parse_command
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as script
 from phi3v.errors import InputError
+from phi3v.training import hardware
 
 # --preset
 
@@ -43,3 +44,24 @@ def test_a_flag_overrides_the_preset(tmp_path):
 def test_an_unknown_preset_is_an_error(tmp_path, task, preset, said):
     with pytest.raises(InputError, match=f"--preset.*{said}"):
         parse_command(task, ["--output_dir", str(tmp_path), "--data_dir", str(tmp_path), "--preset", preset])
+
+
+def test_a_run_that_began_with_sdpa_attention_resumes_with_it(tmp_path, monkeypatch):
+    """Checkpoints of 801afc1 were written before torch's own flash attention was used."""
+    monkeypatch.setattr(hardware, "_missing_for_flash", lambda kind, precision: None)
+    flags = [
+        "--data_dir",
+        str(tmp_path),
+        "--model_name_or_path",
+        str(CHECKPOINT),
+        "--output_dir",
+        str(tmp_path),
+        "--bf16",
+    ]
+    resumed = ["--resume_from_checkpoint", str(GOLDEN / "checkpoint_801afc1" / "full" / "checkpoint-2")]
+
+    def chosen(*more):
+        return parse_command(script, [*flags, *more])[0].attn_implementation
+
+    assert chosen() == "flash_attention_2" and chosen(*resumed) == "sdpa"
+    assert chosen(*resumed, "--attn_implementation", "varlen") == "varlen"

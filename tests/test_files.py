@@ -49,6 +49,65 @@ def test_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     assert events == ["fsync", "replace", "replace"]
 
 
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "out"
+    with files.replacing_folder(path) as partial:
+        assert os.listdir(partial) == [files.MARK]
+        (partial / "a").write_text("1")
+        assert not path.exists()
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(path) == ["a"]
+    with pytest.raises(RuntimeError), files.replacing_folder(tmp_path / "other") as partial:
+        (partial / "a").touch()
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "link to a folder"])
+def test_what_is_not_ours_is_never_deleted(kind, tmp_path):
+    mine, partial = tmp_path / "mine", tmp_path / "out.partial"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    if kind == "folder":
+        mine.rename(partial)
+    elif kind == "file":
+        partial.write_text("mine")
+    else:
+        partial.symlink_to(mine if "folder" in kind else "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="out.partial is in the way, and was not made by this program"):
+        with files.replacing_folder(tmp_path / "out", {"a"}):
+            pass
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path):
+    for left in ([files.MARK, "anything"], ["a"], []):  # the others: of an earlier version
+        (tmp_path / "out.partial").mkdir()
+        for name in left:
+            (tmp_path / "out.partial" / name).touch()
+        with files.replacing_folder(tmp_path / "out", {"a"}) as partial:
+            assert os.listdir(partial) == [files.MARK]
+        assert os.listdir(tmp_path) == ["out"] and not os.listdir(tmp_path / "out")
+
+
+def test_two_processes_do_not_fill_one_folder(tmp_path):
+    with files.replacing_folder(tmp_path / "out") as partial:
+        (partial / "a").touch()
+        with pytest.raises(InputError, match="another process is writing to .*out.partial: wait until it ends"):
+            with files.replacing_folder(tmp_path / "out"):
+                pass
+        assert (partial / "a").exists()
+    assert os.listdir(tmp_path / "out") == ["a"]
+
+
+def test_the_folder_may_be_the_present_one(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with files.replacing_folder(".") as partial:
+        (partial / "a").touch()
+    assert os.listdir(tmp_path) == ["empty"] and os.listdir(tmp_path / "empty") == ["a"]
+
+
 def test_others_may_read_weights_as_they_read_the_config(tmp_path):
     for name, mode in (("config.json", 0o644), ("model.safetensors", 0o600)):
         (tmp_path / name).touch()

@@ -24,12 +24,12 @@ TRAINER = {
 ZERO3 = {"zero_optimization": {"stage": 3}}
 
 
-def check(world_size=1, has_accelerator=True, launcher=None, **flags):
+def check(world_size=1, has_accelerator=True, launcher=None, cores=None, **flags):
     args = SimpleNamespace(**DEFAULTS | {name: value for name, value in flags.items() if name in DEFAULTS})
     trainer = TRAINER | {name: value for name, value in flags.items() if name in TRAINER}
     before = dict(vars(args)), dict(trainer)
     try:
-        check_flags(args, trainer, set(flags), world_size, has_accelerator, launcher or {})
+        check_flags(args, trainer, set(flags), world_size, has_accelerator, launcher or {}, cores)
     finally:
         assert (vars(args), trainer) == before
 
@@ -45,6 +45,13 @@ def check(world_size=1, has_accelerator=True, launcher=None, **flags):
         ("--save_steps is 0, must be above 0", {"save_steps": 0}),
         ("--save_total_limit is 0, must be at least 1", {"save_total_limit": 0}),
         ("--seed is -1, must be at least 0", {"seed": -1}),
+        ("--seed is 4294967296, must be at least 0 and at most 4294967295", {"seed": 2**32}),
+        ("--max_tokens_per_gpu must be auto, or a whole number", {"max_tokens_per_gpu": "9" * 5000}),
+        ("--max_tokens_per_gpu must be auto, or a whole number", {"max_tokens_per_gpu": str(2**31)}),
+        (
+            "--dataloader_num_workers is 5000, must be at most 64 on this machine, which has 2 CPU cores",
+            {"dataloader_num_workers": 5000, "cores": 2},
+        ),
         ("--on_bad_example is drop, must be error or skip", {"on_bad_example": "drop"}),
         ("--use_dora has no effect without --use_lora", {"use_dora": True}),
         ("--resume_anyway has no effect without --resume_from_checkpoint", {"resume_anyway": True}),
@@ -87,6 +94,7 @@ def test_a_broken_rule_is_one_line(message, flags):
         {"freeze_vision_model": True, "train_projector": True, "projector_lr": 1e-3},
         {"max_tokens_per_gpu": "4096"},
         {"evaluate_only": True, "world_size": 3},
+        {"dataloader_num_workers": 64, "cores": 1},
         {"freeze_vision_model": True, "cache_vision_features": "x", "cache_vision_gib": 5.0},
     ],
 )

@@ -83,7 +83,7 @@ def test_an_evaluation_of_nothing_is_an_error(toy_data, saved_run, tmp_path):
     lines = (folder / "ucf101_val.jsonl").read_text().splitlines()
     (folder / "ucf101_val.jsonl").write_text("\n".join(line for line in lines if "val/" in line) + "\n")
     flags = ["--model_name_or_path", str(saved_run("full")), "--evaluate_only", "--on_bad_example", "skip"]
-    with pytest.raises(InputError, match="no example of the evaluation can be read: example .*not in a format"):
+    with pytest.raises(InputError, match="no example of the evaluation can be read: example .*in none of the formats"):
         script.main(arguments(folder, tmp_path / "out", *flags))
 
 

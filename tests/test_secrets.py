@@ -2,15 +2,17 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
+from bad_texts import HEX, LONG, NO_SECRETS, ORDINARY_NAMES, SECRET_NAMES, SECRETS
 from helpers import environment, parse_command
 from html_pages import report
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v.console import say
 from phi3v.errors import InputError
-from phi3v.secrets import without_secrets, without_secrets_in
+from phi3v.secrets import masked_command, without_secrets, without_secrets_in
 from phi3v.training.settings import check_settings
 from tools import ask
 from tools import convert_conversations as convert_tool
@@ -60,6 +62,54 @@ TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 def test_messages_keep_everything_but_secrets(text, masked):
     assert without_secrets(text) == masked
     assert str(InputError(text)) == masked
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_tokens_of_known_services_are_masked(kind):
+    text, secret = SECRETS[kind]
+    assert secret in text and secret not in without_secrets(text) and "•••" in without_secrets(text)
+    assert secret not in masked_command(text) and secret not in str(InputError(text))
+    assert secret not in masked_command(["train.py", "--note", text, text])
+
+
+@pytest.mark.parametrize("text", NO_SECRETS)
+def test_what_only_looks_like_a_secret_stays(text):
+    assert without_secrets(text) == text and masked_command(text) == text
+
+
+def test_values_are_masked_by_their_names():
+    for name in SECRET_NAMES:
+        for text in (
+            f"{name}=s3cret",
+            f"{name}='s3cret a'",
+            f"'{name}=s3cret a'",
+            f'"{name}": "s3cret"',
+            f"{name}: s3cret",
+        ):
+            assert "s3cret" not in masked_command(text), text
+            assert "s3cret" not in masked_command(text[:-1]), text  # cut off
+        if name.startswith("--"):
+            shown = masked_command(["train.py", name, "it's s3cret", "--seed", "1"])
+            assert "s3cret" not in shown and shown.endswith("--seed 1")
+            assert "s3cret" not in masked_command(str(["train.py", name, "s3cret", "--seed", "1"]))
+    for name in ORDINARY_NAMES:
+        assert masked_command(f"{name} 16 {name}=16") == f"{name} 16 {name}=16"
+    assert masked_command("--max_new_tokens 16 --tokens=1.5e3") == "--max_new_tokens 16 --tokens=1.5e3"
+
+
+@pytest.mark.parametrize("text", LONG)
+def test_masking_takes_time_in_proportion_to_the_length(text):
+    start = time.perf_counter()
+    masked_command(LONG[text])
+    assert time.perf_counter() - start < 3  # 0.1 s on a free machine
+
+
+def test_passwords_in_netrc_are_masked(tmp_path, monkeypatch):
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {HEX}\n")
+    assert without_secrets(f"run {HEX}, {HEX[::-1]}") == f"run •••, {HEX[::-1]}"
+    (tmp_path / "netrc").write_text("machine\n")
+    assert without_secrets(f"run {HEX}") == f"run {HEX}"
 
 
 @pytest.mark.parametrize("variable", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"])

@@ -24,8 +24,10 @@ from phi3v.data.conversations import encode_conversation
 from phi3v.errors import InputError, Parser, exit_on_input_error
 from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import load_adapter
+from phi3v.model.generation import use_own_settings
 from phi3v.model.loading import find_saved, load_saved, nf4_config
 from phi3v.model.processing_phi3v import IMAGE_TAG
+from phi3v.text import printable
 from phi3v.training.hardware import ATTENTION, DTYPES, choose_attention, choose_precision
 
 
@@ -106,6 +108,13 @@ def encode(processor: Phi3VProcessor, turns: list[dict]) -> dict[str, torch.Tens
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
+class Streamer(TextStreamer):
+    """Prints an answer while it is generated. What a terminal obeys is escaped: the model may be a stranger's."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        super().on_finalized_text(printable(text, keep="\n\t"), stream_end=stream_end)
+
+
 @torch.inference_mode()
 def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: int) -> str:
     """The greedy answer to the last question, which is printed while it is generated."""
@@ -114,9 +123,9 @@ def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: 
     if length + max_new_tokens > limit:
         raise InputError(f"{length} tokens and --max_new_tokens {max_new_tokens} are more than the model's {limit}")
     tokenizer = processor.tokenizer
-    ends = {"eos_token_id": processor.stop_ids, "pad_token_id": tokenizer.pad_token_id}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = model.generate(**batch, **ends, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
+    use_own_settings(model, processor)
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
     if not tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip():
         print("(the answer is empty)", file=sys.stderr)
     # If the answer has an image tag in it, the next turn would take it for an image.

@@ -11,13 +11,17 @@ It reads
   list of {"type": "text", "text"} and {"type": "image"}, as in transformers' chat templates. An image part can name its
   file, as {"type": "image", "image": "a.png"}.
 
-Images are linked, or copied if OUT_DIR is on another disk. The images of a turn come before its text, and a system
-text comes before the first question. Every n-th example is kept for evaluation, with n = 1 / --val_share; examples that
-share an image stay together. Nothing is left out in silence: a field that can't be used is an error or is named at the
-end, and a row that can't be used is an error, or with --on_bad_example skip it is listed, also in OUT_DIR/left_out.txt.
+Images are copied, and share their blocks with the originals where the file system can. With --link they are hard links,
+which need no room, but are the same files: whoever edits one edits the other. The images of a turn come before its
+text, and a system text comes before the first question. Every n-th example is kept for evaluation, with n = 1 /
+--val_share; examples that share an image stay together. Nothing is left out in silence: a field that can't be used is
+an error or is named at the end, and a row that can't be used is an error, or with --on_bad_example skip it is listed,
+also in OUT_DIR/left_out.txt.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -34,7 +38,11 @@ from phi3v.data.split import groups_of_shared_images, split_by_image
 from phi3v.data.unsupported import is_media_file
 from phi3v.errors import BadExamples, InputError, Parser, exit_on_input_error, listing
 from phi3v.files import replacing_folder
+from phi3v.inside import Inside, is_inside, open_file, real_folders
+from phi3v.text import printable
 
+FICLONE = 0x40049409  # Linux's request to let a file share the blocks of another one, which btrfs and XFS can
+WRITTEN = {"images", "ucf101_train.jsonl", "ucf101_val.jsonl", "left_out.txt"}
 ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf)://|data:", re.IGNORECASE)
 
 
@@ -43,7 +51,7 @@ class Images:
 
     def __init__(self, folder: Path, follow_links: bool):
         self.given, self.folder, self.real_folder = folder, os.path.abspath(folder), os.path.realpath(folder)
-        self.follow_links = follow_links
+        self.folders, self.follow_links = real_folders(folder), follow_links
         self.files, self.names = {}, {}
 
     def is_image(self, name: str) -> bool:
@@ -62,23 +70,24 @@ class Images:
             raise InputError("image is '', must be a file name")
         if ADDRESS.match(name):
             raise InputError(f"image {name!r:.100} is not a file but an address or data: save it below {self.given}")
-        url = urlparse(name) if name.startswith("file:") else None
-        given = os.path.join(self.folder, unquote(url.netloc + url.path) if url else name)
         try:
+            url = urlparse(name) if name.startswith("file:") else None
+            given = os.path.join(self.folder, unquote(url.netloc + url.path) if url else name)
             file = os.path.realpath(given)
             is_file = os.path.isfile(file)
         except (OSError, ValueError):  # a name that no file can have
             raise InputError(f"image {name!r:.100} can't be the name of a file") from None
         if is_file and (own := _below(self.real_folder, file)):
-            return own, file
+            return own, file if self.follow_links else Inside(file, self.folders)
         own = _below(self.folder, os.path.normpath(given)) or _below(self.real_folder, os.path.normpath(given))
         if not is_file or not own:
-            raise InputError(f"image {name} is not a file below {self.given}: see --images_dir")
-        if not self.follow_links:
+            raise InputError(f"image {name:.100} is not a file below {self.given}: see --images_dir")
+        if not self.follow_links and not is_inside(file, self.folders):
             raise InputError(
-                f"image {name} is behind a link out of {self.given}, to {file}: give --follow_links if it may be used"
+                f"image {name:.100} is behind a link out of {self.given}, to {file}: give --follow_links if it may be "
+                "used"
             )
-        return own, file
+        return own, file if self.follow_links else Inside(file, self.folders)
 
 
 def _below(folder: str, path: str) -> str | None:
@@ -86,17 +95,39 @@ def _below(folder: str, path: str) -> str | None:
     return os.path.relpath(path, folder) if os.path.commonpath([folder, path]) == folder != path else None
 
 
-def place_image(file: str, copy: Path, exif_rotate: bool) -> bool:
-    """Links or copies an image. With `exif_rotate`, an image that EXIF says to turn is written upright, and the result
-    is True."""
+def place_image(file: str, copy: Path, exif_rotate: bool, link: bool) -> bool:
+    """Copies an image, or makes a hard link to it. With `exif_rotate`, an image that EXIF says to turn is written
+    upright, and the result is True."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     if exif_rotate and save_upright(file, copy):
         return True
     try:
-        os.link(file, copy)
-    except OSError:  # a link to another disk is not possible
-        shutil.copyfile(file, copy)
+        with open_file(file) as source:
+            if link:
+                try:
+                    os.link(file, copy, follow_symlinks=False)
+                except OSError as e:
+                    raise ValueError(f"no hard link: {e.strerror}; leave out --link") from None
+                if not os.path.samestat(os.fstat(source.fileno()), os.lstat(copy)):
+                    raise ValueError("another file took its place just now")
+                return False
+            with open(copy, "xb") as target:
+                try:
+                    fcntl.ioctl(target, FICLONE, source.fileno())
+                except OSError:  # another file system than btrfs and XFS, or another one than the source's
+                    shutil.copyfileobj(source, target)
+    except ValueError as e:
+        raise InputError(f"{file} can't be copied ({e})") from None
     return False
+
+
+@contextlib.contextmanager
+def writing(out_dir: Path):
+    """Turns an error of the system in the block, such as a full disk, into an InputError."""
+    try:
+        yield
+    except OSError as e:
+        raise InputError(f"--out_dir {out_dir} can't be written ({e}): nothing of it was kept") from None
 
 
 def read_examples(args: argparse.Namespace, bad: BadExamples, images: Images) -> tuple[list[dict], list[str]]:
@@ -131,6 +162,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--follow_links", action="store_true", help="use images behind links that lead out of --images_dir"
     )
     parser.add_argument(
+        "--link",
+        action="store_true",
+        help="make hard links to the images instead of copies, for large sets on the disk of --out_dir: the links need "
+        "no room, but editing an image in --out_dir then changes the original, and the other way round",
+    )
+    parser.add_argument(
         "--literal_tags",
         action="store_true",
         help="keep tags such as <video> as text, and <image> in answers and in examples without images",
@@ -141,14 +178,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="write photos upright that their EXIF data say to turn; a JPEG among them is compressed once more",
     )
     args = parser.parse_args(argv)
-    if not args.source.is_file():
-        raise InputError(f"--source {args.source} does not exist")
-    if not 0 < args.val_share < 1:
+    if not os.path.isfile(args.source):
+        raise InputError(f"--source {args.source} is not a file")
+    if not 1e-9 <= args.val_share < 1:
         raise InputError(f"--val_share is {args.val_share}, must be between 0 and 1")
     if args.on_bad_example not in ("error", "skip"):
         raise InputError(f"--on_bad_example is {args.on_bad_example}, must be error or skip")
-    if args.out_dir.exists() and any(args.out_dir.iterdir()):
-        raise InputError(f"--out_dir {args.out_dir} is not empty: choose a new one")
+    try:
+        args.out_dir = Path(os.path.realpath(args.out_dir))
+        if args.out_dir.exists() and not args.out_dir.is_dir():
+            raise InputError(f"--out_dir {args.out_dir} is a file: choose a new folder")
+        if args.out_dir.is_dir() and any(args.out_dir.iterdir()):
+            raise InputError(f"--out_dir {args.out_dir} is not empty: choose a new one")
+        if os.path.ismount(args.out_dir):
+            raise InputError(f"--out_dir {args.out_dir} is a mount point, which can't be replaced: give a folder in it")
+    except InputError:
+        raise
+    except (OSError, ValueError) as e:
+        raise InputError(f"--out_dir {args.out_dir!s:.300} can't be used ({e!s:.300}): choose a new folder") from None
     return args
 
 
@@ -162,11 +209,11 @@ def main(argv: list[str] | None = None):
         kept = split_by_image(images, args.val_share)
     except InputError as e:
         raise InputError(f"{args.source}: {e}") from None
-    with replacing_folder(args.out_dir) as partial:
+    with writing(args.out_dir), replacing_folder(args.out_dir, WRITTEN) as partial:
         (partial / "images").mkdir()
         turned = 0
-        for name in tqdm(sorted(set().union(*images)), desc="linking", unit="image"):
-            turned += place_image(found.files[name], partial / "images" / name, args.exif_rotate)
+        for name in tqdm(sorted(set().union(*images)), desc="copying", unit="image"):
+            turned += place_image(found.files[name], partial / "images" / name, args.exif_rotate, args.link)
         for split in ("train", "val"):
             own = [json.dumps(e, ensure_ascii=False) for i, e in enumerate(examples) if (i in kept) == (split == "val")]
             path = partial / f"ucf101_{split}.jsonl"
@@ -174,7 +221,8 @@ def main(argv: list[str] | None = None):
             read_conversations(path, partial / "images", literal_tags=args.literal_tags)
         if bad.left_out:
             (partial / "left_out.txt").write_text("\n".join(bad.left_out) + "\n", encoding="utf-8")
-    print(*notes, *listing(bad.left_out), sep="\n", end="\n" if notes or bad.left_out else "")
+    for line in (*notes, *listing(bad.left_out)):
+        print(printable(line))
     if together := sum(len(group) for group in groups_of_shared_images(images) if len(group) > 1):
         print(
             f"{together:,} examples share images with others; those are on the same side, so that the evaluation has "
@@ -182,7 +230,7 @@ def main(argv: list[str] | None = None):
         )
     if turned:
         print(f"{turned:,} images were turned upright, as their EXIF data say")
-    print(f"{args.out_dir}: {len(examples) - len(kept)} training and {len(kept)} evaluation examples")
+    print(f"{printable(str(args.out_dir))}: {len(examples) - len(kept)} training and {len(kept)} evaluation examples")
 
 
 if __name__ == "__main__":

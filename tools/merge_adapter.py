@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 
 from phi3v import Phi3VProcessor
+from phi3v.console import tell
 from phi3v.errors import InputError, Parser, exit_on_input_error
 from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import merge_adapter
+from phi3v.model.generation import use_own_settings
 from phi3v.model.loading import find_saved, load_saved, nf4_config
 from phi3v.training.hardware import DTYPES
 
@@ -57,16 +59,19 @@ def main(argv: list[str] | None = None):
     hint = "" if args.base else ": give --base"
     check = partial(check_adapter, args.adapter)
     saved = find_saved(args.adapter, revision, base=args.base, check=check, base_help=hint)
+    own = saved.folder if (saved.folder / "preprocessor_config.json").is_file() else saved.base_folder
     try:
+        processor = Phi3VProcessor.from_pretrained(own)
         model = load_saved(saved, dtype=dtype, quantization=quantization, with_adapter=False)
-    except OSError as e:
+    except (OSError, ValueError) as e:
         reason = " ".join(str(e).split())
-        raise InputError(f"the base model {saved.base} can't be loaded ({reason}): give --base") from None
+        raise InputError(f"the base model {saved.base} can't be loaded ({reason}){hint}") from None
     merged = merge_adapter(model, saved.folder).to(DTYPES[args.dtype])
+    use_own_settings(merged, processor)
     merged.save_pretrained(args.output_dir)
-    Phi3VProcessor.from_pretrained(saved.folder).save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
     n_parameters = sum(p.numel() for p in merged.parameters())
-    print(f"{args.output_dir}: {saved.base} merged with {args.adapter}, {n_parameters:,} parameters")
+    tell(f"{args.output_dir}: {saved.base} merged with {args.adapter}, {n_parameters:,} parameters")
 
 
 if __name__ == "__main__":

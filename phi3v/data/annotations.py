@@ -5,12 +5,16 @@ import os
 import re
 import reprlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from ..console import say
 from ..errors import BadExamples, InputError
-from ..model.processing_phi3v import END_TOKENS, IMAGE_TAG, OTHER_TOKENS, ROLE_TOKENS
-from ..ranks import is_first
+from ..inside import Inside, Outside, open_file, real_folders
+from ..model.processing_phi3v import IMAGE_TAG
+from ..model.tokenizer import END_TOKENS, OTHER_TOKENS, ROLE_TOKENS
 from .image_folder import ImageFolder
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 
@@ -37,8 +41,8 @@ def read_conversations(
     A turn is `{"images": [names], "user": text, "assistant": text}`. Image names are relative to `images_dir` and
     become paths. A line without an id gets the id `path:line`. Rank 0 names other fields, which are not used.
 
-    bad: decides about bad lines; by default they are an error. follow_links: as in `ImageFolder`. literal_tags: whether
-    tags such as <video> may stand in texts.
+    bad: decides about bad lines; by default they are an error. follow_links: as in `ImageFolder`, and whether `path`
+    itself may be a link out of its folder. literal_tags: whether tags such as <video> may stand in texts.
     Raises one InputError, which names file, line, field and value of the first ten problems and counts all of them.
     Problems are: a line that has another form, an image that does not exist or lies outside `images_dir`, an id that
     occurs twice, a text that is empty or contains a token of the chat format or a place for another medium, and a field
@@ -47,7 +51,7 @@ def read_conversations(
     bad = bad or BadExamples()
     read = _Reader(ImageFolder(images_dir, follow_links), bad, literal_tags)
     examples, seen = [], {}
-    for number, line in lines_of(path):
+    for number, line in lines_of(path if follow_links else Inside(str(path), real_folders(path.parent))):
         where = f"{path}:{number}"
         try:
             example = parse_json(line)
@@ -69,33 +73,31 @@ def read_conversations(
     bad.settle(str(path), len(examples))
     if not examples:
         raise InputError(f"{path} holds no examples")
-    if is_first():
-        for note in read.unused.lines(path):
-            print(note, flush=True)
+    say(*read.unused.lines(path))
     return examples
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields the number and the content of each line that is not blank. Raises InputError if the file can't be read."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path} can't be read: it is not a regular file")
-        with open(path, "rb") as file:
+    """Yields the number and the content of each line that is not blank. Raises InputError if the file can't be read.
+
+    path: of any file, or an `Inside` path.
+    """
+    with _opened(path) as file:
+        try:
             for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith(_UTF16_MARKS):
                     raise InputError(f"{path} is UTF-16: save it as UTF-8")
                 line = line.removeprefix(_UTF8_MARK)
                 if line.strip():
                     yield number, line
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: convert videos or conversations first, or check the folder") from None
-    except OSError as e:
-        raise InputError(f"{path} can't be read: {e.strerror}") from None
+        except OSError as e:
+            raise InputError(f"{path} can't be read: {e.strerror}") from None
 
 
 def text_of(path: Path) -> str:
     """The content of a file in UTF-8. Raises InputError with the line where it is not."""
-    content = path.read_bytes()
+    with _opened(path) as file:
+        content = file.read()
     if content.startswith(_UTF16_MARKS):
         raise InputError(f"{path} is UTF-16: save it as UTF-8")
     try:
@@ -105,12 +107,24 @@ def text_of(path: Path) -> str:
         raise InputError(f"{path}:{line} is not UTF-8 ({e.reason}): save the file as UTF-8") from None
 
 
+def _opened(path: Path) -> BinaryIO:
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: convert videos or conversations first, or check the folder")
+    try:
+        return open_file(path)
+    except Outside as e:
+        raise InputError(f"{path} can't be read: {e}; put the file itself there, or give --follow_links") from None
+    except ValueError as e:
+        raise InputError(f"{path} can't be read: it is {e}") from None
+    except OSError as e:
+        raise InputError(f"{path} can't be read: {e.strerror}") from None
+
+
 def _object(pairs: list[tuple]) -> dict:
     """A JSON object as a dict. Python's decoder silently keeps the last value of a key that occurs twice."""
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {_SHORT.repr(twice)} occurs twice in an object")
     return made
 

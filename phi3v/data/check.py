@@ -1,6 +1,7 @@
 """Checks a data set before training: decodes every image and counts every example's tokens."""
 
 import hashlib
+import math
 import os
 import statistics
 import warnings
@@ -9,14 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..console import tell
 from ..errors import InputError, Problems
 from ..model.processing_phi3v import Phi3VProcessor
 from ..model.rgb import exif_orientation, to_rgb
+from ..text import printable
+from ..workers import explain
 from .conversations import chat_text
 from .images import image_name, open_image
+from .loading import batches_of, make_loader
 
 # Kinds of images that are accepted but treated in a way that may surprise, each with how.
 ANIMATED = "animated or of several pages: the first frame is used"
@@ -62,8 +67,7 @@ class Summary:
             ids = ", ".join(map(str, self.bad_examples[: self.problems.shown]))
             more = ", …" if len(self.bad_examples) > self.problems.shown else ""
             lines.append(
-                f"{len(self.problems):,} problems in {len(self.bad_examples):,} examples: "
-                f"{ids.encode('unicode_escape').decode()}{more}"
+                f"{len(self.problems):,} problems in {len(self.bad_examples):,} examples: {printable(ids)}{more}"
             )
             lines += [f"  {line}" for line in self.problems.lines]
         return "\n  ".join(lines)
@@ -154,7 +158,7 @@ def special_kinds(image: Image.Image, exif_rotate: bool) -> list[str]:
         kinds.append(TRANSPARENT)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         kinds.append(HUGE.format(Image.MAX_IMAGE_PIXELS / 1e6))
-    if _value_or_default(1, lambda: getattr(image, "n_frames", 1)) > 1:  # last, because counting moves to another frame
+    if _value_or_default(False, lambda: getattr(image, "is_animated", False)):  # counting frames takes quadratic time
         kinds.append(ANIMATED)
     return kinds
 
@@ -191,10 +195,11 @@ def check_images(
     Raises InputError only if a worker dies. Problems of the data are in the summary's `problems`.
     """
     summary = Summary(name=name, max_length=max_length)
-    loader = DataLoader(
+    loader = make_loader(
         _Examined(conversations, processor),
         batch_size=8,
         num_workers=num_workers,
+        batches=math.ceil(len(conversations) / 8),
         collate_fn=list,
         # Conversations of a table refer to functions of the script, which only a forked process has.
         multiprocessing_context="fork" if num_workers else None,
@@ -202,7 +207,7 @@ def check_images(
     bar = tqdm(total=len(conversations), desc=f"checking {name}", unit="example", disable=disable_tqdm)
     try:
         with bar:
-            for batch in loader:
+            for batch in batches_of(loader):
                 for id, n_images, tokens, kinds, problems in batch:
                     summary.examples += 1
                     summary.images_per_example.append(n_images)
@@ -215,12 +220,9 @@ def check_images(
                         summary.bad_examples.append(id)
                 bar.update(len(batch))
     except RuntimeError as e:
-        if not str(e).startswith("DataLoader worker"):  # exited unexpectedly, or was killed
+        if (reason := explain(e)) is None:
             raise
-        raise InputError(
-            f"{name}: a process that decodes images died near example {summary.examples + 1}, perhaps because memory "
-            "ran out: check with fewer workers"
-        ) from None
+        raise InputError(f"{name}, near example {summary.examples + 1}: {reason}") from None
     return summary
 
 
@@ -241,9 +243,9 @@ def check_data(
     problems = Problems()
     for name, conversations in (("training data", train), ("evaluation data", evaluation)):
         summary = check_images(conversations, processor, num_workers, max_length, name, disable_tqdm)
-        print(summary, flush=True)
+        tell(*str(summary).split("\n"))
         problems.extend(summary.problems)
     if not skip_bad:
         problems.raise_if_any("data")
     elif problems:
-        print("a run leaves out the examples with problems, as --on_bad_example skip says", flush=True)
+        tell("a run leaves out the examples with problems, as --on_bad_example skip says")

@@ -11,7 +11,7 @@ class PackingCollator:
 
     The batch has what `pack` returns, the images' `image_sizes`, and `problems`: the errors of images that could not be
     read.
-    original_length, share_images: as in `pack`.
+    original_length, share_images: as in `pack`. The sampler must get the same values, because it counts tokens by them.
     """
 
     def __init__(self, processor: Phi3VProcessor, original_length: int, share_images: bool):

@@ -11,9 +11,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from ..model.chat import render
 from ..model.image_processing_phi3v import num_image_tokens
 from ..model.packing import IGNORE_INDEX
-from ..model.processing_phi3v import ASSISTANT, ROLE_TOKENS, Phi3VProcessor, image_tag
+from ..model.processing_phi3v import Phi3VProcessor, image_tag
+from ..model.tokenizer import ASSISTANT, END_OF_CONVERSATION, ROLE_TOKENS
 from .images import image_name, image_size, read_image
 from .sizes import Size, digest
 
@@ -42,10 +44,9 @@ def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool
         tags = "".join(map(image_tag, range(first, len(images) + 1)))
         messages.append({"role": "user", "content": f"{tags}\n{turn['user']}" if tags else turn["user"]})
         messages.append({"role": "assistant", "content": turn["assistant"]})
-    tokenizer = processor.tokenizer
     if for_generation:
-        return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True), images
-    return tokenizer.apply_chat_template(messages, tokenize=False) + tokenizer.eos_token, images
+        return render(messages[:-1], add_generation_prompt=True), images
+    return render(messages) + END_OF_CONVERSATION, images
 
 
 def _encode_text(processor: Phi3VProcessor, text: str, grids: list[tuple[int, int]]) -> dict:
@@ -151,7 +152,10 @@ class ConversationDataset(Dataset):
         """(tiles or features, grids, problem). With `skip_bad`, blank images replace images that can't be read."""
         cache = self.feature_cache
         try:
-            return *(cache.read(images) if cache else encode_images(self.processor, images)), None
+            if cache is None:
+                return *encode_images(self.processor, images), None
+            grids = self.grids(images)
+            return cache.read(images, grids), grids, None
         except InputError as e:
             if not self.skip_bad:
                 raise
@@ -171,6 +175,10 @@ class ConversationDataset(Dataset):
         except ValueError:  # InputError is one
             return (self.processor.image_processor.image_size,) * 2
 
+    def grids(self, images: list) -> list[tuple[int, int]]:
+        """The sub-crops (down, across) of each image, from its header alone. Raises InputError as items do."""
+        return [_grid(self.processor.image_processor, image, self._image_size(image)) for image in images]
+
     def _image_size(self, image) -> tuple[int, int]:
         return image_size(image, self.processor.image_processor.exif_rotate)
 
@@ -187,6 +195,10 @@ class ConversationDataset(Dataset):
         if not self.for_generation and not (labels[:limit] != IGNORE_INDEX).any():
             raise InputError(f"{name}, and nothing would be left of its answer: shorten its question")
         return {key: value[:limit] for key, value in example.items()}
+
+    def bytes_of_crops(self, crops: float) -> float:
+        """What so many crops take in items that hold tiles: a byte for each value of a pixel."""
+        return crops * 3 * self.processor.image_processor.image_size**2
 
     def images_key(self, index: int):
         """A key that is equal for examples with the same images; None for an example that can't share its images,

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..errors import BadExamples, InputError
 from .annotations import text_of
 
 DELIMITERS = {".csv": (",", "a comma"), ".tsv": ("\t", "a tab")}
+MOST_AGAIN = 2_000_000  # lines that are read again after rows with wrong quotes, beside three times all lines
 _LINE_BREAK = re.compile("\r\n|\r|\n")
 _QUOTES = 'put quotes around the whole field, and write each quote inside of it twice, as in "5"" wide"'
 
@@ -23,18 +25,18 @@ def rows(path: Path, bad: BadExamples, is_image: Callable[[str], bool]) -> Itera
     """
     delimiter, delimiter_name = DELIMITERS[path.suffix.lower()]
     lines = list(io.StringIO(text_of(path), newline=""))  # not splitlines, which also splits at U+2028
-    found = _records(lines, delimiter, is_image)
+    found = _records(path, lines, delimiter, is_image)
     _, header, problem = next((record for record in found if record[1] or record[2]), (0, [], None))
     if problem:
         raise InputError(f"{path}:1: {problem}")
     missing = [name for name in ("image", "question", "answer") if name not in header]
     if missing and not (missing == ["image"] and "images" in header):
         raise InputError(
-            f"{path}: there is no column {', '.join(missing)}, only {header}: the first line must name the columns, "
-            f"with {delimiter_name} between them"
+            f"{path}: there is no column {', '.join(missing)}, only {header!r:.300}: the first line must name the "
+            f"columns, with {delimiter_name} between them"
         )
-    if twice := [name for name in header if name and header.count(name) > 1]:
-        raise InputError(f"{path}: the column {twice[0]!r} is there twice: rename or remove one")
+    if twice := [name for name, n in Counter(header).items() if name and n > 1]:
+        raise InputError(f"{path}: the column {twice[0]!r:.100} is there twice: rename or remove one")
     for number, fields, problem in found:
         where = f"{path}:{number}"
         if not any(fields) and not problem:
@@ -49,14 +51,14 @@ def rows(path: Path, bad: BadExamples, is_image: Callable[[str], bool]) -> Itera
         yield where, None if problem else dict(zip(header, fields, strict=True))
 
 
-def _records(lines: list[str], delimiter: str, is_image) -> Iterator[tuple[int, list[str], str | None]]:
+def _records(path: Path, lines: list[str], delimiter: str, is_image) -> Iterator[tuple[int, list[str], str | None]]:
     """Yields the number of the first line, the fields and the problem of each record.
 
     After a record whose quotes are wrong, reading resumes at its second line, so that the lines that it has swallowed
-    are read as rows of their own.
+    are read as rows of their own. Raises InputError if this would take quadratic time.
     """
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a long answer
-    start, first, reader, header = 0, 0, None, None
+    start, first, reader, header, again = 0, 0, None, None, 0
     while start < len(lines):
         if reader is None:
             first, rest = start, (lines[i] for i in range(start, len(lines)))
@@ -71,8 +73,14 @@ def _records(lines: list[str], delimiter: str, is_image) -> Iterator[tuple[int, 
         if not problem and _swallows_rows(fields, header, delimiter, is_image):
             problem = f"a quote opens in this row and closes in line {start}, where other rows begin: {_QUOTES}"
         if problem:
+            again += (first + reader.line_num) - number
             start, reader = number, None
         yield number, fields, problem
+        if again > MOST_AGAIN + 3 * len(lines):
+            raise InputError(
+                f"{path}:{number}: the quotes of this row and of many before it are wrong, and looking for where they "
+                f"end would take too long: {_QUOTES}"
+            )
 
 
 def _swallows_rows(fields: list[str], header: list[str], delimiter: str, is_image) -> bool:

@@ -2,7 +2,7 @@
 
 import re
 import reprlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from . import csv_rows, json_rows
 from .annotations import text_problem
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 
-IMAGE_PLACE = re.compile(r"\s*<image>\s*|\s*<\|image_(\d+)\|>\s*")  # with a number, or for the next image
+# With a number, or for the next image. The search looks at each space once: it would take quadratic time to try every
+# space of a long row of them as the first one.
+IMAGE_PLACE = re.compile(r"(?:(?<!\s)\s+)?(?:<image>|<\|image_(\d{1,9})\|>)\s*")
 ROLES = {"human": "user", "gpt": "assistant"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -45,7 +47,10 @@ class Formats:
             turns = None
             if row is not None:
                 with self.bad.catching(where):
-                    turns = self.checked(self.turns_of_row(row) if is_table else self.turns_of_object(row))
+                    try:
+                        turns = self.checked(self.turns_of_row(row) if is_table else self.turns_of_object(row))
+                    except RecursionError:
+                        raise InputError("is nested too deeply") from None
             yield where, turns
 
     def turns_of_row(self, row: dict[str, str]) -> list[dict]:
@@ -57,7 +62,7 @@ class Formats:
         if len(places) > len(images):
             raise InputError(f"the question has places for {len(places)} images, but the row has {len(images)}")
         if places:
-            _fill(places, list(images), len(images))
+            _fill(places, deque(images), len(images))
             turn["user"] = IMAGE_PLACE.sub("\n", turn["user"]).strip()
         used = ("image", "images", "question", "answer", "system")
         self.other_fields([field for field in row.items() if field[0] not in used], images)
@@ -86,9 +91,10 @@ class Formats:
         """
         images = _named_once(messages, images)
         has_images = images or any(own or any(what == "image" for what, _ in parts) for _, parts, own in messages)
-        rest, made, question, moved = list(images), [], None, False
+        rest, made, question, moved = deque(images), [], None, False
         before = f"{system.strip()}\n" if system and system.strip() else ""
         for role, parts, own in messages:
+            own = deque(own)
             literal = self.literal_tags and (role == "assistant" or not has_images)
             text = "\n".join(value for what, value in parts if what == "text")
             places, late = _places(parts, literal)
@@ -100,7 +106,7 @@ class Formats:
                     "an answer has an image, but only questions can: remove it, or give --literal_tags if its <image> "
                     "is text"
                 )
-            names = _fill(places, own or rest, len(own or images)) + own
+            names = _fill(places, own or rest, len(own or images)) + list(own)
             moved |= late
             if role == "system" and not names:
                 before += f"{text}\n" if text else ""
@@ -207,7 +213,10 @@ def _read_part(part: dict, kind: str, others: list[tuple]) -> list[tuple]:
         named = {key: value for key, value in fields.items() if key in NAMES_OF_IMAGE}
         if named:
             return [("image", name) for name in image_names(named, f"{kind}[].content[]")]
-        return [("image", fields.get("index"))]
+        index = fields.get("index")
+        if index is not None and (not isinstance(index, int) or isinstance(index, bool) or index < 0):
+            raise InputError(f"the index of an image is {_SHORT.repr(index)}, must be a number of the list images")
+        return [("image", index)]
     raise InputError(f"a part of a message is {_SHORT.repr(part)}, must be a text, or an image by the name of its file")
 
 
@@ -249,7 +258,7 @@ def _named_once(messages: list[tuple], images: list[str]) -> list[str]:
     return images
 
 
-def _fill(places: list[str | int | None], queue: list[str], total: int) -> list[str]:
+def _fill(places: list[str | int | None], queue: deque[str], total: int) -> list[str]:
     """The names of a message's images. Places without a name take the next of `queue`, of `total` images."""
     needed = sum(not isinstance(place, str) for place in places)
     if needed > len(queue):
@@ -261,5 +270,5 @@ def _fill(places: list[str | int | None], queue: list[str], total: int) -> list[
                 f"a place is for image {place + 1} of the list, but image {total - len(queue) + 1} is the next one: "
                 "list the images in the order in which they appear, each as often as it appears"
             )
-        names.append(place if isinstance(place, str) else queue.pop(0))
+        names.append(place if isinstance(place, str) else queue.popleft())
     return names

@@ -3,22 +3,29 @@
 import os
 from pathlib import Path
 
+from ..inside import Inside, is_inside, real_folders
+
+LONGEST_NAME = 4096  # characters; systems accept no longer path
+
 
 class ImageFolder:
     """Tells whether a name belongs to a file inside a folder. It lists every folder once, because looking up each file
     takes far longer, above all on a network file system.
 
     follow_links: whether symbolic links inside the folder may lead out of it. The folder itself may be a link.
+    Without it, paths are `Inside` paths, of which also what is opened later is checked.
     """
 
     def __init__(self, root: Path, follow_links: bool = False):
         self.root = os.fspath(root)
-        self.real_root = os.path.realpath(root)
+        self.folders = real_folders(root)
         self.follow_links = follow_links
         self.listings: dict[str, set[str]] = {}
 
     def path(self, name: str) -> str | None:
         """The path of a regular file inside the folder; None for any other name."""
+        if len(name) > LONGEST_NAME:
+            return None
         folder, slash, file = name.rpartition("/")
         folder += slash
         listing = self.listings.get(folder)
@@ -27,7 +34,8 @@ class ImageFolder:
         # A file that is not listed may still be a symbolic link, spelled differently, or in a folder that can't be
         # listed.
         if file in listing or self.problem(name) is None:
-            return os.path.join(self.root, name)
+            path = os.path.join(self.root, name)
+            return path if self.follow_links else Inside(path, self.folders)
         return None
 
     def _listing(self, folder: str) -> set[str]:
@@ -43,7 +51,7 @@ class ImageFolder:
             return set()
 
     def _is_inside(self, path: str) -> bool:
-        return self.follow_links or os.path.commonpath([self.real_root, os.path.realpath(path)]) == self.real_root
+        return self.follow_links or is_inside(os.path.realpath(path), self.folders)
 
     def problem(self, name: str) -> str | None:
         """Why a name is not a file inside the folder, worded to follow the name; None if it is one."""
@@ -51,6 +59,8 @@ class ImageFolder:
             return f"must be a path inside {self.root}"
         path = os.path.join(self.root, name)
         try:
+            if len(name) > LONGEST_NAME:  # resolving its links would take quadratic time
+                return f"but {path} does not exist"
             if not self._is_inside(path):
                 return f"which is a symbolic link out of {self.root}: give --follow_links, or put the file itself there"
             if os.path.isfile(path):

@@ -1,11 +1,15 @@
 """Opens images and converts them to RGB. Whatever is wrong with an image becomes an InputError that names it."""
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 
 from PIL import Image
 
 from ..errors import InputError
+from ..image_files import open_image_file
+from ..inside import open_file
 from ..model.rgb import TURNS, exif_orientation, to_rgb, upright_size
 
 
@@ -16,38 +20,50 @@ def image_name(image) -> str:
     return str(image) if isinstance(image, (str, os.PathLike)) else "an image"
 
 
-def open_image(image, name: str | None = None, header_only: bool = False) -> Image.Image:
-    """The image in its own mode, decoded unless `header_only`; the first frame of an animation.
+@contextlib.contextmanager
+def open_image(image, name: str | None = None, header_only: bool = False) -> Iterator[Image.Image]:
+    """For a `with` block: the image in its own mode, decoded unless `header_only`; the first frame of an animation.
 
-    image: a path; `{"bytes", "path"}`, one of which may be None, as `datasets` has undecoded images; or a PIL image,
-        which is copied.
+    image: a path, of which `open_file` opens the file; `{"bytes", "path"}`, one of which may be None, as `datasets` has
+        undecoded images; or a PIL image, which is copied.
     name: its name in messages, by default its path.
-    Raises InputError if it is missing, damaged, not a regular file, not an image, or so large that PIL refuses it.
+    Raises InputError if it is missing, damaged, not a regular file, outside of the folder that it must lie in, not in
+    one of the formats that are read, or so large that PIL refuses it.
     """
     name = name or image_name(image)
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = image.copy() if isinstance(image, Image.Image) else None
+            if opened is None:
+                opened = open_image_file(stack.enter_context(_file_of(image)), header_only)
+                if not header_only:
+                    opened.load()
+        except Exception as e:  # PIL raises nearly everything, also struct.error, zlib.error and AttributeError
+            reason = " ".join(str(e).split()) or type(e).__name__
+            raise InputError(f"{name} can't be read as an image ({reason}): replace it or remove its example") from None
+        yield opened
+
+
+def _file_of(image) -> io.BufferedIOBase:
+    """The file of an image that is a path or `{"bytes", "path"}`. Raises ValueError, TypeError or OSError."""
+    content = image.get("bytes") if isinstance(image, dict) else None
+    if content is not None:
+        return io.BytesIO(content)
+    path = image.get("path") if isinstance(image, dict) else image
+    if path is None:
+        raise ValueError("the image is missing")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"it is of type {type(path).__name__}")
+    return open_file(path)
+
+
+def read_bytes(image) -> bytes:
+    """The content of an image's file. Raises InputError if it can't be read."""
     try:
-        if isinstance(image, Image.Image):
-            return image.copy()
-        if isinstance(image, dict):
-            content, image = image.get("bytes"), image.get("path")
-            if content is not None:
-                image = io.BytesIO(content)
-        if image is None:
-            raise ValueError("the image is missing")
-        if not isinstance(image, io.BytesIO):
-            if not os.path.exists(image):
-                raise ValueError("the file does not exist")
-            if not os.path.isfile(image):  # reading a pipe or a device might never end
-                raise ValueError("not a regular file")
-        opened = Image.open(image)
-        if not header_only:
-            opened.load()
-    except Exception as e:  # PIL raises nearly everything, also struct.error, zlib.error and AttributeError
-        reason = " ".join(str(e).split()) or type(e).__name__
-        if isinstance(e, Image.UnidentifiedImageError):
-            reason = "the file is empty" if _is_empty(image) else "not in a format that PIL knows"
-        raise InputError(f"{name} can't be read as an image ({reason}): replace it or remove its example") from None
-    return opened
+        with _file_of(image) as file:
+            return file.read()
+    except (OSError, ValueError, TypeError) as e:
+        raise InputError(f"{image_name(image)} can't be read ({' '.join(str(e).split())})") from None
 
 
 def image_size(image, exif_rotate: bool = False) -> tuple[int, int]:
@@ -59,10 +75,6 @@ def image_size(image, exif_rotate: bool = False) -> tuple[int, int]:
         return upright_size(image, exif_rotate)
     with open_image(image, header_only=True) as opened:
         return upright_size(opened, exif_rotate)
-
-
-def _is_empty(image) -> bool:
-    return not (image.getbuffer().nbytes if isinstance(image, io.BytesIO) else os.path.getsize(image))
 
 
 def read_image(image, name: str | None = None, exif_rotate: bool = False) -> Image.Image:

@@ -63,4 +63,5 @@ def _items(path: Path) -> Iterator[tuple[str, object, str | None]]:
     except InputError:
         raise
     except ValueError as e:  # a key that is there twice, or a number of too many digits
-        raise InputError(f"{path}:{line}, object {number}: {e}") from None
+        reason = "holds a number with more digits than can be read" if "digits" in str(e) else e
+        raise InputError(f"{path}:{line}, object {number}: {reason}") from None

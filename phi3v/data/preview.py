@@ -1,15 +1,14 @@
 """Shows one example as text, so that a user sees what the model is trained on."""
 
-import re
-
 from ..model.packing import IGNORE_INDEX
 from .conversations import ConversationDataset
 
 SHOWN = 300  # characters at the beginning and at the end of a long text
 
 
-def render_example(dataset: ConversationDataset, index: int = 0) -> str:
-    """An example's text with its images and their crops, its supervised tokens in [[ ]], and the ids of these."""
+def render_example(dataset: ConversationDataset, index: int = 0) -> list[str]:
+    """Three lines: the id, an example's text with its images and their crops and its supervised tokens in [[ ]], and
+    the ids of these tokens."""
     example = dataset[index]
     ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
     tokenizer, grids = dataset.processor.tokenizer, list(example["grids"])
@@ -23,15 +22,15 @@ def render_example(dataset: ConversationDataset, index: int = 0) -> str:
                 h, w = grids[number - 1]
                 pieces.append(f"<image {number}: {h} x {w} sub-crops and a global crop, {image_ids} tokens>")
         else:
-            text = tokenizer.decode(ids[start:end]).replace("\n", "\\n")
+            text = tokenizer.decode(ids[start:end])
             pieces.append(f"[[{_short(text)}]]" if is_target else _short(text))
         start = end
     targets = [token for token, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
-    return (
-        f"example {dataset.conversations[index]['id']}, {len(ids):,} tokens; supervised tokens are in [[ ]]\n"
-        f"  {''.join(pieces)}\n"
-        f"  supervised ids: {' '.join(map(str, targets[:20]))}{' …' if len(targets) > 20 else ''}"
-    )
+    return [
+        f"example {dataset.conversations[index]['id']}, {len(ids):,} tokens; supervised tokens are in [[ ]]",
+        f"  {''.join(pieces)}",
+        f"  supervised ids: {' '.join(map(str, targets[:20]))}{' …' if len(targets) > 20 else ''}",
+    ]
 
 
 def _images(ids: list[int]):
@@ -44,5 +43,4 @@ def _images(ids: list[int]):
 
 
 def _short(text: str) -> str:
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)  # control characters in data must not reach a terminal
     return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} … {text[-SHOWN:]}"

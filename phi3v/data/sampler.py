@@ -24,7 +24,8 @@ class StepSampler(Sampler[list[int]]):
 
     sizes: of each example.
     images_keys: for each example a key that is equal for examples with the same images; None if it shares none.
-    share_images: whether the images that examples of a micro-batch share count once.
+    share_images: whether the images that examples of a micro-batch share count once, as `pack` makes them.
+    original_length: longer examples share no images with shorter ones, because they take other rotary factors.
     Raises InputError if one example has more than `max_tokens` tokens.
     """
 
@@ -37,6 +38,7 @@ class StepSampler(Sampler[list[int]]):
         examples_per_gpu: int | None = None,
         max_tokens: int | None = None,
         share_images: bool = True,
+        original_length: float = math.inf,
         seed: int = 0,
         epochs: int = 1,
         rank: int = 0,
@@ -44,7 +46,8 @@ class StepSampler(Sampler[list[int]]):
     ):
         self.sizes, self.batch_size, self.seed, self.epoch = sizes, batch_size, seed, 0
         self.rank, self.world_size = rank, world_size
-        self.examples_per_gpu, self.max_tokens, self.share_images = examples_per_gpu, max_tokens, share_images
+        self.examples_per_gpu, self.max_tokens = examples_per_gpu, max_tokens
+        self.share_images, self.original_length = share_images, original_length
         numbers = {}
         self.images_keys = [
             ("alone", i) if key is None else numbers.setdefault(key, len(numbers)) for i, key in enumerate(images_keys)
@@ -88,13 +91,16 @@ class StepSampler(Sampler[list[int]]):
         return [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]
 
     def tokens(self, examples: list[int]) -> int:
-        """How many tokens a micro-batch has. Shared images count once if `share_images`."""
+        """How many tokens a micro-batch has. Shared images count once if `share_images`.
+
+        Words that such examples have in common next to their images count each time, so the row may be a bit shorter.
+        """
         total, last = 0, None
         for i in examples:
-            total += self.sizes[i].tokens
-            if self.share_images and self.images_keys[i] == last:
-                total -= self.sizes[i].image_tokens
-            last = self.images_keys[i]
+            size = self.sizes[i]
+            key = self.images_keys[i], size.tokens > self.original_length
+            total += size.tokens - (size.image_tokens if self.share_images and key == last else 0)
+            last = key
         return total
 
     def _micro_batches(self, step: list[int]) -> list[list[int]]:

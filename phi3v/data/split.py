@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
+from ..console import tell
 from ..errors import InputError
 from ..ranks import is_first
 
@@ -77,8 +78,7 @@ def warn_of_shared_images(train: Sequence[dict], evaluation: Sequence[dict]):
     if not shared or not is_first():
         return
     names = ", ".join(map(ascii, shared[:3])) + (", …" if len(shared) > 3 else "")
-    print(
+    tell(
         f"warning: {len(shared):,} of the {len(asked):,} images of the evaluation are also trained on, so the metric "
-        f"says little about new images: {names}; split the examples by image",
-        flush=True,
+        f"says little about new images: {names}; split the examples by image"
     )

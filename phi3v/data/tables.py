@@ -2,37 +2,42 @@
 
 import hashlib
 import os
-import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..console import tell
 from ..errors import BadExamples, InputError
-from ..hub import fetch_data, missing_parts
+from ..hub import fetch_data
 from ..hub_names import data_revision
+from ..inside import Inside, real_folders
 from ..ranks import is_first, is_first_of_node
 from .annotations import ROLES, text_problem
-from .images import read_image
+from .table_files import damage, features_of, files_of_split
 from .unsupported import tag_problem
 
 ROW = "row_in_split"  # a column with the number that a row has in its split
 PLACE = "place_of_row"  # a column with the row's place as messages name it: data set, split, file and row
+FOLDER = "folder_of_row"  # a column with the folder that images without content must lie in
 TEXTS_ABOUT_IMAGES = {"images": [datasets.Image], "texts": [{"user": str, "assistant": str}]}
 
 
 def load_table(
     repo: str, config: str | None, split: str, data_dir: str | None, columns: dict, revisions: str | None = None
 ) -> datasets.Dataset:
-    """A split of a data set, or a slice of a split ("train[500:]"), with the additional columns `ROW` and `PLACE`.
+    """A split of a data set, or a slice of a split ("train[500:]"), with the additional columns ROW, PLACE and FOLDER.
+
+    Only parquet files below the folder are read, which are found by their names. A README with other files, a script,
+    and what the files say of their columns are not looked at, so that nothing in them leads elsewhere.
 
     repo, config: the data set's repository on the Hub, and the name of its configuration.
     data_dir: a local folder to read instead of the Hub. It holds a folder with the repository's own name, laid out like
-        a snapshot of the repository.
+        a snapshot of the repository, or with the files right in it. The folder may be a link; links below it that lead
+        out of it are refused.
     columns: the columns that the table must have, with their types, such as `TEXTS_ABOUT_IMAGES`.
     revisions: --data_revision.
     Raises InputError if the split can't be loaded, lacks a column, has it with another type, or is empty.
@@ -42,22 +47,22 @@ def load_table(
     if data_dir is not None and not source.is_dir():
         raise InputError(f"--data_dir {data_dir} holds no folder {source.name}, a copy of {repo}")
     folder = fetch_data(repo, config, data_revision(repo, revisions)) if data_dir is None else source
-    found = sorted((folder / (config or "data")).glob("*-*.parquet"))
-    files = [path for path in found if path.name.startswith(f"{name}-")]
-    if (found or data_dir is None) and not files:
-        splits = ", ".join(sorted({path.name.partition("-")[0] for path in found}))
-        raise InputError(f"{where} has no split {name!r}" + (f", only {splits}" if splits else " on the Hub"))
-    if missing := missing_parts(files):
-        raise InputError(f"{where}, split {name}: {folder} lacks {_some(missing)}: copy all files of the data set")
-    # Without data_files, `datasets` wants the files of the first configuration that the README lists, whichever it is.
-    data_files = {name: [str(path.relative_to(folder)) for path in files]} if files else None
+    files = files_of_split(folder, config, name, where, data_dir is None)
+    data_files = {name: [str(path.relative_to(folder)) for path in files]}
     cache_dir = _cache_dir(folder, files)
     try:
-        table = datasets.load_dataset(str(folder), config, split=name, data_files=data_files, cache_dir=cache_dir)
+        table = datasets.load_dataset(
+            "parquet",
+            data_dir=str(folder),
+            data_files=data_files,
+            split=name,
+            features=features_of(pq.read_schema(files[0])),
+            cache_dir=cache_dir,
+        )
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(table)})
         rows = range(len(table))[part.from_ : part.to]
     except Exception as e:  # the many things that can go wrong here share no other class
-        reason = _damage(files, data_dir is None) or _reason(e)
+        reason = damage(files, data_dir is None) or _reason(e)
         raise InputError(f"{where}, split {split}, can't be loaded: {reason}") from None
     for column, wanted in columns.items():
         if column not in table.column_names:
@@ -67,11 +72,8 @@ def load_table(
     if len(rows) == 0:
         raise InputError(f"{where}, split {split}, is empty: it has {len(table)} rows")
     places = _places(f"{where}, {name}", files, len(table))[rows.start : rows.stop]
-    return table.select(rows).add_column(ROW, list(rows)).add_column(PLACE, places)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more files" if len(names) > 10 else "")
+    table = table.select(rows).add_column(ROW, list(rows)).add_column(PLACE, places)
+    return table.add_column(FOLDER, [str(folder)] * len(rows))
 
 
 def _reason(error: Exception) -> str:
@@ -90,23 +92,6 @@ def _places(where: str, files: list[Path], n_rows: int) -> list[str]:
     return [f"{where} row {i} (row {k} of {name})" for i, (name, k) in enumerate(in_files)]
 
 
-def _damage(files: list[Path], in_hub_cache: bool) -> str | None:
-    """Which of the parquet files is damaged, from which row on, and what to do; None if all can be read."""
-    for path in files:
-        row = 0
-        try:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=1):
-                    row += len(batch)
-        except (OSError, pa.ArrowException, ValueError) as e:
-            name, reason = f"{path.parent.name}/{path.name}", " ".join(str(e).split())
-            help = "copy the file again"
-            if in_hub_cache:
-                help = f"run `rm {shlex.quote(os.path.realpath(path))}` and start again, and it is downloaded anew"
-            return f"{name} is damaged at its row {row} ({reason}): {help}"
-    return None
-
-
 def _fits(feature, wanted) -> bool:
     """Whether a column's type fits a description: Image, str, a list with one description, or a dict of several."""
     if isinstance(wanted, list):
@@ -119,23 +104,32 @@ def _fits(feature, wanted) -> bool:
 
 
 def undecoded(table: datasets.Dataset, index: int) -> dict:
-    """A row whose images are still `{"bytes", "path"}`. `open_image` opens them, whose errors name the image by the
-    additional key `name`."""
+    """A row whose images are still `{"bytes", "path", "name"}`, as `open_image` takes them."""
     row = table.with_format("arrow")[index : index + 1].to_pylist()[0]
     for column, feature in table.features.items():
-        if isinstance(feature, datasets.Image) and isinstance(row[column], dict):
-            row[column]["name"] = f"{row[PLACE]}: its image"
+        if isinstance(feature, datasets.Image):
+            row[column] = image_of_row(row[column], row)
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            for number, image in enumerate(row[column] or [], 1):
-                if isinstance(image, dict):
-                    image["name"] = f"{row[PLACE]}: its image {number}"
+            images = [None] if row[column] is None else row[column]
+            row[column] = [image_of_row(image, row, number) for number, image in enumerate(images, 1)]
     return row
 
 
+def image_of_row(image: dict | None, row: dict, number: int | None = None) -> dict:
+    """An image of a row with its name for messages. If its content is in a file, that must lie in the row's folder."""
+    name = f"{row[PLACE]}: its image{f' {number}' if number else ''}"
+    content, path = (image["bytes"], image["path"]) if image else (None, None)
+    if content is None and path is not None:
+        path = Inside(os.path.join(row[FOLDER], path), _folders_once(row[FOLDER]))
+    return {"bytes": content, "path": path, "name": name}
+
+
+_folders_once = cache(real_folders)
+
+
 def _cache_dir(folder: Path, files: list[Path]) -> str:
-    """A cache folder for these files alone, or for all files in a folder if none are given. In its usual cache,
-    `datasets` would not notice that a file has changed, and would keep returning the old content."""
-    files = files or [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    """A cache folder for these files alone. In its usual cache, `datasets` would not notice that a file has changed,
+    and would keep returning the old content."""
     states = [(str(path.relative_to(folder)), path.stat()) for path in files]
     content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in states])
     return str(_writable_cache() / f"local-{hashlib.sha1(content.encode()).hexdigest()}")
@@ -152,61 +146,8 @@ def _writable_cache() -> Path:
     except OSError:
         other = Path(tempfile.gettempdir()) / f"datasets-of-{os.getuid()}"
         if is_first_of_node():
-            print(f"{wanted} can't be written to: tables are kept in {other}; HF_DATASETS_CACHE chooses another folder")
+            tell(f"{wanted} can't be written to: tables are kept in {other}; HF_DATASETS_CACHE chooses another folder")
         return other
-
-
-def without_seen_images(
-    train: datasets.Dataset, evaluation: datasets.Dataset, bad: BadExamples | None = None
-) -> datasets.Dataset:
-    """`train` without the rows that have an image which is also in `evaluation`, pixel for pixel.
-
-    Both tables have a column `image`, or a column `images` with lists. The images' hashes are cached by `datasets`.
-    Rank 0 prints how many rows were left out. Raises InputError if no row is left, and for an image that can't be read,
-    unless `bad` says that such examples are left out; this happens later, when the image is needed.
-    """
-    skip = bad is not None and bad.skip
-    seen = {digest for row in _hashes(evaluation, skip) for digest in row}
-    keep = [i for i, row in enumerate(_hashes(train, skip)) if seen.isdisjoint(row)]
-    if len(keep) == len(train):
-        return train
-    if is_first():
-        print(
-            f"{len(train) - len(keep)} of {len(train)} training rows left out: their images are in the evaluation set"
-        )
-    if not keep:
-        raise InputError("every training image is in the evaluation set too: choose another split")
-    return train.select(keep)
-
-
-def _hashes(table: datasets.Dataset, skip: bool):
-    """For each row the hashes of its images' sizes and pixels; with `skip` without images that can't be read."""
-    column = "images" if "images" in table.column_names else "image"
-
-    def digest(batch) -> dict:
-        hashes = []
-        for row in batch.to_pylist():
-            hashes.append([])
-            for image in row[column] if isinstance(row[column], list) else [row[column]]:
-                try:
-                    rgb = read_image(image, f"{row[PLACE]}: its image")
-                except InputError:
-                    if skip:
-                        continue
-                    raise
-                hashes[-1].append(hashlib.sha1(repr(rgb.size).encode() + rgb.tobytes()).hexdigest())
-        return {"hashes": hashes}
-
-    pixels = table.select_columns([column, PLACE]).with_format("arrow")
-    hashed = pixels.map(
-        digest,
-        batched=True,
-        batch_size=32,
-        num_proc=min(8, len(os.sched_getaffinity(0))) if len(table) > 5000 else None,
-        remove_columns=[column, PLACE],
-        desc="hashing images",
-    )
-    return hashed.with_format(None)["hashes"]
 
 
 def question_keys(table: datasets.Dataset, name: str, bad: BadExamples | None = None) -> list[tuple[int, int]]:
@@ -234,7 +175,7 @@ def question_keys(table: datasets.Dataset, name: str, bad: BadExamples | None = 
                 tags += any(tag_problem(text[role]) is not None for role in ROLES)
     bad.settle(name, len(keys))
     if tags and is_first():
-        print(f"warning: {name}: {tags:,} examples hold a tag such as <video> or <image>, which is read as text")
+        tell(f"warning: {name}: {tags:,} examples hold a tag such as <video> or <image>, which is read as text")
     return keys
 
 

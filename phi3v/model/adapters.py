@@ -1,15 +1,19 @@
 """LoRA adapters in PEFT's format: adding, saving, loading and merging them into their base model."""
 
+import os
 from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
+from ..errors import InputError
 from ..files import let_others_read
+from .lora_config import PREFIX, adapter_shapes, lora_config
 from .modeling_phi3v import Phi3VForCausalLM
+from .weights import check_shapes, shapes_in, weight_files
 
 SEPARATORS = ("model.vision_embed_tokens.sub_GN", "model.vision_embed_tokens.glb_GN")
 SEPARATORS_FILE = "separators.safetensors"
@@ -56,28 +60,70 @@ def save_separators(model: PeftModel, folder: Path):
         let_others_read(folder)
 
 
+def check_separators(model: Phi3VForCausalLM, folder: Path) -> bool:
+    """Whether separators were saved with an adapter. Raises InputError if the file holds anything else."""
+    path = folder / SEPARATORS_FILE
+    if not os.path.lexists(path):
+        return False
+    wanted = {name: tuple(model.get_parameter(name).shape) for name in SEPARATORS}
+    check_shapes(shapes_in([path]), wanted, str(path))
+    return True
+
+
+def check_adapter(model: torch.nn.Module, folder: Path):
+    """Raises InputError unless a saved adapter fits the model, which may be on the meta device."""
+    lora_config(folder, model)
+    check_separators(model, folder)
+
+
 @torch.no_grad()
 def load_separators(model: Phi3VForCausalLM, folder: Path):
     """Loads the separators that were saved with an adapter, if there are any, into its base model."""
-    if (folder / SEPARATORS_FILE).is_file():
+    if check_separators(model, folder):
         for name, tensor in load_file(folder / SEPARATORS_FILE).items():
             model.get_parameter(name).copy_(tensor)
 
 
 def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> PeftModel:
-    """Adds a saved adapter to its base model, and loads its separators if it has any."""
+    """Adds a saved adapter to its base model, and loads its separators if it has any. Raises InputError for an adapter
+    that can't be loaded exactly."""
+    config = lora_config(Path(folder), model)
     load_separators(model, Path(folder))
-    return PeftModel.from_pretrained(model, folder)
+    adapted = PeftModel.from_pretrained(model, folder, config=config)
+    for name, parameter in adapted.named_parameters():
+        if ("lora_" in name or name.endswith(SEPARATORS)) and not parameter.isfinite().all():
+            raise InputError(f"{folder}: the adapter's weights {name} hold NaN or infinity")
+    return adapted
+
+
+def check_resumable(model: PeftModel | Phi3VForCausalLM, folder: Path):
+    """Raises InputError unless a checkpoint holds exactly the weights of the model that is trained. The Trainer itself
+    would keep the weights of whatever is missing."""
+    if inner := [path for path in folder.glob("*/adapter_*") if path.parent.is_dir()]:
+        raise InputError(f"{inner[0].parent} holds a second adapter, which no run of these scripts has saved")
+    if isinstance(model, PeftModel):
+        wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+        found = {f"{PREFIX}{name}": shape for name, shape in adapter_shapes(folder).items()}
+    else:
+        wanted, found = model.state_dict(), shapes_in(weight_files(folder))
+    check_shapes(found, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, str(folder))
 
 
 def merge_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Phi3VForCausalLM:
     """The base model with a saved adapter merged into its weights. The result does not depend on PEFT.
 
-    A model in 4 bits is dequantised first, because the adapter was trained with these rounded weights.
+    A model in 4 bits is dequantised first, because the adapter was trained with these rounded weights. Raises
+    InputError for an adapter that can't be loaded exactly, or has a bias where the base model has none.
     """
     if getattr(model, "is_quantized", False):
         model = model.dequantize().float()
-    return load_adapter(model, folder).merge_and_unload()
+    adapted = load_adapter(model, folder)
+    try:
+        return adapted.merge_and_unload()
+    except RuntimeError as e:
+        if "lora_bias" not in str(e):
+            raise
+        raise InputError(f"{folder} can't be merged: it has lora_bias for layers whose base has no bias") from None
 
 
 def inner_model(model: torch.nn.Module) -> Phi3VForCausalLM:

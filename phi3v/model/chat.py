@@ -10,9 +10,28 @@ from itertools import groupby
 from PIL import Image
 
 from ..errors import InputError
+from ..image_files import open_image_file
+from ..inside import open_file
 
+# The template in the Hub's tokenizer_config.json, and another that renders the same.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
+    "{{- '<|assistant|>\n' -}}{% endif %}"
+)
+SAME_CHAT_TEMPLATE = (
+    "{%- for turn in messages -%}{{ '<|' ~ turn.role ~ '|>\\n' ~ turn.content ~ '<|end|>\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt and messages[-1].role != 'assistant' -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
+)
 IMAGE_KEYS = ("image", "url", "path", "base64")
 SECONDS = 60  # to wait for an address
+
+
+def render(messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """What CHAT_TEMPLATE makes of messages with a text as `content`. A folder's own template is never run: a stranger's
+    could take for ever."""
+    text = "".join(f"<|{message['role']}|>\n{message['content']}<|end|>\n" for message in messages)
+    return text + ("<|assistant|>\n" if add_generation_prompt and messages[-1]["role"] != "assistant" else "")
 
 
 def flatten(messages: list[dict], image_tag) -> tuple[list[dict], list]:
@@ -69,12 +88,15 @@ def open_image(source) -> Image.Image:
     try:
         if name.startswith(("http://", "https://")):
             with urllib.request.urlopen(name, timeout=SECONDS) as response:
-                return Image.open(io.BytesIO(response.read()))
-        if os.path.exists(name := name.removeprefix("file://")):
-            return Image.open(name)
-        encoded = name.partition(",")[2] if name.startswith("data:") else name
-        return Image.open(io.BytesIO(base64.b64decode("".join(encoded.split()), validate=True)))
-    except (binascii.Error, ValueError, Image.UnidentifiedImageError):
+                content = response.read()
+        elif os.path.exists(name := name.removeprefix("file://")):
+            with open_file(name) as file:
+                content = file.read()
+        else:
+            encoded = name.partition(",")[2] if name.startswith("data:") else name
+            content = base64.b64decode("".join(encoded.split()), validate=True)
+        return open_image_file(io.BytesIO(content))
+    except (binascii.Error, ValueError):
         reason = "no file with an image, no http(s) address of one and no base64 of one"
     except OSError as e:  # of the network, and of files that must not be read
         reason = " ".join(str(e).split())

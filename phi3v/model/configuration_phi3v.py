@@ -1,8 +1,15 @@
 """Configuration of Phi-3.5-vision, a Phi-3 decoder with a CLIP tower. Saved with the keys of the Hub's config.json."""
 
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.phi3.configuration_phi3 import Phi3Config
+
+from ..errors import InputError
+from ..files import read_json
+from .limits import check_config
 
 # Saved folders name the authors' classes, so that readers of the official format (vLLM is one) recognise them.
 _HUB_CLASSES = {
@@ -78,7 +85,8 @@ class Phi3VConfig(Phi3Config):
     config.json does not mention. Its `image_size` is the side of a crop in pixels. `rope_scaling` has the Hub's form
     (`type` "su", `short_factor`, `long_factor`).
 
-    Raises ValueError if the side of a crop is not a multiple of two patches, which are merged 2x2.
+    Raises ValueError for a value beyond the rules in `limits`, and if the side of a crop is not a multiple of two
+    patches, which are merged 2x2.
     """
 
     model_type = "phi3_v"
@@ -89,6 +97,35 @@ class Phi3VConfig(Phi3Config):
     vision_config: dict | CLIPVisionConfig | None = None
     embd_layer: dict | None = None
     img_processor: dict | None = None
+
+    def __new__(cls, **settings):
+        check_config(settings, cls)  # before transformers sees them: its errors do not name the value
+        return super().__new__(cls)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """The content of a folder's config.json. Raises InputError, which is a ValueError, if it can't be used."""
+        file = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
+        try:
+            if file.parent.is_dir():  # transformers would wait for a pipe, and overflow at deep nesting
+                check_config(read_json(file), cls)
+            content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            check_config(content, cls)
+        except InputError:
+            raise
+        except ValueError as e:
+            raise InputError(f"{file}: {e}") from None
+        # The caller decides about the implementation. The Hub's file asks for flash attention, which may not be
+        # installed, and a stranger's could name code to be fetched.
+        own = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+        return {name: value for name, value in content.items() if name not in own}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as e:  # transformers' own checks, which raise no ValueError
+            raise InputError(f"config.json: {' '.join(str(e).split())}") from None
 
     def __post_init__(self, **kwargs):
         # The Hub's file asks for flash attention and would fail where that is not installed. The caller of

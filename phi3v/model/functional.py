@@ -3,13 +3,47 @@
 The model and its loss call them in place of transformers' own code. Each computes the same values, to rounding.
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .fused import fused
+
 LOSS_CHUNK = 512  # rows of logits that exist at the same time: 66 MB in fp32 for a vocabulary of 32,064
+
+
+def _random(*shapes):
+    """An example for `fused`: random tensors of (rows, *shape). The examples below have the widths of Phi-3.5-vision,
+    for which the functions are then compiled already."""
+
+    def example(rows, dtype, device):
+        random = torch.Generator().manual_seed(0)  # of its own, so that training draws the same numbers
+        return tuple(4 * torch.randn(rows, *shape, generator=random).to(device, dtype) for shape in shapes)
+
+    return example
+
+
+def _quick_gelu_pure(x):
+    return x * torch.sigmoid(x * 1.702)
+
+
+@fused(_random((4096,)), _quick_gelu_pure)
+def _quick_gelu(x):
+    if x.dtype == torch.float16:  # 1.702 x can be infinite, and silu would return it
+        return torch.sigmoid(x * 1.702).mul_(x)
+    return F.silu(x * 1.702, inplace=True).mul_(1 / 1.702)
+
+
+def _quick_gelu_backward_pure(grad, x):
+    return torch.ops.aten.silu_backward(grad, x * 1.702)
+
+
+@fused(_random((4096,), (4096,)), _quick_gelu_backward_pure)
+def _quick_gelu_backward(grad, x):
+    x = x * 1.702
+    if x.dtype == torch.float16:  # the derivative of silu is NaN at infinity; here it is 0 or 1 long before
+        x = x.clamp_(-1000, 1000)
+    return torch.ops.aten.silu_backward(grad, x)
 
 
 class _QuickGELU(torch.autograd.Function):
@@ -19,12 +53,11 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return F.silu(x * 1.702, inplace=True).mul_(1 / 1.702)
+        return _quick_gelu(x)
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad, x * 1.702)
+        return _quick_gelu_backward(grad, *ctx.saved_tensors)
 
 
 class QuickGELU(nn.Module):
@@ -34,24 +67,41 @@ class QuickGELU(nn.Module):
         return _QuickGELU.apply(x)
 
 
+@fused(_random((16384,)))
+def _swiglu(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _swiglu_backward_pure(grad, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad], dim=-1)
+
+
+@fused(_random((8192,), (16384,)), _swiglu_backward_pure)
+def _swiglu_backward(grad, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    grads = torch.empty_like(gate_up)
+    grad_gate, grad_up = grads.chunk(2, dim=-1)
+    torch.mul(grad, F.silu(gate), out=grad_up)
+    if grad.dtype == torch.float16:  # grad * up can be infinite where the derivative of silu is 0
+        torch.mul(torch.ops.aten.silu_backward(grad, gate), up, out=grad_gate)
+    else:
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    return grads
+
+
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up for the halves of one tensor. Keeps only that tensor."""
 
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _swiglu(gate_up)
 
     @staticmethod
     def backward(ctx, grad):
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grads = torch.empty_like(gate_up)
-        grad_gate, grad_up = grads.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return grads
+        return _swiglu_backward(grad, *ctx.saved_tensors)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -59,91 +109,30 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return _SwiGLU.apply(gate_up)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight, computed in fp32 or better. Keeps x and one number per row; autograd would keep up to four
-    tensors of the size of x."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        rows = x.to(torch.promote_types(x.dtype, torch.float32))
-        squares = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
-        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (rows * scale).to(x.dtype) * weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        normed, grad, grad_x, grad_weight = x * scale, grad.to(scale.dtype), None, None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            grad = grad * weight
-            along = torch.linalg.vecdot(grad, normed)[..., None].div_(-x.shape[-1])
-            grad_x = torch.addcmul(grad, normed, along).mul_(scale).to(x.dtype)
-        return grad_x, grad_weight, None
+def _turned(heads, cos, sin):
+    """(n, heads, head_dim) rotated, as a new tensor."""
+    half = cos.shape[-1] // 2
+    first, second, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    parts = [first * cos - second * sin, second * cos + first * sin, rest]
+    return torch.cat([part.to(heads.dtype) for part in parts], dim=-1)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """(…, width) → the same shape: each row divided by its root mean square, and multiplied by `weight` (width,).
-
-    eps is added to the mean square.
-    """
-    if _is_on_cpu(x):
-        return _RMSNorm.apply(x, weight, eps)  # accelerators have a fused kernel
-    with _without_autocast(x):
-        return F.rms_norm(x, weight.shape, weight, eps)
+def _rotate_pure(qkv, cos, sin, n_heads, head_dim):
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    return torch.cat([_turned(heads[:, :n_heads], cos, sin), heads[:, n_heads:]], dim=-2).flatten(-2)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, round: bool) -> torch.Tensor:
-    """(…, width) → the same shape, as `F.layer_norm`; weight, bias: (width,).
-
-    round: under autocast on an accelerator, the result has the dtype of matrix products. Otherwise it has the dtype of
-        `x`, as it always has on a CPU.
-    """
-    if _is_on_cpu(x):
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    with _without_autocast(x) as products:
-        normed = F.layer_norm(x, weight.shape, weight, bias, eps)
-    return normed.to(products) if round and products else normed
+def _rotate_backward_pure(query, key, value, cos, sin):
+    return torch.cat([_turned(query, cos, -sin), _turned(key, cos, -sin), value], dim=-2).flatten(-2)
 
 
-def _is_on_cpu(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu"
+def _angles(rows, dtype, device):
+    angles = torch.arange(rows * 48.0).view(rows, 48).repeat(1, 2)
+    return tuple(x.to(device, dtype) for x in (angles.cos(), angles.sin()))
 
 
-@contextlib.contextmanager
-def _without_autocast(x: torch.Tensor):
-    """Within this context, operations on the device of `x` compute in the dtype of their inputs. Gives the dtype that
-    autocast chooses for matrix products; None if there is no autocast.
-
-    Autocast on CUDA computes norms in fp32 and returns fp32, so that the backward pass would keep their input and the
-    tower's residual stream twice as large. The kernels compute in fp32 anyway, whatever the dtype of their input is.
-    """
-    kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        yield None
-        return
-    with torch.autocast(kind, enabled=False):
-        yield torch.get_autocast_dtype(kind)
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotates the first heads of a tensor in place. Copies no heads, and keeps only the angles."""
-
-    @staticmethod
-    def forward(ctx, qkv, cos, sin, n_heads, head_dim):
-        ctx.save_for_backward(cos, sin)
-        ctx.heads = n_heads, head_dim
-        ctx.mark_dirty(qkv)
-        return _rotate_(qkv, cos, sin, *ctx.heads)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return _rotate_(grad.clone(), cos, -sin, *ctx.heads), None, None, None, None
-
-
+@fused(lambda *of: (*_random((9216,))(*of), *_angles(*of), 64, 96), _rotate_pure)
 def _rotate_(qkv, cos, sin, n_heads, head_dim):
     heads = qkv[..., : n_heads * head_dim].unflatten(-1, (n_heads, head_dim))
     half = cos.shape[-1] // 2
@@ -155,12 +144,40 @@ def _rotate_(qkv, cos, sin, n_heads, head_dim):
     return qkv
 
 
-def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_heads: int, head_dim: int) -> torch.Tensor:
-    """Applies rotary position embedding to the first `n_heads` heads of `qkv` (…, n, heads * head_dim), in place.
+@fused(lambda *of: (*_random((32, 96), (32, 96), (32, 96))(*of), *_angles(*of)), _rotate_backward_pure)
+def _rotate_backward(query, key, value, cos, sin):
+    qkv = torch.cat([query, key, value], dim=-2)
+    n_heads, head_dim = query.shape[-2] + key.shape[-2], query.shape[-1]
+    return _rotate_.plain(qkv.flatten(-2), cos, -sin, n_heads, head_dim)
 
+
+class _Rotate(torch.autograd.Function):
+    """Rotates query and key, and keeps only the angles. The gradients of query, key and value become one tensor in one
+    step. Autograd would make three tensors of its size, of zeros and one part each, and add them."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, heads, head_dim):
+        ctx.save_for_backward(cos, sin)
+        # `mark_dirty` can't be told of this change, because views are returned. Nothing else may use `qkv`.
+        qkv = _rotate_(qkv, cos, sin, sum(heads[:2]), head_dim)
+        return qkv.unflatten(-1, (-1, head_dim)).split(heads, dim=-2)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _rotate_backward(*grads, *ctx.saved_tensors), None, None, None, None
+
+
+def rotate(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: tuple[int, int, int], head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Applies rotary position embedding to query and key, in place, and returns query, key and value (…, n, own heads,
+    head_dim).
+
+    qkv: (…, n, sum(heads) * head_dim), which has them one after the other. It can't be used afterwards.
     cos, sin: (…, n, rotary_dim) with two equal halves. The first `rotary_dim` numbers of each head are rotated.
+    heads: how many heads query, key and value have.
     """
-    return _Rotate.apply(qkv, cos, sin, n_heads, head_dim)
+    return _Rotate.apply(qkv, cos, sin, heads, head_dim)
 
 
 class _CrossEntropySum(torch.autograd.Function):

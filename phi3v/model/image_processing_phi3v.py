@@ -15,6 +15,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_phi3v import auto_map, merged_tokens_per_side
+from .limits import IMAGES, OF_IMAGE_PROCESSORS, check, refuse_attributes
 from .rgb import to_rgb, upright_size
 
 WHITE = (255, 255, 255)
@@ -27,7 +28,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
     image_size: the side of a crop in pixels; patch_size: the side of the tower's patches in pixels. The Hub's
         preprocessor_config.json does not mention them.
     exif_rotate: whether images are turned upright as their EXIF data say. The official processor does not.
-    Raises ValueError if num_crops is less than 1 or image_size is not a multiple of two patches.
+    Raises ValueError for values beyond the rules in `limits`, and if image_size is not a multiple of two patches.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]
@@ -45,9 +46,11 @@ class Phi3VImageProcessor(BaseImageProcessor):
     ):
         kwargs.pop("num_img_tokens", None)  # follows from the sizes
         kwargs.pop("auto_map", None)
+        given = {"num_crops": num_crops, "image_mean": image_mean, "image_std": image_std, "image_size": image_size}
+        given |= {"patch_size": patch_size, "do_convert_rgb": do_convert_rgb, "exif_rotate": exif_rotate}
+        check(given, IMAGES)
+        refuse_attributes(kwargs, type(self), OF_IMAGE_PROCESSORS)
         super().__init__(**kwargs)
-        if num_crops < 1:
-            raise ValueError(f"num_crops is {num_crops}, must be at least 1")
         merged_tokens_per_side(image_size, patch_size)  # raises ValueError for sizes that do not fit
         self.num_crops = num_crops
         self.image_mean = list(image_mean)

@@ -1,5 +1,6 @@
 """Loads a saved model or adapter, in 4 bits or not, and refuses a model that lacks weights."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,15 @@ from ..errors import InputError
 from ..files import read_json
 from ..hub import fetch_model
 from ..hub_names import is_hub_name, split_revision
-from .adapters import load_adapter
+from .adapters import check_adapter, load_adapter
+from .configuration_phi3v import Phi3VConfig
+from .folder import check_files, check_processor_fits
+from .generation import name_unused_settings
 from .modeling_phi3v import Phi3VForCausalLM
+from .weights import check_shapes, shapes_in, weight_files
+
+REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")
+IS_IT_WHOLE = ": is it a whole Phi-3.5-vision?"
 
 
 def not_quantized(quantize_vision: bool) -> list[str]:
@@ -43,7 +51,7 @@ def check_complete(loading_info: dict, name: str):
     """
     if missing := sorted(loading_info["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise InputError(f"{name} lacks the weights {', '.join(missing[:3])}{more}: is it a whole Phi-3.5-vision?")
+        raise InputError(f"{name} lacks the weights {', '.join(missing[:3])}{more}{IS_IT_WHOLE}")
 
 
 def base_and_adapter(name: str | Path) -> tuple[str, str | None, Path | None]:
@@ -53,16 +61,20 @@ def base_and_adapter(name: str | Path) -> tuple[str, str | None, Path | None]:
     Raises InputError if the adapter does not name its base.
     """
     config = Path(name) / "adapter_config.json"
-    if not config.is_file():
+    if not config.exists():
         return str(name), None, None
-    try:
-        content = read_json(config)
-        base, revision = content["base_model_name_or_path"], content.get("revision")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        base = revision = None
-    if not isinstance(base, str):
+    content = read_json(config)
+    content = content if isinstance(content, dict) else {}
+    base, revision = content.get("base_model_name_or_path"), content.get("revision")
+    if not isinstance(base, str) or not base:
         raise InputError(f"{config} does not name a base_model_name_or_path")
-    return base, revision if isinstance(revision, str) else None, Path(name)
+    if not (revision is None or isinstance(revision, str) and REVISION.fullmatch(revision)):
+        raise InputError(f"{config}: revision is {revision!r:.80}, must be a branch, a tag or a commit of the base")
+    try:
+        Path(base).exists()
+    except (OSError, ValueError):  # a name with NUL, or one that is too long
+        raise InputError(f"{config}: base_model_name_or_path is {base!r:.80}, which can't be a folder's name") from None
+    return base, revision, Path(name)
 
 
 def refuse_adapter(name: str, folder: Path):
@@ -105,26 +117,76 @@ def find_saved(
     name: a folder, or a repository on the Hub; revision: of that repository.
     base: the adapter's base, if it is not the one that the adapter names: a folder, or owner/name or
         owner/name@revision. The base that it names is loaded at the commit with which the adapter was trained.
-    weights: whether weights are fetched too. check: called with the folder of `name` before its weights are fetched.
-    Raises InputError if something can't be fetched, which for a base ends in `base_help`, and if an adapter does not
-    name its base.
+    weights: whether weights are fetched and checked too.
+    check: called with the folder of `name` before its weights are fetched.
+    Raises InputError if something can't be fetched, which for a base ends in `base_help`; if an adapter does not name
+    its base; and for files that can't be read or do not fit together.
     """
-    folder = fetch_model(name, weights, revision, check)
+
+    def look(folder: Path):
+        check_files(folder)
+        if check:
+            check(folder)
+
+    folder = fetch_model(name, weights, revision, look)
     commits = {name: folder.name} if is_hub_name(name) else {}
     named_base, base_revision, adapter = base_and_adapter(folder)
     if adapter is None:
-        return Saved(folder, None, name, folder, commits)
+        saved = Saved(folder, None, name, folder, commits)
+        check_saved(saved, weights)
+        return saved
     if base:
         named_base, base_revision = split_revision(base, "base")
     elif not is_hub_name(named_base):
         base_revision = None
+
+    def look_at_base(folder: Path):
+        check_files(folder)
+        if base_and_adapter(folder)[2]:
+            raise InputError(
+                f"{named_base}, the base of the adapter {name}, is an adapter itself, must be a whole model"
+            )
+
     try:
-        base_folder = fetch_model(named_base, weights, base_revision)
+        base_folder = fetch_model(named_base, weights, base_revision, look_at_base)
+        if is_hub_name(named_base):
+            commits[named_base] = base_folder.name
+        saved = Saved(folder, adapter, named_base, base_folder, commits)
+        config = check_saved(saved, weights)
     except InputError as e:
         raise InputError(f"{e}{base_help}") from None
-    if is_hub_name(named_base):
-        commits[named_base] = base_folder.name
-    return Saved(folder, adapter, named_base, base_folder, commits)
+    if weights:
+        check_adapter(outline_of(config), adapter)
+    return saved
+
+
+def outline_of(config: Phi3VConfig) -> Phi3VForCausalLM:
+    """The model on the meta device, where it has no weights and takes no memory."""
+    with torch.device("meta"):
+        return Phi3VForCausalLM(config)
+
+
+def check_saved(saved: Saved, weights: bool) -> Phi3VConfig:
+    """The configuration of a whole model, or of an adapter's base.
+
+    Raises InputError if it can't be used, if the tokenizer and the image processor do not fit it, and with `weights` if
+    the saved weights are not exactly those that it describes.
+    """
+    try:
+        config = Phi3VConfig.from_pretrained(saved.base_folder)
+        if weights:
+            found = shapes_in(weight_files(saved.base_folder))
+            wanted = outline_of(config).state_dict()
+            check_shapes(found, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, saved.base, IS_IT_WHOLE)
+    except InputError:
+        raise
+    except (OSError, ValueError) as e:
+        raise InputError(f"{saved.base} can't be loaded ({' '.join(str(e).split())})") from None
+    for folder in {saved.folder, saved.base_folder}:
+        check_processor_fits(folder, config)
+    if weights:
+        name_unused_settings(saved.base_folder)
+    return config
 
 
 def load_saved(

@@ -28,12 +28,17 @@ from transformers.models.phi3.modeling_phi3 import (
     Phi3PreTrainedModel,
     Phi3RMSNorm,
 )
+from transformers.utils import logging
 
 from ..files import let_others_read
+from .attention import packed_attention
 from .configuration_phi3v import Phi3VConfig
-from .functional import QuickGELU, cross_entropy, layer_norm, rms_norm, rotate, swiglu
+from .functional import QuickGELU, cross_entropy, rotate, swiglu
 from .image_processing_phi3v import crops_of_tiles, num_image_tokens
-from .packing import IGNORE_INDEX, Packing, packed_attention
+from .norms import layer_norm, rms_norm
+from .packing import IGNORE_INDEX, Packing
+
+logger = logging.get_logger(__name__)
 
 # The Hub's generation config stops at </s>, which the model never writes. The model ends a turn with <|end|> (32007)
 # and a conversation with <|endoftext|> (32000).
@@ -255,10 +260,9 @@ class Phi3VAttention(Phi3Attention):
         if packing is None:
             return super().forward(hidden_states, position_embeddings, *args, **kwargs)
         heads = self.config.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads
-        states = rotate(self.qkv_proj(hidden_states), *position_embeddings, heads[0] + heads[1], self.head_dim)
-        query, key, value = states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(heads, dim=1)
+        query, key, value = rotate(self.qkv_proj(hidden_states), *position_embeddings, heads, self.head_dim)
         if kept_rows is not None:
-            query = query[:, :, kept_rows]
+            query = query[:, kept_rows]
         dropout = self.attention_dropout if self.training else 0.0
         output = packed_attention(self, query, key, value, packing, kept_rows is not None, dropout)
         return self.o_proj(output.flatten(2)), None
@@ -303,6 +307,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
 
     def __init__(self, config: Phi3VConfig):
         Phi3PreTrainedModel.__init__(self, config)  # Phi3Model.__init__ would build its own layers
+        if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+            raise ValueError(f"pad_token_id is {config.pad_token_id}, must be below vocab_size {config.vocab_size}")
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -501,12 +507,16 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
     def _correct_stop_ids(self):
         """Replaces the Hub's stop token, but not one that a user has set."""
-        if self.generation_config.eos_token_id in (_SHIPPED_EOS_ID, [_SHIPPED_EOS_ID]):
-            if self.config.vocab_size > max(_STOP_IDS):
-                self.generation_config.eos_token_id = list(_STOP_IDS)
+        for settings in (self.generation_config, self.config):
+            if settings.eos_token_id in (_SHIPPED_EOS_ID, [_SHIPPED_EOS_ID]):
+                if self.config.vocab_size > max(_STOP_IDS):
+                    settings.eos_token_id = list(_STOP_IDS)
 
     def adjust_generation_fn(self, *args, **kwargs):
-        super().adjust_generation_fn(*args, **kwargs)
+        try:
+            super().adjust_generation_fn(*args, **kwargs)
+        except Exception as e:  # a stranger's generation_config.json can hold anything
+            logger.warning(f"generation_config.json can't be used ({' '.join(str(e).split())[:200]!r})")
         self._correct_stop_ids()
 
     def forward(

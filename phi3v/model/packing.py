@@ -9,8 +9,6 @@ structure is known to the host, none of this makes the host wait for the device.
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IGNORE_INDEX = -100  # the label of tokens that are not supervised
 
@@ -173,97 +171,3 @@ def _common_length(members: list[dict]) -> int:
         if len(supervised := (example["labels"] != IGNORE_INDEX).nonzero()):
             n = min(n, supervised[0].item())
     return n if all((e["input_ids"][n:] >= 0).all() for e in members) else 0
-
-
-def _tail_mask(queries: int, keys: int, device) -> torch.Tensor:
-    """bool (queries, keys) for the last `queries` of `keys` tokens: each attends to itself and those before it."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
-
-
-def _branch_mask(common: int, branches: tuple[int, ...], device) -> torch.Tensor:
-    """bool (n, common + n) for the n tokens of all branches: each attends to the common part, to itself and to those
-    before it in its branch."""
-    own = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool, device=device).tril_() for n in branches))
-    return torch.cat([own.new_ones(len(own), common), own], dim=1)
-
-
-def _eager(query, key, value, mask, is_causal, dropout, scaling, enable_gqa):
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    if is_causal:
-        mask = _tail_mask(query.shape[2], key.shape[2], query.device)
-    scores = (query @ key.transpose(2, 3) * scaling).float()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return F.dropout(scores.softmax(-1).to(query.dtype), dropout) @ value
-
-
-def _sdpa(query, key, value, mask, is_causal, dropout, scaling, enable_gqa):
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal, scale=scaling, enable_gqa=enable_gqa
-    )
-
-
-def packed_attention(module, query, key, value, packing: Packing, trimmed: bool, dropout: float) -> torch.Tensor:
-    """Attention within the groups of a packed row.
-
-    query: (1, heads, n, head_dim) for all tokens, or with `trimmed` only for those of `Packing.kept_rows`.
-    key, value: (1, key heads, length, head_dim). Returns (1, n, heads, head_dim).
-
-    Flash attention computes all groups in one call. It raises ValueError for branches, which it can't compute.
-    Eager and SDPA attention go group by group, so no mask spans two groups: causal attention needs no mask, and
-    branches need one of their own tokens by the group's tokens.
-    """
-    kind = module.config._attn_implementation
-    if kind == "flash_attention_2":
-        return _flash(module, query, key, value, packing, trimmed, dropout)
-    attend = _eager if kind == "eager" else _sdpa
-    options = {"dropout": dropout, "scaling": module.scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    outputs, q, k = [], 0, 0
-    for group in packing.groups:
-        keys, values = (x[:, :, k : k + group.size] for x in (key, value))
-        rows = group.tail if trimmed else group.length
-        if rows:
-            mask = None
-            if rows < group.length:
-                shape = (rows, group.length)
-                mask = packing.cached(shape, lambda s=shape: _tail_mask(*s, query.device))
-            own = query[:, :, q : q + rows]
-            common = (keys[:, :, : group.length], values[:, :, : group.length])
-            outputs.append(attend(own, *common, mask, is_causal=mask is None, **options))
-        if group.branches:
-            n = sum(group.branches)
-            shape = (group.length, group.branches)
-            mask = packing.cached(shape, lambda s=shape: _branch_mask(*s, query.device))
-            own = query[:, :, q + rows : q + rows + n]
-            outputs.append(attend(own, keys, values, mask, is_causal=False, **options))
-        q += rows + sum(group.branches)
-        k += group.size
-    output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-    return output.transpose(1, 2)
-
-
-def _flash(module, query, key, value, packing: Packing, trimmed: bool, dropout: float) -> torch.Tensor:
-    if any(group.branches for group in packing.groups):
-        raise ValueError("flash attention can't share an image between branches: pack with share_images=False")
-
-    def bounds(lengths):
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        return packing.cached(lengths, lambda: ends.to(query.device, torch.int32, non_blocking=True))
-
-    keys = tuple(group.length for group in packing.groups)
-    queries = tuple(group.tail for group in packing.groups) if trimmed else keys
-    # With fewer queries than keys, the kernel's causal mask treats the queries as the last of the keys, which they are.
-    return ALL_ATTENTION_FUNCTIONS["flash_attention_2"](
-        module,
-        query,
-        key,
-        value,
-        None,
-        dropout=dropout,
-        scaling=module.scaling,
-        cu_seq_lens_q=bounds(queries),
-        cu_seq_lens_k=bounds(keys),
-        max_length_q=max(queries),
-        max_length_k=max(keys),
-    )[0]

@@ -14,13 +14,16 @@ from transformers.utils import to_py_obj
 from ..files import read_json, write_json
 from .chat import flatten
 from .configuration_phi3v import auto_map
+from .folder import check_files
 from .image_processing_phi3v import Phi3VImageProcessor, as_list
+from .tokenizer import (
+    END_TOKENS,
+    check_special_tokens,
+    tokenizer_errors,
+    use_known_chat_template,
+    write_merges_as_texts,
+)
 
-# The chat format's special tokens.
-ASSISTANT = "<|assistant|>"
-ROLE_TOKENS = ("<|user|>", ASSISTANT, "<|system|>")
-END_TOKENS = ("<|end|>", "<|endoftext|>")  # of a turn, and of a conversation
-OTHER_TOKENS = ("<s>", "</s>", "<unk>", "<|image|>")
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
 
@@ -54,13 +57,20 @@ class Phi3VProcessor(ProcessorMixin):
         num_crops, exif_rotate: replace what is saved, the maximum of sub-crops per image and whether images are turned
             upright as their EXIF data say.
         """
+        source = Path(pretrained_model_name_or_path)
+        if source.is_dir():
+            check_files(source / (kwargs.get("subfolder") or ""))
         image_processor = Phi3VImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         given = {"num_crops": num_crops, "exif_rotate": exif_rotate}
         if given := {name: value for name, value in given.items() if value is not None}:
             image_processor = Phi3VImageProcessor(**{**image_processor.to_dict(), **given})
         # In transformers 5, the tokenizer class that the Hub's files name drops the space token after special tokens.
         # The plain fast tokenizer follows tokenizer.json, and gives the ids with which the model was trained.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with tokenizer_errors(pretrained_model_name_or_path):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            check_special_tokens(tokenizer)
+        if "chat_template" not in kwargs:
+            use_known_chat_template(tokenizer, pretrained_model_name_or_path)
         return cls(image_processor, tokenizer, padding_side=kwargs.get("padding_side", "left"))
 
     @property
@@ -73,6 +83,7 @@ class Phi3VProcessor(ProcessorMixin):
         folder = Path(save_directory)
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
+        write_merges_as_texts(folder / "tokenizer.json")
         common = {"auto_map": auto_map("AutoProcessor"), "processor_class": type(self).__name__}
         write_json(folder / "processor_config.json", common, sort_keys=True)
         tokenizer_config = folder / "tokenizer_config.json"

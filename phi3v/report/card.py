@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..files import write_text
 from ..secrets import masked_command, without_secrets
+from ..text import printable
 from .statistics import result_of
 from .summary import describe_mode, versions
 from .templates import environment
@@ -25,17 +26,17 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
     task = Path(sys.argv[0]).stem.removeprefix("finetune_hf_trainer_")
     name, commits = args.model_name_or_path, about.get("commits", {})
     metadata = ModelCardData(
-        base_model=name if not Path(name).exists() else None,
-        datasets=[repository for repository in commits if repository != name] or None,
+        base_model=printable(name) if not Path(name).exists() else None,
+        datasets=[printable(repository) for repository in commits if repository != name] or None,
         library_name="peft" if args.use_lora else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["phi3_v", "lora" if args.use_lora else "full-fine-tuning"],
-        model_name=folder.resolve().name,
+        model_name=printable(folder.resolve().name),
         eval_results=[
             EvalResult(
                 task_type="image-text-to-text",
-                dataset_type=task,
-                dataset_name=task,
+                dataset_type=printable(task),
+                dataset_name=printable(task),
                 metric_type=after["metric"],
                 metric_value=round(after[after["metric"]], 4),
             )

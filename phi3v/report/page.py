@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ..files import replacing
+from ..image_files import open_image_file
+from ..inside import open_file
 from ..secrets import SECRET, masked_command, masked_rows
 from .charts import CHART_AREA, charts_of
 from .statistics import RIGHT_SCORE, paired_change, paired_rows, result_of
@@ -105,7 +107,7 @@ def write_html_report(
         num_shown=len(shown),
         num_examples=len(rows),
     )
-    with replacing(path) as partial:
+    with replacing(path, several_writers=True) as partial:  # whose name no other file has
         page.dump(str(partial), encoding="utf-8", errors="replace")
 
 
@@ -155,12 +157,14 @@ def _example(row: dict, index: int, examples: Callable[[int], dict]) -> dict:
 def _thumbnail(image, size: int) -> dict | None:
     """The image as a JPEG in a data URI, at most `size` pixels wide and high; None if it can't be read."""
     try:
-        if not isinstance(image, Image.Image):
-            if isinstance(image, dict):
-                image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
-            image = Image.open(image)
-            image.draft("RGB", (2 * size, 2 * size))  # decodes a JPEG at about the needed size, which is faster
-        small = image.convert("RGB")
+        if isinstance(image, Image.Image):
+            small = image.convert("RGB")
+        else:
+            content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, image)
+            with io.BytesIO(content) if content else open_file(path) as opened:
+                image = open_image_file(opened)
+                image.draft("RGB", (2 * size, 2 * size))  # decodes a JPEG at about the needed size, which is faster
+                small = image.convert("RGB")
         small.thumbnail((size, size))
         file = io.BytesIO()
         small.save(file, "JPEG", quality=75)

@@ -22,12 +22,12 @@ def describe_run(
     max_tokens: int | None,
     steps: int,
     n_parameters: int,
-) -> str:
-    """Six lines about what will happen: what is trained, on which data, in how many steps, with which optimizer, in how
-    much memory, and where the output goes.
+) -> list[str]:
+    """Seven lines about what will happen: what is trained, on which data, in how many steps, with which optimizer, in
+    how much memory, with which attention, and where the output goes.
 
     args: the recipe's flags.
-    about: "data" as `describe_sizes` returns it, and "memory", the plan for the memory as a text.
+    about: "data" as `describe_sizes` returns it; "memory", the plan for the memory, and "attention", as texts.
     precision: "bf16", "fp16" or "fp32".
     max_tokens: the most tokens of a micro-batch; None if micro-batches have a fixed number of examples instead.
     steps: optimizer steps of the whole run.
@@ -62,9 +62,10 @@ def describe_run(
         "optimizer": f"{training_args.optim.value}, rate {training_args.learning_rate:g}, "
         f"{training_args.lr_scheduler_type.value}, {warmup} of warm-up, weight decay {training_args.weight_decay:g}",
         "memory": about["memory"],
+        "attention": about["attention"],
         "output": f"{training_args.output_dir}, {saving}",
     }
-    return "\n".join(f"{name:10} {text}" for name, text in lines.items())
+    return [f"{name:10} {text}" for name, text in lines.items()]
 
 
 def describe_mode(args) -> str:

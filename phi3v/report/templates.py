@@ -2,9 +2,12 @@
 
 import base64
 import hashlib
+import shlex
 from pathlib import Path
 
 import jinja2
+
+from ..text import markdown_code, markdown_text, printable
 
 LONGEST_TEXT = 2000  # characters; a longer text is cut
 
@@ -22,9 +25,10 @@ def _cut(text) -> str:
     return text if rest <= 0 else f"{text[:LONGEST_TEXT]} … ({rest:,} more characters)"
 
 
-def _cell(value) -> str:
-    """The value as one cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+def _escaped(value):
+    """What the templates apply to each value before they show it: names from outside may hold codes of a terminal."""
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")
+    return printable(value, keep="\n\t") if is_text else value
 
 
 def _csp_hash(script: str) -> str:
@@ -39,5 +43,7 @@ environment = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
+    finalize=_escaped,
 )
-environment.filters.update(number=format_number, cut=_cut, csp_hash=_csp_hash, cell=_cell)
+environment.filters.update(number=format_number, cut=_cut, csp_hash=_csp_hash)
+environment.filters.update(markdown=markdown_text, code=markdown_code, line=printable, quote=shlex.quote)

@@ -14,15 +14,27 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from ..console import say
 from ..errors import InputError
 from ..files import read_json, write_json
-from .settings import short_json
+from .own_files import (
+    MANIFEST,
+    MARK,
+    UNFINISHED,
+    delete_own,
+    free_name,
+    is_checkpoint,
+    is_folder,
+    is_own_folder,
+    strangers,
+)
+from .resuming import missing_files, problem_of_state
+from .settings import problem_of_settings, short_json
 
-MANIFEST = "complete.json"  # written last: a checkpoint without it is not whole
-UNFINISHED = "unfinished"  # in the output folder: what is being written
 PREFIX = "checkpoint-"
 # What reading JSON of any other form can raise.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
+kept_for_others = set()  # checkpoints that are not deleted, because they hold files that no run has written
 DISK_FULL = re.compile(r"No space left|quota exceeded|file write failed|unexpected pos")  # in libraries' messages
 
 
@@ -31,10 +43,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def numbered(output_dir: Path) -> list[Path]:
+    """Whatever is called checkpoint-N, the highest number first."""
+    found = (path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal())
+    return sorted(found, key=step_of, reverse=True)
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """All folders checkpoint-N, whole or not, the newest first."""
-    found = (path for path in output_dir.glob(f"{PREFIX}*") if path.is_dir())
-    return sorted((path for path in found if path.name.removeprefix(PREFIX).isdecimal()), key=step_of, reverse=True)
+    return [path for path in numbered(output_dir) if path.is_dir()]
 
 
 def newest_whole(output_dir: Path) -> Path | None:
@@ -43,7 +60,7 @@ def newest_whole(output_dir: Path) -> Path | None:
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file below the folder, by relative path, without the manifest."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (MANIFEST, MARK))
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
@@ -57,26 +74,50 @@ def publish(unfinished: Path, settings: dict, keep: int | None):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # otherwise the rename may reach the disk before the content does
     write_json(unfinished / MANIFEST, {"files": file_sizes(unfinished), "settings": settings})
+    (unfinished / MARK).unlink(missing_ok=True)  # from now on, the manifest says what this folder is
     output_dir = unfinished.parent.parent
     target, step = output_dir / unfinished.name, step_of(unfinished)
-    if target.exists():
-        os.replace(target, unfinished.with_name("replaced"))
+    if os.path.lexists(target):
+        if not is_checkpoint(target):
+            raise InputError(f"{target} has appeared, which no run has written: the new checkpoint is in {unfinished}")
+        aside = free_name(target.with_name(f"abandoned-{target.name}"))
+        os.replace(target, aside if strangers(target) else unfinished.with_name("replaced"))
     os.replace(unfinished, target)
     up_to_now = [path for path in checkpoints(output_dir) if step_of(path) <= step and damage(path) is None]
     for old in up_to_now[keep:] if keep else []:
-        os.replace(old, unfinished.with_name(old.name))  # a half-deleted folder must not look like a checkpoint
+        if not is_folder(old) or strangers(old):
+            if old not in kept_for_others:
+                kept_for_others.add(old)
+                say(f"{old} is kept, because no run has written {', '.join(strangers(old)[:3]) or 'it'}")
+        else:
+            os.replace(old, unfinished.with_name(old.name))  # a half-deleted folder must not look like a checkpoint
     clear_unfinished(output_dir)
 
 
+def being_written(output_dir: Path) -> list[Path]:
+    """What has the name of something that runs write in UNFINISHED; UNFINISHED itself if that is not a folder."""
+    folder = output_dir / UNFINISHED
+    if not is_folder(folder):
+        return [folder] if os.path.lexists(folder) else []
+    return [path for path in folder.iterdir() if re.fullmatch(rf"{PREFIX}\d+|best|replaced|replaced-best", path.name)]
+
+
 def clear_unfinished(output_dir: Path):
-    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+    """Deletes what a run has left in UNFINISHED, and that folder itself if there is nothing else in it."""
+    for path in being_written(output_dir):
+        if is_own_folder(path):
+            delete_own(path)
+    with contextlib.suppress(OSError):
+        (output_dir / UNFINISHED).rmdir()
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is whole. Compares the sizes of files, not their contents."""
     try:
         manifest = read_json(checkpoint / MANIFEST)
-        files, _ = dict(manifest["files"]), dict(manifest["settings"])
+        files, settings = manifest["files"], manifest["settings"]
+        if not (isinstance(files, dict) and isinstance(settings, dict)):
+            raise TypeError("files and settings must be objects")
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not finished"
     except UNREADABLE as e:
@@ -87,12 +128,18 @@ def damage(checkpoint: Path) -> str | None:
             return f"its {name} is missing"
         if found[name] != size:
             return f"its {name} has {found[name]:,} bytes, not {short_json(size)}"
+    if problem := problem_of_settings(settings):
+        return f"its {MANIFEST} {problem}"
     try:
-        state = read_json(checkpoint / "trainer_state.json")
-        if int(state["global_step"]) != step_of(checkpoint):
-            return f"its trainer_state.json is of step {state['global_step']}"
+        problem = problem_of_state(read_json(checkpoint / "trainer_state.json"), step_of(checkpoint))
     except UNREADABLE:
-        return "its trainer_state.json can't be read"
+        problem = "can't be read"
+    if problem:
+        return f"its trainer_state.json {problem}"
+    if name := missing_files(found.keys()):
+        return f"its {name} is missing"
+    if special := [p for p in checkpoint.rglob("*") if p.exists() and not (p.is_file() or p.is_dir())]:
+        return f"its {special[0].relative_to(checkpoint)} is not a regular file"
     return None
 
 

@@ -137,8 +137,10 @@ class Estimate:
         buckets = bucket * (2 if zero.get("overlap_comm") and stage < 3 else 1)
         # A CPU gives memory only to the part of a bucket that is written to.
         passes += (buckets if self.on_gpu else min(buckets, self.trained)) * size
-        if stage == 2 and not offloaded and self.trained > bucket:
-            passes += share * size  # gradients of one micro-batch, before they are added to those of earlier ones
+        if stage in (1, 2) and not offloaded and self.trained > bucket:
+            # ZeRO-2: gradients of one micro-batch, before they are added to those of earlier ones. ZeRO-1: this rank's
+            # part of the reduced gradients, beside its own whole gradients.
+            passes += share * size
         stepped = share  # parameters that the optimizer updates at once
         if stage == 3:
             weights /= self.world_size

@@ -1,26 +1,29 @@
 """Evaluation by generated answers: all ranks generate in batches, and every answer gets a score."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 from transformers import TrainingArguments
 
 from .. import ranks
+from ..console import say
 from ..data.collate import Collator
 from ..data.conversations import ConversationDataset
 from ..data.images import as_seen
+from ..data.loading import batches_of, largest_batch, make_loader
 from ..data.sizes import all_sizes
 from ..errors import InputError
 from ..files import write_json
+from ..model.generation import use_own_settings
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from ..model.processing_phi3v import Phi3VProcessor
-from .stopping import ignore_signals
 
 
 @torch.no_grad()
@@ -58,32 +61,29 @@ def generate_answers(
     partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]  # by ZeRO-3, on the right device already
     if not partitioned:
         model.to(device)
-    loader = DataLoader(
+    loader = make_loader(
         Subset(dataset, own),
-        batch_size,
+        batch_size=batch_size,
         num_workers=num_workers,
+        batches=math.ceil(len(own) / batch_size),
+        batch_bytes=largest_batch(sizes, batch_size, None, dataset.bytes_of_crops),
         collate_fn=Collator(processor, "left", normalise=False),
-        worker_init_fn=ignore_signals,
     )
+    use_own_settings(model, processor)
     was_training = model.training
     model.eval()
     answers, problems = [], []
     autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
     with _gathered_parameters(model, partitioned), autocast:
-        for batch in tqdm(loader, desc="generating", disable=disable_tqdm or rank != 0):
+        batches = batches_of(loader)
+        for batch in tqdm(batches, desc="generating", total=len(loader), disable=disable_tqdm or rank != 0):
             on_batch()
             batch.pop("labels")
             grids = batch.pop("grids")
             problems += batch.pop("problems", [None] * len(batch["input_ids"]))
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             batch["pixel_values"] = processor.image_processor.crops_of_tiles(batch.pop("tiles"), grids)
-            ids = model.generate(
-                **batch,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=processor.stop_ids,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )
+            ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
             new_ids = ids[:, batch["input_ids"].shape[1] :]
             answers += [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
     model.train(was_training)
@@ -172,4 +172,4 @@ def write_evaluation(path: Path, report: dict):
     """Writes a report as json, whole or not at all, and prints its metric."""
     write_json(path, report)
     value = report[report["metric"]]
-    print(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples", flush=True)
+    say(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples")

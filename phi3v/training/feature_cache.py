@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,24 +11,27 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset
+from safetensors import SafetensorError
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .. import ranks
 from ..data.conversations import ConversationDataset, encode_images
+from ..data.loading import batches_of, largest_batch, make_loader
 from ..errors import InputError
 from ..model.adapters import inner_model
 from ..model.modeling_phi3v import Phi3VForCausalLM, Phi3VImageEmbedding
-from .feature_files import FeatureCache, bytes_in, reading_seconds, write_features
+from .feature_files import FeatureCache, all_finite, bytes_in, reading_seconds, write_features
 from .hardware import wait_for_device
-from .stopping import Interrupted, ignore_signals
+from .stopping import Interrupted
 
 TIMED_IMAGES = 8  # on each rank, before reading is compared with computing
 FORMAT = 1  # must be raised whenever the way in which crops or features are computed changes
 
 
 class _MissingImages(Dataset):
-    """Item i is a list of (path, tiles, grids), for the images of `examples[i]` that have no features in the cache."""
+    """Item i is a list of (path, tiles, grids, is_damaged), for the images of `examples[i]` that have no features in
+    the cache, or a file there that does not fit the image."""
 
     def __init__(self, dataset: ConversationDataset, examples: list[int], cache: FeatureCache):
         self.dataset, self.examples, self.cache = dataset, examples, cache
@@ -40,8 +44,12 @@ class _MissingImages(Dataset):
         for turn in self.dataset.conversations[self.examples[i]]["conversations"]:
             for image in turn["images"]:
                 try:
-                    if not (path := self.cache.path(image)).is_file():
-                        missing.append((path, *encode_images(self.dataset.processor, [image])))
+                    path, (grid,) = self.cache.path(image), self.dataset.grids([image])
+                    is_damaged = os.path.lexists(path)
+                    with contextlib.suppress(OSError, ValueError, SafetensorError):
+                        self.cache.check_shape(path, grid)
+                        continue
+                    missing.append((path, *encode_images(self.dataset.processor, [image]), is_damaged))
                 except InputError:
                     if not self.dataset.skip_bad:  # if bad examples are skipped, training reports this image
                         raise
@@ -55,8 +63,9 @@ class _FeatureWriter:
         self.vision, self.image_processor, self.cache = vision, image_processor, cache
         self.device, self.autocast = device, autocast
         self.written: list[Path] = []
+        self.replaced = 0  # of these, how many were damaged before
 
-    def write(self, path: Path, tiles: torch.Tensor, grids: list[tuple[int, int]]) -> float:
+    def write(self, path: Path, tiles: torch.Tensor, grids: list[tuple[int, int]], is_damaged: bool) -> float:
         """Computes and writes the features of one image. Returns the seconds that computing took."""
         start = time.perf_counter()
         with torch.autocast(self.device.type, self.cache.dtype, enabled=self.autocast):
@@ -64,17 +73,25 @@ class _FeatureWriter:
             features = self.vision(pixels)[:-2].to(self.cache.dtype)  # without the two separators
         wait_for_device()
         seconds = time.perf_counter() - start
+        if not all_finite(features):
+            raise InputError(
+                f"--cache_vision_features: the vision model computes NaN or infinite features, for {path}: look at "
+                "its weights, or train with --bf16 or --fp32"
+            )
         write_features(path, features, grids[0])
         self.written.append(path)
+        self.replaced += is_damaged
         return seconds
 
-    def write_all(self, images: Iterable[tuple], is_stopped: Callable[[], bool]) -> int:
-        """Writes the features of these images. Returns how many images of all ranks have been written so far."""
+    def write_all(self, images: Iterable[tuple], is_stopped: Callable[[], bool]) -> tuple[int, int]:
+        """Writes the features of these images. Returns how many images of all ranks have been written so far, and how
+        many of them were damaged before."""
         for image in images:
             self.write(*image)
             if is_stopped():
                 break
-        return sum(written for (written,) in _gather_unless_stopped((len(self.written),), is_stopped))
+        counts = _gather_unless_stopped((len(self.written), self.replaced), is_stopped)
+        return tuple(map(sum, zip(*counts, strict=True)))
 
     def reading_and_computing(self, images: Iterator[tuple], is_stopped: Callable[[], bool]) -> tuple[float, float]:
         """Writes the features of the next TIMED_IMAGES images. Returns the seconds that reading them again takes, and
@@ -152,27 +169,32 @@ def cache_features(
                     f"vision features are not cached, because reading them takes {reading / computing:.1f} times as "
                     "long as computing them"
                 )
-        written = writer.write_all(images, is_stopped)
+        written, replaced = writer.write_all(images, is_stopped)
     dataset.feature_cache = cache
     return (
         f"vision features of {crops:,} crops ({cache.bytes_of(crops) / 2**30:.2f} GiB) are read from {cache.folder}; "
         f"newly computed images: {written:,}"
+        + (f", {replaced:,} of them because their files were damaged" if replaced else "")
     )
 
 
 def _images_of_this_rank(
     dataset: ConversationDataset, examples: list[int], cache: FeatureCache, num_workers: int, disable_tqdm: bool
 ) -> Iterator[tuple]:
-    """The (path, tiles, grids) of this rank's share of the images that have no features yet."""
+    """The (path, tiles, grids, is_damaged) of this rank's share of the images that have no features yet."""
     rank = ranks.rank()
-    loader = DataLoader(
-        _MissingImages(dataset, examples[rank :: ranks.world_size()], cache),
+    own = examples[rank :: ranks.world_size()]
+    loader = make_loader(
+        _MissingImages(dataset, own, cache),
         batch_size=None,
         collate_fn=list,  # leaves the items as they are
         num_workers=num_workers,
-        worker_init_fn=ignore_signals,
+        batches=len(own),
+        batch_bytes=largest_batch(dataset.sizes, 1, None, dataset.bytes_of_crops),
     )
-    for missing in tqdm(loader, desc="caching vision features", disable=disable_tqdm or rank != 0):
+    for missing in tqdm(
+        batches_of(loader), desc="caching vision features", total=len(loader), disable=disable_tqdm or rank != 0
+    ):
         yield from missing
 
 

@@ -7,6 +7,7 @@ on, and the image's part is a digest of its content, so that features of another
 
 import contextlib
 import hashlib
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -14,13 +15,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..data.images import image_name
+from ..data.images import image_name, read_bytes
 from ..errors import InputError
 from ..files import replacing
+from ..inside import open_file
 from ..model.rgb import exif_orientation
+
+MOST_HEADER_BYTES = 10_000  # of a file, beside its features
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors names them
 
 
 class FeatureCache:
@@ -37,24 +42,43 @@ class FeatureCache:
     def path(self, image) -> Path:
         return self.folder / f"{_image_digest(image)}.safetensors"
 
-    def read(self, images: Sequence) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """The features (n_crops * rows, width) of all images, and the (down, across) sub-crops of each image.
+    def read(self, images: Sequence, grids: list[tuple[int, int]]) -> torch.Tensor:
+        """The features (n_crops * rows, width) of all images, which have these sub-crops (down, across).
 
-        Raises InputError if an image can't be read, and if its features are missing or damaged.
+        Raises InputError if an image can't be read, and if its features are missing or not what they must be.
         """
-        features, grids = [torch.zeros(0, self.width, dtype=self.dtype)], []
-        for image in images:
+        features = [torch.zeros(0, self.width, dtype=self.dtype)]
+        for image, grid in zip(images, grids, strict=True):
             path = self.path(image)
             try:
-                content = load_file(path)
-                features.append(content["features"])
-                grids.append(tuple(content["grid"].tolist()))
-            except (OSError, SafetensorError, KeyError) as e:
+                self.check_shape(path, grid)
+                features.append(load_file(path)["features"])
+                if not all_finite(features[-1]):
+                    raise ValueError("some of its numbers are NaN or infinite")
+            except (OSError, SafetensorError, ValueError) as e:
                 raise InputError(
                     f"{path}, the features of {image_name(image)}, can't be read ({e}): delete the file if "
                     "it is damaged, and start again; all nodes must see the same folder"
                 ) from None
-        return torch.cat(features), grids
+        return torch.cat(features)
+
+    def check_shape(self, path: Path, grid: tuple[int, int]):
+        """Looks at all of a file but the features' numbers. Raises ValueError, OSError or SafetensorError if it does
+        not hold the features of an image with these sub-crops."""
+        crops = grid[0] * grid[1] + 1
+        with open_file(path) as file:
+            if file.seek(0, os.SEEK_END) > self.bytes_of(crops) + MOST_HEADER_BYTES:
+                raise ValueError("the file is too large")
+        with safe_open(path, "pt") as content:
+            if set(content.keys()) != {"features", "grid"}:
+                raise ValueError(f"it holds {', '.join(sorted(content.keys()))!r:.80}, not features and grid")
+            features, stored = (content.get_slice(name) for name in ("features", "grid"))
+            found = features.get_dtype(), features.get_shape()
+            wanted = DTYPES[self.dtype], [crops * self.rows, self.width]
+            if found != wanted:
+                raise ValueError(f"it holds features {found[1]} of {found[0]}, not {wanted[1]} of {wanted[0]}")
+            if (stored.get_dtype(), stored.get_shape()) != ("I64", [2]) or stored[:].tolist() != list(grid):
+                raise ValueError(f"it is of an image that does not have {grid[0]} x {grid[1]} sub-crops")
 
     def bytes_of(self, crops: int) -> int:
         return crops * self.rows * self.width * self.dtype.itemsize
@@ -72,13 +96,11 @@ def _image_digest(image) -> str:
             facts += (orientation,)
         content = repr(facts).encode() + image.tobytes()
         return hashlib.sha256(content).hexdigest()[:32]
-    content = image.get("bytes") if isinstance(image, dict) else None
-    if content is None:
-        try:
-            content = Path(image["path"] if isinstance(image, dict) else image).read_bytes()
-        except (OSError, TypeError) as e:
-            raise InputError(f"{image_name(image)} can't be read ({e})") from None
-    return hashlib.sha256(content).hexdigest()[:32]
+    return hashlib.sha256(read_bytes(image)).hexdigest()[:32]
+
+
+def all_finite(features: torch.Tensor) -> bool:
+    return all(map(math.isfinite, torch.stack(features.aminmax()).tolist()))
 
 
 def write_features(path: Path, features: torch.Tensor, grid: tuple[int, int]):

@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate.utils import check_cuda_p2p_ib_support, gather_object
-from transformers.utils import is_flash_attn_2_available
 
 from ..errors import InputError
+from ..model.varlen import KERNELS, kernels_best_first
 from ..ranks import local_world_size
 
-ATTENTION = ("flash_attention_2", "sdpa", "eager")
+ATTENTION = (*KERNELS, "sdpa", "eager")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Peak dense FLOP/s in half precision with sums in fp32, as NVIDIA publishes them; for V100, T4 and RTX 8000 in fp16. If
 # several names occur as words in the name of a device, the first one is taken.
@@ -134,29 +134,53 @@ def choose_attention(asked: str | None, use_flash: bool, precision: str, for_ano
     """The attention implementation that the flags ask for; by default flash attention if it can run here, else sdpa.
 
     asked: the value of --attn_implementation, None if not given.
-    use_flash: whether --use_flash_attention is given, which is short for asking for flash attention.
+    use_flash: whether --use_flash_attention is given, which asks for the best kernel of flash attention.
     for_another_machine: the run is only estimated, for another machine. Then flash attention gives "sdpa",
         which takes the same memory and the same time.
     Raises InputError for an unknown implementation, if the flags contradict each other, and for flash attention if
     something that it needs is missing.
     """
-    if use_flash and asked not in (None, "flash_attention_2"):
+    if use_flash and asked not in (None, *KERNELS):
         raise InputError(f"--use_flash_attention contradicts --attn_implementation {asked}")
-    asked = "flash_attention_2" if use_flash else asked
     if asked is not None and asked not in ATTENTION:
         raise InputError(f"--attn_implementation {asked} is unknown: choose one of {', '.join(ATTENTION)}")
     if for_another_machine:
         return "eager" if asked == "eager" else "sdpa"
-    missing = None
+    if asked in ("sdpa", "eager"):
+        return asked
+    kinds = [asked] if asked else kernels_best_first()
+    missing = {kind: _missing_for_flash(kind, precision) for kind in kinds}
+    for kind, what in missing.items():
+        if what is None:
+            return kind
+    if asked or use_flash:
+        other = "sdpa" if _missing_for_flash("varlen", precision) else "varlen"
+        raise InputError(f"flash attention needs {missing[kinds[-1]]}; --attn_implementation {other} runs without")
+    return "sdpa"
+
+
+def _missing_for_flash(kind: str, precision: str) -> str | None:
+    """What a kernel of flash attention needs and does not have here; None if it can run."""
     if not _is_ampere():
-        missing = "an Ampere GPU or newer"
-    elif not is_flash_attn_2_available():
-        missing = "the package flash-attn (MAX_JOBS=32 pip install flash-attn --no-build-isolation)"
-    elif precision == "fp32":
-        missing = "half precision (--bf16 or --fp16)"
-    if asked == "flash_attention_2" and missing:
-        raise InputError(f"flash attention needs {missing}; --attn_implementation sdpa runs without")
-    return asked or ("sdpa" if missing else "flash_attention_2")
+        return "an Ampere GPU or newer"
+    if precision == "fp32":
+        return "half precision (--bf16 or --fp16)"
+    return KERNELS[kind].lacks()
+
+
+def describe_attention(kind: str, dropout: float = 0.0) -> str:
+    """Which code computes attention in training, for the reader of a run's output.
+
+    kind: as `choose_attention` returns it; dropout: of the model's attention.
+    """
+    if kind == "eager":
+        return "eager, plain matrix products"
+    sdpa = "scaled_dot_product_attention of torch"
+    if kind == "sdpa":
+        return f"sdpa, {sdpa}"
+    if dropout:
+        return f"{kind}, but in training {sdpa}, because flash attention has no dropout"
+    return f"{kind}, {KERNELS[kind].describe()}"
 
 
 def published_peak(name: str) -> float | None:

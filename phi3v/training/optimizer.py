@@ -1,7 +1,45 @@
-"""Separate learning rates for the vision tower and the projector."""
+"""The optimizer and the schedule of learning rates: checks of their flags, and separate rates for parts of a model."""
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from ..errors import InputError
+from ..number_limits import check_finite
+
+
+def check_optimizer(args: TrainingArguments):
+    """Raises InputError if the optimizer or the schedule that the flags ask for can't be made. It makes them for a
+    single weight, so that a wrong value is said before data and model are loaded."""
+    weight, kwargs = nn.Parameter(torch.zeros(1)), args.lr_scheduler_kwargs or {}
+    check_finite(kwargs, "--lr_scheduler_kwargs")
+    try:
+        if not (args.optim_target_modules or "lomo" in args.optim.value):  # these need the model
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+            check_finite(options, "--optim_args")
+            if getattr(kind, "__module__", "").startswith("torch.optim"):
+                kind([weight], **options)
+    except InputError:
+        raise
+    except Exception as e:  # every optimizer has its own way to refuse values
+        raise InputError(f"--optim {args.optim.value}, --optim_args {args.optim_args}: {_in_one_line(e)}") from None
+    steps = args.max_steps if args.max_steps > 0 else 10**6
+    warmup = min(args.get_warmup_steps(steps), steps)
+    try:
+        made = get_scheduler(
+            args.lr_scheduler_type, torch.optim.SGD([weight], args.learning_rate), warmup, steps, dict(kwargs)
+        )
+        for step in (0, warmup, (warmup + steps) // 2, steps) if isinstance(made, LambdaLR) else ():
+            check_finite(float(made.lr_lambdas[0](step)), "the learning rate")
+    except Exception as e:  # every schedule has its own way to refuse values
+        raise InputError(
+            f"--lr_scheduler_type {args.lr_scheduler_type.value}, --lr_scheduler_kwargs {kwargs}: {_in_one_line(e)}"
+        ) from None
+
+
+def _in_one_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {' '.join(str(e).split())}"[:300]
 
 
 def set_part_rates(

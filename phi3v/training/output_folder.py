@@ -3,30 +3,73 @@
 import itertools
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from ..console import say
 from ..errors import InputError
 from ..files import read_json
 from ..ranks import is_first
-from .checkpoints import UNFINISHED, checkpoints, clear_unfinished, file_sizes, step_of, stored_settings
-from .settings import check_settings, with_defaults
+from .checkpoints import being_written, checkpoints, clear_unfinished, file_sizes, numbered, step_of, stored_settings
+from .own_files import (
+    ADAPTER,
+    EVALUATION,
+    FULL_MODEL,
+    PROCESSOR,
+    RECORDS,
+    REPORTS,
+    UNFINISHED,
+    delete_own,
+    free_name,
+    has_record,
+    is_best,
+    is_checkpoint,
+    is_folder,
+    is_own_file,
+    is_own_folder,
+    refuse_foreign,
+    strangers,
+)
+from .settings import check_settings, problem_of_settings, with_defaults
 
 FINISHED = "finished.json"  # the settings of a run that has done everything asked for
 BEST = "best"  # folder of the model that has evaluated best
 BEST_EVALUATION = "evaluation.json"  # in BEST: the step and the evaluation of that model
 REPLACED_BEST = "replaced-best"  # in UNFINISHED: the former BEST, while the new one takes its place
-# Everything a run writes except checkpoints. It is moved away before a new run; otherwise it would look like the new
-# run's results.
-RESULTS = (
-    BEST, FINISHED, "tokenizer*.json", "preprocessor_config.json", "processor_config.json",
-    "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
-    "README.md", "report.html", "eval_before.json", "eval_after.json", "evaluation.json", "evaluation.html",
-)  # fmt: skip
 DISK_SPEED = 5e8  # bytes/s, a guess at how fast checkpoints are written
 TORCHRUN_PATIENCE = 25  # seconds: torchrun kills 30 s after it has passed on a signal
+
+
+def check_output(output_dir: Path, args, report_to):
+    """Raises InputError if this run would overwrite something in its output folder that no run has written.
+
+    args: a script's flags; report_to: the trackers, as --report_to names them.
+    """
+    if args.dry_run:
+        if os.path.lexists(output_dir) and not is_own_folder(output_dir):
+            inside = strangers(output_dir) if is_folder(output_dir) else []
+            refuse_foreign(output_dir.parent, [str(Path(output_dir.name, name)) for name in inside or [""]])
+        return
+    names = "|".join((REPORTS, PROCESSOR, ADAPTER if args.use_lora else FULL_MODEL))
+    foreign = _foreign_files(output_dir, EVALUATION if args.evaluate_only else names)
+    if not args.evaluate_only:
+        foreign += [path.name for path in numbered(output_dir) if not is_checkpoint(path)]
+        foreign += [str(path.relative_to(output_dir)) for path in being_written(output_dir) if not is_own_folder(path)]
+        best, runs = output_dir / BEST, output_dir / "runs"
+        foreign += [BEST] if args.keep_best and os.path.lexists(best) and not is_best(best) else []
+        foreign += ["runs"] if "tensorboard" in str(report_to) and os.path.lexists(runs) and not runs.is_dir() else []
+    refuse_foreign(output_dir, foreign)
+
+
+def _foreign_files(output_dir: Path, names: str) -> list[str]:
+    """What has one of these names, a regular expression, and was not written by a run."""
+    recorded = has_record(output_dir)
+    with os.scandir(output_dir) as entries:
+        found = [Path(entry) for entry in entries if re.fullmatch(names, entry.name)]
+    return [path.name for path in found if not is_own_file(path, recorded)]
 
 
 def is_finished(args, training_args, settings: dict) -> bool:
@@ -38,6 +81,8 @@ def is_finished(args, training_args, settings: dict) -> bool:
     if training_args.resume_from_checkpoint != "auto" or not finished.is_file():
         return False
     before = read_json(finished)
+    if problem := problem_of_settings(before):
+        raise InputError(f"{finished} {problem}: delete it, or choose another --output_dir")
     now = settings | {"cached": before.get("cached")}  # known only once training has begun
     before = with_defaults(before, now, args, training_args)
     if before != now and args.resume_anyway:
@@ -47,13 +92,20 @@ def is_finished(args, training_args, settings: dict) -> bool:
 
 
 def prepare_output(
-    args, training_args, settings: dict, checkpoint: Path | None, model_bytes: float, checkpoint_bytes: float
+    args,
+    training_args,
+    settings: dict,
+    checkpoint: Path | None,
+    model_bytes: float,
+    checkpoint_bytes: float,
+    steps: int | None = None,
 ):
     """Makes the output folder ready for training. Every rank calls it; only rank 0 changes files.
 
     settings: as `settings_of` returns them; checkpoint: to resume from, or None.
     model_bytes, checkpoint_bytes: what the model and one checkpoint will take on the disk.
-    Raises InputError for a checkpoint of other settings, and for a disk without enough room.
+    steps: of the whole training, if they are known.
+    Raises InputError for a checkpoint of other settings, for a disk without enough room, and as `check_output` does.
     """
     output_dir = Path(training_args.output_dir)
     if checkpoint:
@@ -61,11 +113,12 @@ def prepare_output(
         check_settings(before, settings, checkpoint, args.resume_anyway)
     if not is_first():
         return
-    kept = (training_args.save_total_limit or 1) if training_args.save_strategy != "no" else 0
-    check_space(output_dir, model_bytes, checkpoint_bytes, kept)
-    best = output_dir / BEST
-    if (output_dir / UNFINISHED / REPLACED_BEST).exists() and not best.exists():  # an earlier run died in between
-        os.replace(output_dir / UNFINISHED / REPLACED_BEST, best)
+    if not args.dry_run:
+        check_output(output_dir, args, training_args.report_to)
+    check_space(output_dir, model_bytes, checkpoint_bytes, checkpoints_kept(training_args, steps))
+    best, replaced = output_dir / BEST, output_dir / UNFINISHED / REPLACED_BEST
+    if is_best(replaced) and not os.path.lexists(best):  # an earlier run died in between
+        os.replace(replaced, best)
     if checkpoint is None or checkpoint.resolve().parent != output_dir.resolve():
         set_aside_results(output_dir)
     (output_dir / FINISHED).unlink(missing_ok=True)
@@ -73,32 +126,47 @@ def prepare_output(
     if checkpoint:
         set_aside_later(output_dir, step_of(checkpoint))
     if hint := shutdown_hint(checkpoint_bytes):
-        print(hint, flush=True)
+        say(hint)
+
+
+def checkpoints_kept(training_args, steps: int | None) -> int:
+    """How many checkpoints lie in the output folder at the same time, as far as --save_total_limit says."""
+    if training_args.save_strategy == "no":
+        return 0
+    kept, every = training_args.save_total_limit or 1, training_args.save_steps
+    if steps:
+        kept = min(kept, math.ceil(steps / (every if every >= 1 else math.ceil(steps * every))))
+    return kept
 
 
 def set_aside_later(output_dir: Path, step: int):
     """Renames checkpoints of steps after `step`, and the best model if it is from later: they are damaged, or of a
     training that took another course, and would look like this run's."""
-    later = [path for path in checkpoints(output_dir) if step_of(path) > step]
-    record = output_dir / BEST / BEST_EVALUATION
-    if record.is_file() and read_json(record)["step"] > step:
-        later.append(output_dir / BEST)
+    later = [path for path in checkpoints(output_dir) if step_of(path) > step and is_checkpoint(path)]
+    best = output_dir / BEST
+    if is_best(best) and read_json(best / BEST_EVALUATION)["step"] > step:
+        later.append(best)
     for path in later:
         target = path.with_name(f"abandoned-{path.name}")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(path, target)
+        if (is_best(target) or is_checkpoint(target)) and not strangers(target):
+            delete_own(target)
+        os.replace(path, free_name(target))
 
 
 def set_aside_results(output_dir: Path):
     """Moves what an earlier run has left into a folder earlier-N, so that it is not lost."""
-    found = [path for pattern in RESULTS for path in output_dir.glob(pattern)]
-    if not any(path.suffix == ".safetensors" or path.name == BEST for path in found):
+    names = "|".join((REPORTS, PROCESSOR, ADAPTER, FULL_MODEL, EVALUATION))
+    recorded = has_record(output_dir)
+    found = [path for path in output_dir.iterdir() if re.fullmatch(names, path.name) and is_own_file(path, recorded)]
+    found += [output_dir / BEST] if is_best(output_dir / BEST) else []
+    if not any(path.suffix == ".safetensors" or path.name in (BEST, FINISHED) for path in found):
         return
-    number = next(n for n in itertools.count(1) if not (output_dir / f"earlier-{n}").exists())
+    number = next(n for n in itertools.count(1) if not os.path.lexists(output_dir / f"earlier-{n}"))
     (output_dir / f"earlier-{number}").mkdir()
-    for path in found:
+    # The files that say what the others are go last, in case that this process is killed meanwhile.
+    for path in sorted(found, key=lambda path: (path.name in RECORDS, path.name == FINISHED)):
         os.replace(path, output_dir / f"earlier-{number}" / path.name)
-    print(f"{output_dir}: the model of an earlier run is in earlier-{number} now", flush=True)
+    say(f"{output_dir}: the model of an earlier run is in earlier-{number} now")
 
 
 def check_same_folder(checkpoint: Path | None, output_dir: Path):
@@ -111,14 +179,14 @@ def check_same_folder(checkpoint: Path | None, output_dir: Path):
         )
 
 
-def check_space(output_dir: Path, model_bytes: float, checkpoint_bytes: float, checkpoints_kept: int):
+def check_space(output_dir: Path, model_bytes: float, checkpoint_bytes: float, kept: int):
     """Raises InputError if the disk has no room for the model and the checkpoints.
 
     There must be room for one checkpoint more than are kept, because an old one is deleted only when the new one is
     whole.
     """
-    needed = model_bytes + checkpoint_bytes * (checkpoints_kept + 1 if checkpoints_kept else 0)
-    present = sum(sum(file_sizes(path).values()) for path in checkpoints(output_dir)) if checkpoints_kept else 0
+    needed = model_bytes + checkpoint_bytes * (kept + 1 if kept else 0)
+    present = sum(sum(file_sizes(path).values()) for path in checkpoints(output_dir)) if kept else 0
     free = shutil.disk_usage(output_dir).free + present
     if needed > free:
         raise InputError(

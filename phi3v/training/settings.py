@@ -160,6 +160,24 @@ def model_fingerprint(name: str) -> str | None:
     return digest.hexdigest()[:16] if files else None
 
 
+def problem_of_settings(stored) -> str | None:
+    """What is wrong with settings that a checkpoint or a finished run has stored; None if nothing is."""
+    if not isinstance(stored, dict):
+        return "does not hold settings"
+    commits = stored.get("data_commits")
+    fits = {
+        "model": isinstance(stored.get("model"), str | None),
+        "cached": isinstance(stored.get("cached"), bool | None),
+        "tokens": stored.get("tokens") is None or type(stored["tokens"]) is int and stored["tokens"] > 0,
+        "data_commits": commits is None or isinstance(commits, dict) and all(map(_is_text, commits.values())),
+    }
+    return next((f"holds settings whose {name} is {short_json(stored[name])}" for name in fits if not fits[name]), None)
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
 def check_settings(stored: dict, now: dict, source: Path, anyway: bool):
     """Raises InputError with everything that differs; with `anyway`, only if something in STRUCTURAL differs.
 
@@ -184,9 +202,9 @@ def check_settings(stored: dict, now: dict, source: Path, anyway: bool):
         lines.append(f"  --data_revision {former} trains on the former commit of the data")
     if structural:
         ways = "; ".join(dict.fromkeys(STRUCTURAL[name] for name in structural))
-        lines.append(f"to resume from it, {ways}; or train anew from its weights, in another --output_dir")
+        lines.append(f"  to resume from it, {ways}; or train anew from its weights, in another --output_dir")
     else:
-        lines.append("give the same settings as before, or resume with the new ones by --resume_anyway")
+        lines.append("  give the same settings as before, or resume with the new ones by --resume_anyway")
     raise InputError("\n".join(lines))
 
 

@@ -9,9 +9,13 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from ..console import tell
+from ..data.loading import on_long_wait
+from ..workers import STOP_SIGNALS
+
 PREEMPTED = 75  # exit status of a run that was stopped by a signal: EX_TEMPFAIL of sysexits.h, "try again"
+LONGEST_WAIT = 20  # seconds for a batch after a signal; torchrun kills its processes after 30
 SAME_SIGNAL = 5.0  # seconds: torchrun passes on a signal that the whole job has received already
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(SystemExit):
@@ -19,12 +23,6 @@ class Interrupted(SystemExit):
 
     def __init__(self):
         super().__init__(PREEMPTED)
-
-
-def ignore_signals(worker: int):
-    """For the processes of a DataLoader: a signal to all processes of a job concerns only the one that trains."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Preemption(TrainerCallback):
@@ -38,6 +36,7 @@ class Preemption(TrainerCallback):
         self.num_signals, self.last_signal, self.stopped, self.pid = 0, 0.0, False, os.getpid()
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        on_long_wait[:] = [self.give_up]
 
     def _on_signal(self, number, frame):
         if os.getpid() != self.pid:  # a DataLoader's process that does not ignore signals yet
@@ -64,6 +63,14 @@ class Preemption(TrainerCallback):
         dist.all_reduce(flag)
         return flag.item() > 0
 
+    def give_up(self, waited: float):
+        """Raises Interrupted if this rank has received a signal and has waited too long for a batch, so that it can't
+        finish its step. waited: in seconds."""
+        if self.has_signal() and waited >= LONGEST_WAIT:
+            reason = f"the processes that prepare images have made no batch for {waited:.0f} s"
+            tell(f"stops waiting, as a signal has come: {reason}", to_stderr=True)
+            raise Interrupted
+
     def check(self):
         """Raises Interrupted if any rank has received a signal: for the time outside training, when there is nothing
         to save."""
@@ -73,6 +80,8 @@ class Preemption(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # A checkpoint holds the logging and saving intervals of the run that wrote it; this run's flags decide.
         state.compute_steps(args, state.max_steps)
+        # The Trainer would delete other checkpoints than the best; `publish` decides which are deleted.
+        state.best_model_checkpoint = state.best_global_step = None
 
     def stop_training(self, control):
         self.stopped = control.should_save = control.should_training_stop = True

@@ -5,7 +5,6 @@ the trackers stay open until the evaluation after training, from which they also
 """
 
 import atexit
-import html
 from collections.abc import Callable
 
 from PIL import Image
@@ -13,6 +12,7 @@ from transformers.integrations import integration_utils
 
 from ..data.images import read_image
 from ..errors import InputError
+from ..text import markdown_text
 
 PERFORMANCE = ("images_per_second", "tokens_per_second", "mfu", "peak_memory_gib")
 SHOWN_EXAMPLES = 16
@@ -111,7 +111,7 @@ def _to_tensorboard(writer, columns, rows, step):
         if image is not None:
             writer.add_image(f"eval_samples/{i}", np.asarray(image), step, dataformats="HWC")
     cells = [columns[1:], ["---"] * (len(columns) - 1), *(row[1:] for row in rows)]
-    lines = ["|".join(html.escape(" ".join(str(cell).split())).replace("|", "&#124;") for cell in row) for row in cells]
+    lines = ["|".join(markdown_text(" ".join(str(cell).split())) for cell in row) for row in cells]
     writer.add_text("eval_samples", "\n".join(f"|{line}|" for line in lines), step)
     writer.flush()
 

@@ -3,7 +3,6 @@
 import gc
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,17 +13,23 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ..console import say
+from ..data.loading import largest_batch, make_loader, next_batch
 from ..data.sampler import EpochLoader
 from ..errors import InputError, blaming
 from ..files import read_json, write_json
-from ..model.adapters import load_separators, save_separators
+from ..model.adapters import check_resumable, load_separators, save_separators
+from ..model.folder import check_files
+from ..model.generation import use_own_settings
 from ..ranks import is_first
-from .checkpoints import PREFIX, UNFINISHED, clear_unfinished, disk_full_as_input_error, publish
+from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
 from .health import TrainingHealth
 from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
-from .stopping import Interrupted, ignore_signals
+from .own_files import MARK, UNFINISHED, claim, delete_own, free_name, is_best, strangers
+from .resuming import reading
+from .stopping import Interrupted
 from .trackers import Trackers
 
 
@@ -91,15 +96,24 @@ class RecipeTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-batches alone, so that accelerate need not distribute batches over ranks."""
-        return EpochLoader(
-            self.train_dataset,
-            batch_sampler=self.sampler,
+        dataset, sampler = self.train_dataset, self.sampler
+        pin_memory = self.args.dataloader_pin_memory and torch.accelerator.is_available()
+        bytes_of_crops = dataset.feature_cache.bytes_of if dataset.feature_cache else dataset.bytes_of_crops
+        return make_loader(
+            dataset,
+            kind=EpochLoader,
+            batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
-            worker_init_fn=ignore_signals,
+            prefetch=self.args.dataloader_prefetch_factor,
+            batches=len(sampler),
+            batch_bytes=largest_batch(dataset.sizes, sampler.examples_per_gpu, sampler.max_tokens, bytes_of_crops),
+            held=2 if pin_memory else sampler.accumulation + 1,  # the Trainer reads all batches of a step first
+            pin_memory=pin_memory,
         )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(iter(lambda: next_batch(epoch_iterator), None), num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         for batch in batch_samples:  # counted on the device, so that the host need not wait for a copy of the count
@@ -132,11 +146,15 @@ class RecipeTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / UNFINISHED / f"{PREFIX}{self.state.global_step}"
+        keep, self.args.save_total_limit = self.args.save_total_limit, None  # `publish` deletes the others
         with disk_full_as_input_error(folder):
+            if self.is_world_process_zero():
+                claim(folder)
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                publish(folder, self.settings, self.args.save_total_limit)
+                publish(folder, self.settings, keep)
+        self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
 
     def log(self, logs, *args, **kwargs):
@@ -176,19 +194,26 @@ class RecipeTrainer(Trainer):
         """Keeps the model in the folder BEST if it evaluates better than all before. Every rank must call it."""
         folder, name = Path(self.args.output_dir) / BEST, report["metric"]
         best = -math.inf
-        if (folder / BEST_EVALUATION).is_file():
+        if is_best(folder):
             earlier = read_json(folder / BEST_EVALUATION)
-            if earlier["num_examples"] == report["num_examples"]:  # otherwise the two can't be compared
-                best = earlier.get(name, best)
+            # A best model of another number of examples can't be compared with this one.
+            if earlier["num_examples"] == report["num_examples"] and isinstance(earlier.get(name), (int, float)):
+                best = earlier[name]
         if not gather_object([report[name] > best])[0]:  # rank 0 decides, as only it may see the new file
             return
+        self.health.check_weights(self)
         unfinished = Path(self.args.output_dir) / UNFINISHED / BEST
         with disk_full_as_input_error(unfinished):
+            if self.is_world_process_zero():
+                claim(unfinished)
             self.save_model(str(unfinished))
             if self.is_world_process_zero():
                 write_json(unfinished / BEST_EVALUATION, {"step": self.state.global_step, **report})
-                if folder.exists():
-                    os.replace(folder, unfinished.with_name(REPLACED_BEST))
+                (unfinished / MARK).unlink()  # from now on, the evaluation says what this folder is
+                if os.path.lexists(folder):
+                    is_own = is_best(folder) and not strangers(folder)
+                    aside = free_name(folder.with_name(f"abandoned-{BEST}"))
+                    os.replace(folder, unfinished.with_name(REPLACED_BEST) if is_own else aside)
                 os.replace(unfinished, folder)
                 clear_unfinished(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
@@ -201,6 +226,7 @@ class RecipeTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir=None, state_dict=None):
+        use_own_settings(self.model, self.processing_class)  # the Trainer has given it the tokenizer's eos alone
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to load one
@@ -208,9 +234,24 @@ class RecipeTrainer(Trainer):
             save_separators(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if isinstance(self.model, PeftModel):
-            load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
+        with reading(resume_from_checkpoint):
+            check_files(Path(resume_from_checkpoint))
+            check_resumable(self.model, Path(resume_from_checkpoint))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if isinstance(self.model, PeftModel):
+                load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
 
 def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
@@ -230,8 +271,8 @@ def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
         torch.accelerator.empty_cache()
     report = evaluation.report(load_saved(), args)
     if is_first():
-        shutil.rmtree(folder)
+        delete_own(folder)
         pairs = zip(after["predictions"], report["predictions"], strict=True)
         if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:
             raise InputError(f"--dry_run: the saved model, loaded again, gives other answers to {', '.join(different)}")
-        print("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")
+        say("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")

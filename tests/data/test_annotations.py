@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import string
 import tempfile
+import time
 from pathlib import Path
 
 import bad_inputs
@@ -15,7 +17,11 @@ from PIL import Image
 
 from phi3v.data import annotations
 from phi3v.data.annotations import check_text, read_conversations, text_problem
+from phi3v.data.check import check_images
+from phi3v.data.conversations import ConversationDataset
 from phi3v.errors import BadExamples, InputError
+from phi3v.report.page import _thumbnail
+from phi3v.text import printable
 
 GOOD = {"id": "1", "conversations": [{"images": ["a.png"], "user": "Which?", "assistant": "yes"}]}
 
@@ -103,18 +109,72 @@ def test_unusual_annotations_are_read(name, folder):
 def test_a_path_that_is_not_a_regular_file_is_refused(folder):
     for path, message in (
         ("nowhere.jsonl", "does not exist"),
+        ("a" * 5000, "does not exist"),
         ("images", "not a regular"),
         ("images/pipe", "not a regular"),
     ):
-        with pytest.raises(InputError, match=message):
-            read_conversations(folder / path, folder / "images")
+        for read in (lambda path: read_conversations(path, folder / "images"), annotations.text_of):
+            with pytest.raises(InputError, match=message):
+                read(folder / path)
+
+
+def test_a_file_behind_a_link_is_read_if_the_user_says_so(folder, tmp_path):
+    (tmp_path / "away.jsonl").write_bytes(bad_inputs.line())
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "data.jsonl"
+    path.symlink_to(tmp_path / "away.jsonl")
+    with pytest.raises(InputError, match="data.jsonl can't be read: the file lies outside of .*data; .*--follow_links"):
+        read_conversations(path, folder / "images")
+    assert read_conversations(path, folder / "images", follow_links=True)
+    (tmp_path / "link").symlink_to(tmp_path)  # the folder itself may be a link
+    assert read_conversations(tmp_path / "link" / "away.jsonl", folder / "images")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'{"a": 1, ' + b", ".join(b'"%d": 1' % i for i in range(200_000)) + b', "a": 1}\n',
+            "the key 'a' occurs twice",
+        ),
+        (bad_inputs.turn(images=["./" * 2_000_000 + "a.png"]), "does not exist"),
+    ],
+)
+def test_large_lines_take_linear_time(content, message, folder):
+    (folder / "large.jsonl").write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(InputError, match=message):
+        read_conversations(folder / "large.jsonl", folder / "images")
+    assert time.process_time() - start < 10  # minutes, if the time were quadratic
+
+
+def test_an_image_that_is_swapped_after_the_check_is_not_opened(folder, tmp_path, processor):
+    images = bad_inputs.write_images_folder(tmp_path)
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(bad_inputs.turn(images=["folder/c.png", "inside.png"]))
+    examples, followed = (read_conversations(path, images, follow_links=follow) for follow in (False, True))
+    data = ConversationDataset(examples, processor)
+    assert len(data[0]["grids"]) == 2
+    shutil.move(images / "folder", tmp_path / "elsewhere")
+    (images / "folder").symlink_to(tmp_path / "elsewhere")
+    for use in (lambda: data[0], lambda: data.size(0)):
+        with pytest.raises(InputError, match="folder/c.png can't be read as an image .the file lies outside of"):
+            use()
+    assert "lies outside of" in check_images(examples, processor, 0, disable_tqdm=True).problems.lines[0]
+    assert _thumbnail(examples[0]["conversations"][0]["images"][0], 9) is None
+    assert len(ConversationDataset(followed, processor)[0]["grids"]) == 2
+    (images / "folder").unlink()
+    (images / "folder").mkdir()
+    os.mkfifo(images / "folder" / "c.png")
+    with pytest.raises(InputError, match="folder/c.png can't be read as an image .not a regular file"):
+        data[0]
 
 
 def test_nothing_outside_the_folder_is_opened(folder, monkeypatch):
     """The reader opens no image; it only lists folders, and only those inside the folder of images."""
     listed = []
     scandir = os.scandir
-    monkeypatch.setattr(annotations.os, "scandir", lambda path: listed.append(os.path.realpath(path)) or scandir(path))
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(os.path.realpath(path)) or scandir(path))
     names = ["/etc/passwd", "../secret.png", "away/secret.png", "out.png", "a.png", "folder/c.png", "./away/x/y.png"]
     path = folder / "names.jsonl"
     path.write_bytes(bad_inputs.turn(images=names))
@@ -223,7 +283,7 @@ def read_or_refuse(content: bytes, folder: Path) -> bool:
     try:
         examples = read_conversations(path, folder / "images")
     except InputError as e:
-        assert str(e) and all(line.isprintable() and len(line) <= 410 for line in str(e).split("\n"))
+        assert str(e) and all(printable(line) == line and len(line) <= 410 for line in str(e).split("\n"))
         return False
     for example in examples:
         json.dumps(example, ensure_ascii=False).encode("utf-8")  # as the report of an evaluation is written

@@ -98,7 +98,7 @@ def test_an_image_of_several_questions_is_decoded_once(special, processor, monke
 @pytest.mark.slow
 def test_a_worker_that_dies_is_reported(special, processor, monkeypatch):
     monkeypatch.setattr(data_check, "examine_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(InputError, match="a process that decodes images died near example 1"):
+    with pytest.raises(InputError, match="near example 1: a process that prepares images .* was killed"):
         check_images([conversation(special["plain"])], processor, 1, disable_tqdm=True)
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import time
 
 import pytest
 from helpers import fuzz
@@ -121,6 +122,7 @@ def test_every_answer_can_be_written(answer, suffix, tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
+        ("image,question,answer," + ",".join(map(str, range(100_000))) + ",7\n", "the column '7' is there twice"),
         ("image,question\n", "no column answer"),
         ("", "no column image, question, answer"),
         ("image;question;answer\n", "with a comma between them"),
@@ -147,3 +149,24 @@ def test_every_line_is_read_or_named(tmp_path_factory, pieces):
     for row in used.values():
         for field in row.values():
             assert not re.search(r"\n[abc]\.png,[^,\n]+,[^,\n]+(\n|$)", field)
+
+
+def test_quotes_that_swallow_all_rows_take_linear_time(tmp_path):
+    """Each row opens a quote, as it closes the one before, so that every record goes on to the end of the file."""
+    path = tmp_path / "a.csv"
+    path.write_text("image,question,answer\n" + '1.png",q,"y\n' * 30_000)
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"a.csv:\d+: the quotes of this row and of many before it are wrong"):
+        list(csv_rows.rows(path, BadExamples(), lambda name: False))
+    assert time.monotonic() - started < 20
+
+
+def test_many_columns_take_linear_time(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("image,question,answer," + ",".join(f"c{i}" for i in range(100_000)) + "\n")
+    started = time.monotonic()
+    assert list(csv_rows.rows(path, BadExamples(), lambda name: False)) == []
+    path.write_text(f"a,{'x' * 5000}\n")
+    with pytest.raises(InputError, match="there is no column image, question, answer, only ") as error:
+        list(csv_rows.rows(path, BadExamples(), lambda name: False))
+    assert len(str(error.value)) < 1000 and time.monotonic() - started < 10

@@ -1,10 +1,11 @@
 """Conversations in common formats: every image and every text arrives, or an error or a note names it."""
 
 import json
+import time
 
 import pytest
 
-from phi3v.data.formats import Formats
+from phi3v.data.formats import IMAGE_PLACE, Formats
 from phi3v.errors import BadExamples, InputError
 
 ASK, ANSWER = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}
@@ -279,3 +280,22 @@ def test_tags_of_the_chat_format_are_never_text(tmp_path):
     example = {"messages": [ASK, {"role": "assistant", "content": "<|image_1|>"}], "image": "a.png"}
     with pytest.raises(InputError, match="which the chat format reserves"):
         read(tmp_path, example, literal_tags=True)
+
+
+def test_a_long_row_of_spaces_takes_linear_time():
+    started = time.monotonic()
+    for text in (
+        " " * 200_000 + "x",
+        " <image>" * 30_000,
+        "\n" * 200_000,
+        "<|image_" * 50_000,
+        " \t" * 100_000 + "<imag",
+    ):
+        IMAGE_PLACE.split(text)
+    assert time.monotonic() - started < 10
+
+
+def test_the_spaces_around_the_place_of_an_image_belong_to_it():
+    assert IMAGE_PLACE.split("a \n<image>\t b<image> <image>c  d <|image_2|>") == [
+        *("a", None, "b", None, "", None, "c  d", "2", ""),
+    ]

@@ -63,8 +63,8 @@ def test_anything_that_is_not_an_image_is_refused(image, message, processor):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="not a regular file"):
-        open_image(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a regular file"), open_image(tmp_path / "pipe"):
+        pass
 
 
 def test_a_lazy_image_that_is_damaged():

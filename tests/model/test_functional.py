@@ -1,12 +1,11 @@
-"""The loss, computed in chunks, and norms as an accelerator computes them."""
+"""The loss, computed in chunks; rotary position embedding."""
 
 import copy
 
 import pytest
 import torch
 
-from phi3v.model import functional
-from phi3v.model.functional import cross_entropy, layer_norm, rms_norm
+from phi3v.model.functional import QuickGELU, cross_entropy, rotate, swiglu
 
 
 @pytest.mark.parametrize("divisor", [64, 20_000])
@@ -24,36 +23,46 @@ def test_gradients_of_the_loss_in_fp16(divisor):
         assert (half - exact).norm() < 2e-3 * exact.norm()
 
 
-def rows_and_weights(dtype):
+def test_rotate_against_autograd():
+    """More heads of queries than of keys, and heads of which a part is rotated. Every part has a gradient."""
     torch.manual_seed(0)
-    rows = torch.randn(40, 96).to(dtype)
-    weight, bias = 1 + 0.1 * torch.randn(96), 0.1 * torch.randn(96)
-    return [x.to(dtype).requires_grad_() for x in (rows, weight, bias)]
+    heads, head_dim, rotary_dim = (4, 2, 2), 12, 8
+    qkv, cos, sin = torch.randn(1, 5, 96, requires_grad=True), torch.randn(1, 5, 4), torch.randn(1, 5, 4)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    query, key, value = qkv.unflatten(-1, (-1, head_dim)).split(heads, dim=-2)
+
+    def plain(x):
+        first, second, rest = x[..., :4], x[..., 4:rotary_dim], x[..., rotary_dim:]
+        turned = torch.cat([-second, first], -1) * sin[..., None, :]
+        return torch.cat([x[..., :rotary_dim] * cos[..., None, :] + turned, rest], -1)
+
+    expected = plain(query), plain(key), value
+    found = rotate(qkv * 1.0, cos, sin, heads, head_dim)
+    grads = [torch.randn_like(x) for x in expected]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, qkv, grads)[0] for x in (found, expected)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_an_accelerators_norms_are_a_cpus(norm, dtype, monkeypatch):
-    found = []
-    for on_cpu in (True, False):
-        monkeypatch.setattr(functional, "_is_on_cpu", lambda x, on_cpu=on_cpu: on_cpu)
-        x, weight, bias = rows_and_weights(dtype)
-        out = rms_norm(x, weight, 1e-5) if norm == "rms" else layer_norm(x, weight, bias, 1e-5, round=True)
-        out.sin().sum().backward()
-        found.append([out, x.grad, weight.grad])
-    for ours, cpus in zip(found[1], found[0], strict=True):
-        assert ours.dtype == dtype
-        assert (ours - cpus).norm() < (1e-6 if dtype == torch.float32 else 1e-2) * cpus.norm()
+def test_quick_gelu_of_all_numbers_of_fp16():
+    """Above 38,500, 1.702 x is infinite in fp16, but neither the value nor the derivative is."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    x = x[x.isfinite()].requires_grad_()
+    found = QuickGELU()(x)
+    (grad,) = torch.autograd.grad(found.sum(), x)
+    exact = x.detach().double()
+    gate = torch.sigmoid(1.702 * exact)
+    torch.testing.assert_close(found.double(), exact * gate, rtol=2e-3, atol=3e-4)
+    torch.testing.assert_close(grad.double(), gate * (1 + 1.702 * exact * (1 - gate)), rtol=2e-3, atol=5e-4)
 
 
-def test_an_accelerators_norms_under_autocast(monkeypatch):
-    """They compute in fp32. The result has the dtype of the input, or, before matrix products alone, of these."""
-    monkeypatch.setattr(functional, "_is_on_cpu", lambda x: False)
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight, bias = rows_and_weights(dtype)
-        exact = torch.nn.functional.layer_norm(x.float(), (96,), weight.float(), bias.float(), 1e-5)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert rms_norm(x, weight, 1e-5).dtype == dtype
-            kept, rounded = (layer_norm(x, weight, bias, 1e-5, round=r) for r in (False, True))
-        assert kept.dtype == dtype and torch.equal(kept, exact.to(dtype))
-        assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, exact.bfloat16())
+def test_gradients_of_swiglu_in_fp16_are_finite_where_the_exact_ones_are():
+    """The product of the gradient and `up` is infinite in fp16, and the derivative of silu is 0 or small."""
+    gate, up, grad = torch.tensor([-60000.0, -100.0, -8.0, 0.0, 9.0]), torch.tensor(300.0), torch.tensor(400.0)
+    gate_up = torch.cat([gate, up.expand(5)]).half().requires_grad_()
+    (found,) = torch.autograd.grad(swiglu(gate_up), gate_up, grad.half().expand(5))
+    exact = torch.cat([gate, up.expand(5)]).double().requires_grad_()
+    (expected,) = torch.autograd.grad(swiglu(exact), exact, grad.double().expand(5))
+    largest = torch.finfo(torch.float16).max
+    finite = expected.abs() <= largest
+    assert finite.sum() == 9 and found[finite].isfinite().all()
+    torch.testing.assert_close(found[finite].double(), expected[finite], rtol=2e-3, atol=1e-3)

@@ -3,10 +3,10 @@
 import json
 import os
 
-import golden_inputs
 import numpy as np
 import pytest
 import torch
+from golden_cases import SUMMARY, case_inputs, load
 from helpers import GOLDEN, TINY_MODEL
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,26 +15,7 @@ from transformers.generation import GenerationMixin
 from phi3v import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.modeling_phi3v import GrowingLayer, Phi3VRotaryEmbedding
 
-SUMMARY = json.loads((GOLDEN / "model_summary.json").read_text())
 HUB_CONFIG_KEYS = {"rope_scaling", "rope_theta", "original_max_position_embeddings", "img_processor", "embd_layer"}
-
-
-def load(attn_implementation="sdpa"):
-    return Phi3VForCausalLM.from_pretrained(
-        GOLDEN / "tiny", dtype=torch.float32, attn_implementation=attn_implementation
-    )
-
-
-def case_inputs(name):
-    case, saved = SUMMARY[name], np.load(GOLDEN / f"case_{name}.npz")
-    inputs = {key: torch.tensor(saved[key]) for key in ("input_ids", "attention_mask")}
-    if "position_ids" in saved:
-        inputs["position_ids"] = torch.tensor(saved["position_ids"])
-    if case["n_images"]:
-        used = [h * w for h, w in case["crops"]]
-        pixels = golden_inputs.pixel_values(case["n_images"], case["n_crops_incl_global"], used, case["garbage"])
-        inputs |= {"pixel_values": torch.tensor(pixels), "image_sizes": torch.tensor(saved["image_sizes"])}
-    return inputs, saved
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -68,7 +49,7 @@ def test_golden_case(name, attn_implementation, monkeypatch):
 
 
 def test_a_golden_case_with_the_norms_of_an_accelerator(monkeypatch):
-    monkeypatch.setattr("phi3v.model.functional._is_on_cpu", lambda x: False)
+    monkeypatch.setattr("phi3v.model.norms._is_on_cpu", lambda x: False)
     test_golden_case("img2_c4_nlvr2", "sdpa", monkeypatch)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 
 import pytest
 from html_pages import evaluation, report
@@ -81,17 +82,19 @@ def test_images_of_every_kind(tmp_path):
     (tmp_path / "a.png").write_bytes(file.getvalue())
     Image.new("L", (3000, 2000), 9).save(tmp_path / "b.jpg")
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:400])
+    os.mkfifo(tmp_path / "pipe.jpg")
+    unreadable = ["broken.jpg", "none.jpg", "pipe.jpg", ".", "a\0.jpg"]
     images = [
         [tmp_path / "a.png"],
         [{"bytes": file.getvalue(), "path": None}, {"bytes": None, "path": str(tmp_path / "b.jpg")}],
-        [tmp_path / "broken.jpg", tmp_path / "none.jpg", {"bytes": b"", "path": None}, None, Image.new("I;16", (9, 9))],
+        [*(f"{tmp_path}/{name}" for name in unreadable), {"bytes": b"", "path": None}, Image.new("I;16", (9, 9)), None],
         [Image.new("P", (20, 20))] * 20,
     ]
 
     _, page = report(tmp_path, examples=lambda i: {"images": images[i], "question": "?"})
     sizes = [(int(a["width"]), int(a["height"])) for a in page.all("img")]
     assert sizes[:3] == [(160, 5), (160, 5), (160, 107)] and sizes[3:] == [(9, 9)] + [(20, 20)] * 16
-    assert len(page.all("span", **{"class": "none"})) == 4 and "and 4 more" in page.text
+    assert len(page.all("span", **{"class": "none"})) == 7 and "and 4 more" in page.text
     with Image.open(io.BytesIO(base64.b64decode(page.all("img")[2]["src"].partition(",")[2]))) as thumbnail:
         assert (thumbnail.format, thumbnail.size) == ("JPEG", (160, 107))
 

@@ -21,6 +21,8 @@ def test_a_rendered_example_shows_images_and_what_is_learned(toy_data, tmp_path,
     assert re.search(r"example train-0, \d+ tokens", out) and f"[[{answer}<|end|>" in out.replace("[[ ", "[[")
     assert "trains     615,168 of 648,768 parameters (full): language model 459,392, vision tower" in out
     assert "steps      2 of 4 examples: 1 processes x micro-batch of 1 examples x 4 accumulated" in out
+    attention = "sdpa, scaled_dot_product_attention of torch"
+    assert f"attention  {attention}" in out and attention in (tmp_path / "report.html").read_text()
 
 
 def args_steps(training_args) -> int:

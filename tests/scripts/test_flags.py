@@ -15,6 +15,9 @@ import pytest
 from helpers import ROOT
 from transformers import HfArgumentParser, TrainingArguments
 
+from phi3v.command_line import REFUSED
+from phi3v.number_limits import LIMITS, WITHOUT_LIMITS
+
 FROZEN = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
 PROGRAMS = [name for name in FROZEN if name != "Trainer"]
 DEPENDS_ON_THE_MACHINE = {"dataloader_num_workers", "num_workers"}
@@ -104,3 +107,36 @@ def test_every_script_takes_all_flags_of_the_trainer():
     for program in PROGRAMS:
         if program.startswith("finetune_"):
             assert fields <= {action.dest for action in parser_of(program)._actions}
+
+
+# Numbers of the programs beside the scripts, each of which has few of them and checks them itself.
+CHECKED_BY_THE_PROGRAM = {
+    "tools/ask.py": {"num_crops", "max_new_tokens"},
+    "tools/convert_conversations.py": {"val_share"},
+    "convert_ucf101.py": {"num_frames", "num_workers", "max_members", "max_unpacked_gib", "max_seconds_per_video"},
+    "demo/make_data.py": {"videos", "rows"},
+    "demo/make_base.py": {"tower_steps", "decoder_steps"},
+}
+
+
+def numbers_of(program: str) -> set[str]:
+    """The names of a program's flags that are numbers: by their type, or by their default."""
+    found = set()
+    for action in parser_of(program)._actions:
+        refused = action.dest in REFUSED or action.dest.startswith("hub_")
+        is_number = action.type in (int, float) or getattr(action.type, "__name__", "") == "positive"
+        default = isinstance(action.default, (int, float)) and not isinstance(action.default, bool)
+        if (is_number or default) and not (program.startswith("finetune_") and refused):
+            found.add(action.dest)
+    return found
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_number_flag_of_every_program_has_limits(program):
+    known = LIMITS.keys() | WITHOUT_LIMITS if program.startswith("finetune_") else CHECKED_BY_THE_PROGRAM.get(program)
+    assert numbers_of(program) <= (known or set()), "add the new flag to LIMITS in phi3v/number_limits.py"
+
+
+def test_the_table_has_no_other_flags():
+    names = set().union(*(numbers_of(program) for program in PROGRAMS if program.startswith("finetune_")))
+    assert LIMITS.keys() | WITHOUT_LIMITS == names and not LIMITS.keys() & WITHOUT_LIMITS

@@ -10,7 +10,8 @@ import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v import Phi3VProcessor
 from phi3v.data.conversations import ConversationDataset
-from phi3v.data.tables import PLACE, ROW, without_seen_images
+from phi3v.data.seen_images import without_seen_images
+from phi3v.data.tables import FOLDER, PLACE, ROW
 from phi3v.errors import BadExamples, InputError
 
 
@@ -113,7 +114,8 @@ def test_bad_rows_are_left_out(capsys):
         rows = [{"images": [png_cell(number)], "texts": texts} for number, texts in enumerate(rows)]
         made = datasets.Dataset.from_list(rows, features=cauldron_features())
         places = [f"a table, row {row}" for row in range(len(made))]
-        return made.add_column(ROW, list(range(len(made)))).add_column(PLACE, places)
+        made = made.add_column(ROW, list(range(len(made)))).add_column(PLACE, places)
+        return made.add_column(FOLDER, ["."] * len(made))
 
     good, bad_text, tag = texts_cell("Is it?", "no"), texts_cell("Is it?", ""), texts_cell("<video> Is it?", "no")
     rows = table([good, bad_text, bad_text, good], [bad_text], None, [tag, good])
@@ -140,7 +142,8 @@ def test_images_that_cannot_be_read_are_left_out_later():
     def table(*images):
         made = datasets.Dataset.from_list([{"images": [image], "texts": []} for image in images], cauldron_features())
         places = [f"a table, row {row}" for row in range(len(made))]
-        return made.add_column(ROW, list(range(len(made)))).add_column(PLACE, places)
+        made = made.add_column(ROW, list(range(len(made)))).add_column(PLACE, places)
+        return made.add_column(FOLDER, ["."] * len(made))
 
     train, evaluation = (
         table(png_cell(0), {"bytes": b"no image"}, png_cell(1)),

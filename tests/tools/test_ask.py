@@ -115,7 +115,8 @@ def test_base_separators_and_processor_of_an_adapter(adapter, tmp_path, monkeypa
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/away"}))
     name = SEPARATORS[0]
-    trained = {name: load_file(CHECKPOINT / "model.safetensors")[name].float() + 1}
+    weights = load_file(CHECKPOINT / "model.safetensors")
+    trained = {separator: weights[separator].float() + 1 for separator in SEPARATORS}
     save_file(trained, tmp_path / SEPARATORS_FILE)
     monkeypatch.setattr("phi3v.hub.OFFLINE_ASKED_FOR", True)
     with pytest.raises(ask.InputError, match="gone/away is not, .* in the cache .*give --base"):
@@ -161,6 +162,7 @@ def test_precision_by_default_and_on_request(monkeypatch):
         (["CHECKPOINT", "--attn_implementation", "flash_attention_2"], "flash attention needs an Ampere GPU"),
         (["CHECKPOINT", "--base", "x"], "--base x is only for an adapter"),
         (["CHECKPOINT", "nowhere.png", "--question", "a"], "nowhere.png can't be read as an image"),
+        (["CHECKPOINT", "Makefile", "--question", "a"], "Makefile can't be read as an image (in none of the formats"),
         (["README.md", "CHECKPOINT"], "README.md is not a folder: give the model's folder first"),
         (["nowhere"], "nowhere is not a folder"),
         (["demo"], "demo can't be loaded"),
@@ -197,3 +199,8 @@ def test_from_the_terminal(images):
     bad = subprocess.run([*command, "nowhere.png"], input="", capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stdout == ""
     assert bad.stderr.splitlines()[-1].startswith("error: nowhere.png can't be read") and "Traceback" not in bad.stderr
+
+
+def test_an_answer_can_not_command_the_terminal(capsys):
+    ask.Streamer(None).on_finalized_text("é 👍🏽\t\x1b]0;PWNED\x07\n")
+    assert capsys.readouterr().out == "é 👍🏽\t\\x1b]0;PWNED\\x07\n"

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -175,6 +177,183 @@ def test_if_no_row_is_good_skipping_does_not_help(images, tmp_path):
         convert(images, tmp_path, "a.csv", csv("x,a,b", "y,a,b"), "--on_bad_example", "skip")
 
 
+# ---- Messages, names and folders of strangers
+
+ASK, SAY = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}
+
+
+def question(content, **fields):
+    return json.dumps({"messages": [{"role": "user", "content": content}, SAY], **fields})
+
+
+def deep(n):
+    return "[" * n + "]" * n
+
+
+ODD = {  # name: (a line of jsonl, what the message holds)
+    "messages_text": ('{"messages": "hi"}', "messages is 'hi', must be a list of objects"),
+    "messages_of_lists": ('{"messages": [[1]]}', "messages is [[1]], must be a list of objects"),
+    "messages_of_null": ('{"messages": [null]}', "messages is [None], must be a list of objects"),
+    "text_is_number": (question([{"type": "text", "text": 5}]), "a part of a message is {'text': 5"),
+    "type_is_list": (question([{"type": ["image"]}]), "a part of a message is {'type': ['image']}"),
+    "content_is_number": (question(5), "content is 5, must be a text or a list of parts"),
+    "from_is_list": (json.dumps({"conversations": [{"from": ["a"], "value": "q"}, SAY]}), "a message of ['a'] is out"),
+    "role_is_object": (json.dumps({"messages": [{"role": {"a": 1}, "content": "q"}]}), "a message of {'a': 1} is out"),
+    "images_is_number": (question("q", images=3), "images is 3, must be the name of an image file"),
+    "system_is_number": (question("q", system=3), "system is 3, must be a text"),
+    "index_is_float": (question([{"type": "image", "index": 0.5}], images=["a.png"]), "the index of an image is 0.5"),
+    "index_is_object": (question([{"type": "image", "index": {}}, {"type": "image", "index": {"a": 1}}]), "{'a': 1}"),
+    "index_is_true": (question([{"type": "image", "index": True}], images=["a.png"]), "the index of an image is True"),
+    "index_is_negative": (question([{"type": "image", "index": -1}], images=["a.png"]), "the index of an image is -1"),
+    "image_number_is_long": (
+        question(f"<|image_{'9' * 5000}|>?", images=["a.png"]),
+        "the user's text holds '<|image_9",
+    ),
+    "deep": ('{"messages": ' + deep(200_000) + "}", "nested too deeply"),
+    "deep_images": (question("q")[:-1] + f', "images": {deep(900)}}}', "nested too deeply"),
+    "deep_content": (question("q").replace('"q"', deep(900)), "content is [[[[[[[...]]]]]]]"),
+    "long_number": (question("q")[:-1] + f', "id": {"9" * 5000}}}', "more digits than can be read"),
+    "key_twice": (question("q")[:-1] + ', "messages": []}', "the key 'messages' occurs twice"),
+    "name_with_nul": (question("q", image="a\0.png"), "image 'a\\x00.png' can't be the name of a file"),
+    "long_name": (question("q", image="a" * 5000), "a is not a file below"),
+    "name_of_many_parts": (question("q", image="a/" * 5000), "a/a/ is not a file below"),
+    "half_a_pair": (question("q", image="\ud800.png"), "image '\\ud800.png' can't be the name of a file"),
+    "codes_in_name": (question("q", image="\x1b]0;PWNED\x07.png"), "image \\x1b]0;PWNED\\x07.png is not a file below"),
+    "bad_address": (question("q", image="file://[x"), "image 'file://[x' can't be the name of a file"),
+    "nul_in_address": (question("q", image="file:a%00b"), "image 'file:a%00b' can't be the name of a file"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_odd_messages_are_one_line(name, suffix, images, tmp_path):
+    line, message = ODD[name]
+    content = f"[{line}]" if suffix == "json" else line
+    with pytest.raises(InputError) as error:
+        convert(images, tmp_path, f"a.{suffix}", content)
+    said = str(error.value)
+    assert message in said
+    assert said.startswith(f"{tmp_path}/a.{suffix}:1") and said.isprintable() and len(said) < 600
+
+
+def test_bad_rows_are_left_out_whatever_they_are(images, tmp_path):
+    lines = [question("q", image=f"{i}.png") for i in range(12)] + [line for line, _ in ODD.values()]
+    train, val = convert(images, tmp_path, "a.jsonl", "\n".join(lines), "--on_bad_example", "skip")
+    assert len(train) + len(val) == 12
+    assert len((tmp_path / "out" / "left_out.txt").read_text().splitlines()) == len(ODD)
+
+
+def test_unicode_line_breaks_do_not_end_a_line(images, tmp_path):
+    text = "a\u2028b\u2029c\u0085d\u000b\u000ce"
+    lines = [json.dumps({"messages": [ASK, SAY | {"content": text}], "image": f"{i}.png"}, ensure_ascii=False)
+             for i in range(10)]  # fmt: skip
+    for name, content in (("a.jsonl", "\n".join(lines)), ("a.json", f"[{','.join(lines)}]")):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        train, val = convert(images, tmp_path, name, content)
+        assert {example["conversations"][0]["assistant"] for example in train + val} == {text}
+
+
+def test_images_are_copies_and_with_link_hard_links(images, tmp_path):
+    content = csv(*(f"{i}.png,What?,x" for i in range(10)))
+    convert(images, tmp_path, "a.csv", content)
+    copy = tmp_path / "out" / "images" / "3.png"
+    assert copy.read_bytes() == (images / "3.png").read_bytes() and copy.stat().st_nlink == 1
+    copy.write_bytes(b"edited")
+    assert (images / "3.png").read_bytes() != b"edited"
+    shutil.rmtree(tmp_path / "out")
+    convert(images, tmp_path, "a.csv", content, "--link")
+    assert os.path.samefile(copy, images / "3.png")
+
+
+def test_links_to_another_disk_are_not_possible(images, tmp_path, monkeypatch):
+    def other_disk(*_, **__):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", other_disk)
+    with pytest.raises(InputError, match=r"0.png can't be copied \(no hard link: Invalid cross-device link; leave out"):
+        convert(images, tmp_path, "a.csv", csv(*(f"{i}.png,What?,x" for i in range(10))), "--link")
+
+
+def test_an_image_swapped_after_the_check_is_not_copied(linked, tmp_path, monkeypatch):
+    place_image = convert_conversations.place_image
+
+    def swapped(file, *args):
+        Path(file).unlink()
+        Path(file).symlink_to(tmp_path / "far" / "c.png")
+        return place_image(file, *args)
+
+    monkeypatch.setattr(convert_conversations, "place_image", swapped)
+    for flags in ((), ("--link",), ("--exif_rotate",)):
+        with pytest.raises(InputError, match="lies outside of"):
+            convert(linked, tmp_path, "a.csv", csv(*(f"{i}.png,What?,x" for i in range(10))), *flags)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+        (linked / "0.png").unlink()
+        Image.new("RGB", (30, 20)).save(linked / "0.png")
+
+
+@pytest.mark.parametrize("place", ["file", "file/out", "/proc/out", "x" * 300, "a\0b", "/", "new/folder/out", "."])
+def test_places_for_the_output(place, images, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "a.csv").write_text(csv(*(f"{i}.png,What?,x" for i in range(10))))
+    monkeypatch.chdir(tmp_path / "empty")
+    out = place if place in (".", "/", "/proc/out") or "\0" in place else str(tmp_path / place)
+    flags = ["--source", str(tmp_path / "a.csv"), "--images_dir", str(images), "--out_dir", out]
+    if place in (".", "new/folder/out"):
+        convert_conversations.main(flags)
+        assert (Path(tmp_path / "empty" if place == "." else out) / "ucf101_train.jsonl").is_file()
+        return
+    with pytest.raises(InputError, match="^--out_dir "):
+        convert_conversations.main(flags)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "empty", "file", "pictures"]
+
+
+def test_a_folder_of_the_user_stays(images, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="out.partial is in the way, and was not made by this program: move it away"):
+        convert(images, tmp_path, "a.csv", csv(*(f"{i}.png,What?,x" for i in range(10))))
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
+def test_what_a_killed_run_of_an_earlier_version_left_is_replaced(images, tmp_path):
+    (tmp_path / "out.partial" / "images").mkdir(parents=True)
+    (tmp_path / "out.partial" / "ucf101_train.jsonl").touch()
+    convert(images, tmp_path, "a.csv", csv(*(f"{i}.png,What?,x" for i in range(10))))
+    assert sorted(os.listdir(tmp_path / "out")) == ["images", "ucf101_train.jsonl", "ucf101_val.jsonl"]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_full_disk_is_one_line(images, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert_conversations.shutil, "copyfileobj", full)
+    with pytest.raises(InputError, match=r"^--out_dir .*out can't be written \(\[Errno 28\] No space left on device\)"):
+        convert(images, tmp_path, "a.csv", csv(*(f"{i}.png,What?,x" for i in range(10))))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_nothing_printed_is_obeyed_by_a_terminal(images, tmp_path, capsys):
+    lines = [json.dumps({"messages": [ASK, SAY], "image": f"{i}.png", "\x1b]0;PW\x07": 1}) for i in range(10)]
+    lines += [json.dumps({"messages": [ASK, SAY], "image": "\x1b[2J.png"})]
+    lines[0] = lines[0].replace("A.", "<video>")
+    convert(images, tmp_path, "\x1b[1ma.jsonl", "\n".join(lines), "--on_bad_example", "skip", "--literal_tags")
+    out = capsys.readouterr().out
+    assert (
+        "\\x1b[1ma.jsonl: 1 examples: a tag such as" in out
+        and "\\x1b]0;PW\\x07 (10 times)" in out
+        and "image \\x1b[2J.png is not a file" in out
+    )
+    assert all(line.isprintable() for line in out.split("\n") if "examples are left out" not in line)
+
+
+@pytest.mark.parametrize("share", ["nan", "inf", "0", "1", "-1", "1e-320", "1e-300"])
+def test_shares_out_of_range(share, images, tmp_path):
+    with pytest.raises(InputError, match="--val_share is .*, must be between 0 and 1"):
+        convert(images, tmp_path, "a.csv", csv("a.png,b?,x"), f"--val_share={share}")
+
+
 # ---- The split
 
 
@@ -235,6 +414,18 @@ def test_the_folder_itself_may_be_a_link(linked, tmp_path):
     rows = [*(f"{i}.png,What?,x" for i in range(8)), "inside.png,What?,x", f"{tmp_path}/link/b.png,What?,x"]
     train, val = convert(tmp_path / "link", tmp_path, "a.csv", csv(*rows))
     assert images_of(train + val)[8:] == [str(tmp_path / "out" / "images" / name) for name in ("a.png", "b.png")]
+
+
+def test_a_snapshot_of_the_hub_may_link_to_its_blobs(images, tmp_path):
+    snapshot, blobs = (tmp_path / "datasets--me--photos" / name for name in ("snapshots/0123abc", "blobs"))
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i in range(10):
+        shutil.copy(images / f"{i}.png", blobs / f"hash{i}")
+        (snapshot / f"{i}.png").symlink_to(f"../../blobs/hash{i}")
+    train, val = convert(snapshot, tmp_path, "a.csv", csv(*(f"{i}.png,What?,x" for i in range(10))))
+    assert sorted(map(os.path.basename, images_of(train + val))) == [f"{i}.png" for i in range(10)]
+    assert not any(map(os.path.islink, images_of(train + val)))
 
 
 def test_addresses_of_local_files(images, tmp_path):

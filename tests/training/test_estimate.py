@@ -43,6 +43,9 @@ def test_memory_under_deepspeed():
         found = estimate.memory(workload, "all")
         return found, found.passes - peak_bytes(estimate.costs["all"], workload)
 
+    found, buffers = memory("zero1", 8)
+    assert (found.gradients, found.optimizer, found.update) == (trained * 2, trained * 1.5, trained * 0.75)
+    assert buffers == pytest.approx(2e9 + trained / 4)  # with this rank's part of the reduced gradients
     found, buffers = memory("zero2", 8)
     assert (found.gradients, found.optimizer, found.update) == (trained / 4, trained * 1.5, trained * 0.75)
     assert buffers == pytest.approx(2e9 + trained / 4)  # with the gradients of the micro-batch at hand

@@ -2,6 +2,7 @@
 
 import shutil
 
+import bad_files
 import pytest
 import torch
 from helpers import CHECKPOINT, SIX_STEPS, train_losses
@@ -143,3 +144,29 @@ def test_an_unreadable_image_is_left_out_as_without_a_cache(toy_data, tmp_path, 
     cache(model, dataset, tmp_path / "cache")
     problems = [example["problem"] for example in map(dataset.__getitem__, range(len(dataset))) if "problem" in example]
     assert problems and all(damaged.name in problem for problem in problems)
+
+
+def test_features_that_do_not_fit_are_computed_again(toy_data, tmp_path, always_pays, model):
+    dataset = dataset_of(toy_data)
+    _, features = cache(model, dataset, tmp_path)
+    wanted = [dataset[i].get("features") for i in range(len(dataset))]
+    files, ways = sorted(features.folder.iterdir()), ("empty", "cut", "pipe", "device", "other grid", "other dtype")
+    for path, way in zip(files, ways, strict=False):
+        path.unlink()
+        bad_files.BAD_FEATURES[way][0](path)
+    again = dataset_of(toy_data)
+    message, _ = cache(model, again, tmp_path)
+    n = min(len(files), len(ways))
+    assert f"newly computed images: {n}, {n} of them because their files were damaged" in message and n > 3
+    assert all(torch.equal(again[i]["features"], wanted[i]) for i in range(len(again)))
+    message, _ = cache(model, dataset_of(toy_data), tmp_path)
+    assert message.endswith("newly computed images: 0")
+
+
+def test_features_that_are_not_finite_are_not_written(toy_data, tmp_path, always_pays):
+    broken = Phi3VForCausalLM.from_pretrained(CHECKPOINT)
+    with torch.no_grad():
+        broken.model.vision_embed_tokens.img_projection[2].bias[3] = float("nan")
+    with pytest.raises(InputError, match="the vision model computes NaN or infinite features"):
+        cache(broken, dataset_of(toy_data), tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,7 +1,10 @@
 """Files of vision features: named by content, written whole, read back with what is wrong named."""
 
+import os
+
 import pytest
 import torch
+from bad_files import BAD_FEATURES
 from PIL import Image
 
 from phi3v.errors import InputError
@@ -19,8 +22,7 @@ def test_features_come_back_as_they_were_written(cache):
     features = [torch.randn(4 * (h * w + 1), 3) for h, w in ((1, 1), (1, 2))]
     for image, own, grid in zip(images, features, ((1, 1), (1, 2)), strict=True):
         write_features(cache.path(image), own, grid)
-    read, grids = cache.read(images)
-    assert torch.equal(read, torch.cat(features)) and grids == [(1, 1), (1, 2)]
+    assert torch.equal(cache.read(images, [(1, 1), (1, 2)]), torch.cat(features))
     assert bytes_in(cache.folder) == sum(path.stat().st_size for path in cache.folder.iterdir())
     assert len(list(cache.folder.iterdir())) == 2
 
@@ -36,13 +38,22 @@ def test_the_name_of_a_file_follows_from_the_content_of_its_image(cache, tmp_pat
     assert cache.path(tmp_path / "a.png") != cache.path(tmp_path / "b.png")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"damaged"])
-def test_missing_or_damaged_features_are_named(cache, content):
+@pytest.mark.parametrize("name", BAD_FEATURES)
+def test_features_that_do_not_fit_are_named(cache, name):
     image = Image.new("RGB", (4, 4))
-    if content is not None:
-        cache.path(image).write_bytes(content)
-    with pytest.raises(InputError, match=str(cache.path(image))):
-        cache.read([image])
+    make, reason = BAD_FEATURES[name]
+    make(cache.path(image))
+    with pytest.raises(InputError) as error:
+        cache.read([image], [(1, 2)])
+    assert f"{cache.path(image)}, the features of an image, can't be read ({reason}" in str(error.value)
+    assert "delete the file" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_image_that_is_no_file_is_not_read(cache, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for image in (tmp_path / "pipe", {"bytes": None, "path": str(tmp_path / "pipe")}, tmp_path, os.devnull):
+        with pytest.raises(InputError, match="can't be read .not a regular file"):
+            cache.path(image)
 
 
 def test_blank_features_have_the_size_of_the_image(cache):

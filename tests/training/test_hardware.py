@@ -1,10 +1,13 @@
-"""What GPUs can do is found by their names."""
+"""What GPUs can do: peak speeds by their names, direct links, and the attention that fits GPU and packages."""
 
 import os
 
 import pytest
 
-from phi3v.training.hardware import GPUS, disable_direct_links, published_peak
+from phi3v.errors import InputError
+from phi3v.model import varlen
+from phi3v.training import hardware
+from phi3v.training.hardware import GPUS, choose_attention, describe_attention, disable_direct_links, published_peak
 
 
 def test_names_of_gpus():
@@ -50,3 +53,65 @@ def test_cards_that_can_not_be_connected_directly(gpus, driver, already_set, cha
 def test_without_a_gpu_nothing_is_set(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert disable_direct_links() == []
+
+
+PACKAGE, OLD_TORCH = "the package flash-attn 2.7 or newer", "torch 2.10 or newer"
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(is_ampere, lacking, flash_attention_3): what this machine has from now on."""
+
+    def put(is_ampere=True, lacking=(), flash_attention_3=False):
+        monkeypatch.setattr(hardware, "_is_ampere", lambda: is_ampere)
+        monkeypatch.setattr(varlen, "_has_flash_attention_3", lambda: flash_attention_3)
+        monkeypatch.setattr(varlen, "_flash_attention_3", lambda: (flash_attention_3, ""))
+        for kind, name in {"flash_attention_2": PACKAGE, "varlen": OLD_TORCH}.items():
+            lacks = name if kind in lacking else None
+            own = varlen.KERNELS[kind]._replace(lacks=lambda lacks=lacks: lacks)
+            monkeypatch.setitem(varlen.KERNELS, kind, own)
+
+    return put
+
+
+def test_the_best_attention_that_can_run_is_chosen(machine):
+    both = ("flash_attention_2", "varlen")
+    for has, precision, chosen in [
+        ({}, "bf16", "flash_attention_2"),
+        ({"lacking": ["flash_attention_2"]}, "bf16", "varlen"),
+        ({"lacking": ["flash_attention_2"]}, "fp16", "varlen"),
+        ({"flash_attention_3": True}, "bf16", "varlen"),
+        ({"lacking": ["varlen"]}, "bf16", "flash_attention_2"),
+        ({"lacking": both}, "bf16", "sdpa"),
+        ({}, "fp32", "sdpa"),
+        ({"is_ampere": False}, "fp16", "sdpa"),
+    ]:
+        machine(**has)
+        assert choose_attention(None, False, precision) == chosen
+        if chosen != "sdpa":
+            assert choose_attention(None, True, precision) == chosen
+        for asked in ("sdpa", "eager"):
+            assert choose_attention(asked, False, precision) == asked
+
+
+def test_flash_attention_that_cannot_run_is_an_error(machine):
+    both = ("flash_attention_2", "varlen")
+    for has, precision, asked, message in [
+        ({"lacking": ["flash_attention_2"]}, "bf16", "flash_attention_2", f"{PACKAGE}; .* varlen runs without"),
+        ({"lacking": both}, "bf16", None, OLD_TORCH),
+        ({}, "fp32", None, "half precision"),
+        ({}, "fp32", "varlen", "half precision"),
+        ({"is_ampere": False}, "fp16", None, "an Ampere GPU or newer; .* sdpa runs without"),
+        ({"is_ampere": False}, "fp16", "flash_attention_2", "an Ampere GPU or newer"),
+    ]:
+        machine(**has)
+        with pytest.raises(InputError, match=f"flash attention needs {message}"):
+            choose_attention(asked, asked is None, precision)
+
+
+def test_the_code_that_computes_attention_is_named(machine):
+    machine(flash_attention_3=True)
+    assert "FlashAttention-3" in describe_attention("varlen")
+    machine()
+    assert "flash attention of torch" in describe_attention("varlen") and "scaled_dot" in describe_attention("sdpa")
+    assert "scaled_dot" in describe_attention("varlen", dropout=0.1)

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+from bad_folders import change_json
 from helpers import (
     RESUMABLE_MODES,
     SHORT,
@@ -50,6 +52,30 @@ def test_no_room_for_checkpoints_is_said_at_the_start(toy_data, tmp_path, monkey
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match="has 0.0 GiB of room, and needs about"):
         train_resumable(toy_data, tmp_path, *RESUMABLE_MODES["full"])
+
+
+@pytest.mark.parametrize(
+    "flags, kept",
+    [
+        ({"save_total_limit": 10**9, "save_steps": 5}, 3),
+        ({"save_total_limit": 10**9, "save_steps": 0.1}, 8),
+        ({"save_total_limit": 2, "save_steps": 5}, 2),
+        ({"save_total_limit": None, "save_steps": 5}, 1),
+        ({"save_total_limit": 3, "save_steps": 500}, 1),
+        ({"save_total_limit": 3, "save_strategy": "no"}, 0),
+    ],
+)
+def test_room_is_needed_only_for_checkpoints_that_will_be(flags, kept):
+    training_args = SimpleNamespace(**{"save_strategy": "steps", "save_steps": 500} | flags)
+    assert output_folder.checkpoints_kept(training_args, 15) == kept
+
+
+def test_a_finished_run_with_odd_settings_is_said(toy_data, finished_run, tmp_path):
+    shutil.copytree(finished_run("full"), tmp_path / "out")
+    change_json(tmp_path / "out" / "finished.json", data_commits="x")
+    flags = [*RESUMABLE_MODES["full"], "--resume_from_checkpoint", "auto"]
+    with pytest.raises(InputError, match='finished.json holds settings whose data_commits is "x": delete it'):
+        train_resumable(toy_data, tmp_path / "out", *flags)
 
 
 def test_results_of_an_earlier_run_are_set_aside(toy_data, tmp_path):

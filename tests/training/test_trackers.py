@@ -1,8 +1,11 @@
 """Trackers get the metrics of a run and a sample of its answers."""
 
+import re
 from types import SimpleNamespace
 
+import markdown
 import pytest
+from bad_texts import MARKDOWN
 from helpers import SHORT, arguments
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -51,3 +54,13 @@ def test_a_tracker_that_is_not_installed_is_named(toy_data, tmp_path, monkeypatc
     monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
     with pytest.raises(InputError, match="--report_to: WandbCallback requires wandb"):
         script.main(arguments(toy_data, tmp_path, *SHORT, "--report_to", "wandb"))
+
+
+@pytest.mark.parametrize("text", MARKDOWN, ids=ascii)
+def test_tensorboard_shows_texts_as_they_are(text):
+    shown = []
+    writer = SimpleNamespace(add_text=lambda name, text, step: shown.append(text), flush=lambda: None)
+    for value in (text, "plain"):
+        trackers._to_tensorboard(writer, ["images", "id", "question"], [[None, value, value]], 1)
+    forms = [re.findall("<[^>]*>", markdown.markdown(table, extensions=["tables", "fenced_code"])) for table in shown]
+    assert forms[0] == forms[1]

@@ -66,13 +66,15 @@ def test_micro_batches_of_four(toy_data, tmp_path, one_process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["zero2", "zero2_offload", "zero3"])
+@pytest.mark.parametrize("config", ["zero1", "zero2", "zero2_offload", "zero3"])
 def test_two_ranks_under_deepspeed_are_one_training(config, toy_data, tmp_path, one_process):
     flags = [*SIX_STEPS, "--batch_size_per_gpu", "1", "--deepspeed", ROOT / "ds_config" / f"{config}.json"]
     flags += ["--per_device_eval_batch_size", "1"]  # ZeRO-3 waits for ever if text and images make ranks differ
     first, second = two_ranks(toy_data, tmp_path, *flags)
     assert first["losses"] == second["losses"] and first["engine"] == "DeepSpeedEngine"
     assert first == second or config == "zero3"  # where each rank keeps its own part of the weights
+    # Six steps of two micro-batches. ZeRO-1 sends gradients once a step.
+    assert first["gradients_sent"] == {"zero1": 6, "zero2": 12}.get(config, first["gradients_sent"])
     assert_same_run(first["losses"], tmp_path / "out", one_process)
 
 
