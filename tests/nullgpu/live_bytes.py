@@ -2,13 +2,11 @@
 
     python tests/nullgpu/stand_in.py tests/nullgpu/live_bytes.py [--layers N] [--documents N] [--attention NAME …]
 
-Prints tables of what is found and what is expected, and, as the last line, both as JSON: for every attention
-implementation, mode and kind of activation checkpointing, what `measure` returns.
+Prints tables of what is found and what is expected, for every mode and kind of activation checkpointing.
 """
 
 import argparse
 import dataclasses
-import json
 import weakref
 from collections import Counter
 
@@ -170,20 +168,26 @@ def measure(mode: str, row: dict, attention: str, sizes: dict) -> dict:
     return found
 
 
+def measure_all(attention: list[str], documents: int, layers: int | None = None) -> dict:
+    """What `measure` finds for each attention implementation and mode, for a micro-batch of documents of 4x4 crops.
+
+    layers: of the decoder, and of the tower those that are used; by default all.
+    """
+    sizes = {}
+    if layers:
+        vision = Phi3VConfig().vision_config.to_dict() | {"num_hidden_layers": layers + 1}
+        sizes = {"num_hidden_layers": layers, "vision_config": vision}
+    row = packed_row([([(4, 4)], 43, 32, None)] * documents)
+    return {name: {mode: measure(mode, row, name, sizes) for mode in MODES} for name in attention}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, help="of the decoder, and used ones of the tower; default: all")
-    parser.add_argument(
-        "--documents", type=int, default=4, help="of 4x4 crops in the micro-batch; default: %(default)s"
-    )
+    parser.add_argument("--documents", type=int, default=4, help="in the micro-batch; default: %(default)s")
     parser.add_argument("--attention", nargs="+", default=["sdpa"], help="attention implementations; default: sdpa")
     args = parser.parse_args()
-    sizes = {}
-    if args.layers:
-        vision = Phi3VConfig().vision_config.to_dict() | {"num_hidden_layers": args.layers + 1}
-        sizes = {"num_hidden_layers": args.layers, "vision_config": vision}
-    row = packed_row([([(4, 4)], 43, 32, None)] * args.documents)
-    found = {name: {mode: measure(mode, row, name, sizes) for mode in MODES} for name in args.attention}
+    found = measure_all(args.attention, args.documents, args.layers)
     for attention, modes in found.items():
         head = f"{attention}, GiB"
         print(f"{head:34}{'weights':>9}{'gradients':>11}{'passes':>9}{'expected':>10}{'difference':>12}{'of all':>9}")
@@ -196,7 +200,6 @@ def main():
                 f"{name:34}{gib[0]:9.2f}{gib[1]:11.2f}{gib[2]:9.2f}{expected[2]:10.2f}"
                 f"{expected[2] / gib[2] - 1:+12.1%}{sum(expected) / sum(gib) - 1:+9.1%}"
             )
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -4,27 +4,21 @@
 """
 
 import pytest
-from nullgpu.stand_in import missing, run
 
-from phi3v.training.hardware import ATTENTION
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = pytest.mark.slow
 MODES = ("full, ZeRO-2", "full, DDP", "frozen vision, ZeRO-2", "LoRA", "QLoRA")
 KINDS = ("none", "decoder", "all")
-# For each attention implementation that the scripts take here, the operations that compute attention in the decoder's
-# layers and in the tower's.
+# For each attention implementation, the operations that compute attention in the decoder's layers and in the tower's.
 KERNELS = {
     "sdpa": {"aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention"},
     "varlen": {"aten::_scaled_dot_product_flash_attention", "aten::_flash_attention_forward"},
 }
-KERNELS = {name: operations for name, operations in KERNELS.items() if name in ATTENTION}
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+@pytest.fixture
+def found(on_stand_in) -> dict:
     """found[attention][mode][kind of activation checkpointing]: what `live_bytes.measure` returns."""
-    folder = tmp_path_factory.mktemp("live_bytes")
-    return run(folder, "live_bytes.py", "--layers", 2, "--documents", 2, "--attention", *KERNELS)
+    return on_stand_in["live bytes"]
 
 
 @pytest.mark.parametrize("attention", KERNELS)

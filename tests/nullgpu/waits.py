@@ -24,7 +24,7 @@ from phi3v.ranks import start_alone
 from phi3v.training import stopping
 from phi3v.training.trainer import RecipeTrainer
 
-STEPS = 5  # the first two are not counted: caches are filled and buffers are made then
+STEPS = 4  # the first two are not counted: caches are filled and buffers are made then
 LONG = [*COMMON[:-1], "1000"]  # --logging_steps: a step that logs must wait
 FLAGS = [*"--no_eval_before --batch_size 4 --max_grad_norm 1 --max_steps".split(), STEPS]
 EACH_TWO = "--batch_size_per_gpu 2 --bf16 "
@@ -91,13 +91,9 @@ def train(folder: Path, name: str, trace: bool) -> dict:
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--mode", choices=MODES, help="only this one")
-    parser.add_argument("--trace", action="store_true")
-    args = parser.parse_args()
-    write_toy_data(args.folder)
+def train_all(folder: Path, modes=MODES, trace: bool = False) -> dict:
+    """What `train` returns for each mode. Ends this process's ability to train in any other way."""
+    write_toy_data(folder)
     torch.backends.cudnn.enabled = False  # it would look for a real GPU
     start_alone()
     dist.init_process_group("cpu:gloo,cuda:fake")  # NCCL would look for a real GPU; fake collectives do nothing
@@ -109,8 +105,16 @@ def main():
         get_world_size=lambda: 2,
         all_reduce=lambda flag: flag.copy_(no_signal, non_blocking=True),
     )
-    modes = [args.mode] if args.mode else MODES
-    print(json.dumps({name: train(args.folder, name, args.trace) for name in modes}))
+    return {name: train(folder, name, trace) for name in modes}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--mode", choices=MODES, help="only this one")
+    parser.add_argument("--trace", action="store_true")
+    args = parser.parse_args()
+    print(json.dumps(train_all(args.folder, [args.mode] if args.mode else MODES, args.trace)))
 
 
 if __name__ == "__main__":
