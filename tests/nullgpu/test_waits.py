@@ -3,7 +3,16 @@
 import pytest
 
 pytestmark = pytest.mark.slow
-MODES = ("full", "full, fp16", "frozen", "LoRA", "QLoRA", "everything recomputed", "filled by tokens")
+MODES = (
+    "full",
+    "full, SDPA attention",
+    "full, fp16",
+    "frozen",
+    "LoRA",
+    "QLoRA",
+    "everything recomputed",
+    "filled by tokens",
+)
 
 
 @pytest.fixture

@@ -26,10 +26,12 @@ from phi3v.training.trainer import RecipeTrainer
 
 STEPS = 4  # the first two are not counted: caches are filled and buffers are made then
 LONG = [*COMMON[:-1], "1000"]  # --logging_steps: a step that logs must wait
-FLAGS = [*"--no_eval_before --batch_size 4 --max_grad_norm 1 --max_steps".split(), STEPS]
+# --no_fuse: Triton would keep what it compiles for the stand-in, and find it when there is a real GPU.
+FLAGS = [*"--no_fuse --no_eval_before --batch_size 4 --max_grad_norm 1 --max_steps".split(), STEPS]
 EACH_TWO = "--batch_size_per_gpu 2 --bf16 "
 MODES = {
-    "full": EACH_TWO + "--deepspeed none",
+    "full": EACH_TWO + "--deepspeed none",  # with flash attention, which is the default here
+    "full, SDPA attention": EACH_TWO + "--deepspeed none --attn_implementation sdpa",
     "full, fp16": "--batch_size_per_gpu 2 --fp16 --deepspeed none",
     "frozen": EACH_TWO + "--deepspeed none --freeze_vision_model",
     "LoRA": EACH_TWO + "--use_lora",
