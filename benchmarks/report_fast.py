@@ -141,7 +141,7 @@ def finite(mode: str, kind: str, one: Found) -> Check:
 
 
 def passes(
-    setting: Setting, mode: str, attention: str, page: Page, examples: int | None = None, around_step=None
+    setting: Setting, mode: str, attention: str, page: Page, examples: int | None = None, around_step=None, on_model=None
 ) -> Found:
     """Forward and backward pass without an optimizer, as ZeRO-2 computes them on each of many GPUs: weights in half
     precision, and a gradient is given away as soon as it is complete."""
@@ -164,6 +164,8 @@ def passes(
     activation_checkpointing.set_tower_checkpointing(model, kind)
     if kind != "none":
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if on_model:
+        on_model(model)
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
