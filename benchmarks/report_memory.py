@@ -60,7 +60,7 @@ def small_buckets(setting: Setting, mode: str) -> tuple[str, ...]:
     from report_parts import ROOT
 
     content = json.loads((ROOT / "ds_config" / "zero2.json").read_text())
-    content["zero_optimization"] |= {"reduce_bucket_size": 1e6, "allgather_bucket_size": 1e6}
+    content["zero_optimization"] |= {"reduce_bucket_size": 1e5, "allgather_bucket_size": 1e5}
     path = setting.folder / "small_buckets.json"
     path.write_text(json.dumps(content))
     return ("--deepspeed", str(path))

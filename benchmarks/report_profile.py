@@ -29,7 +29,8 @@ sys.modules["benchmarks_trace"] = trace
 _spec.loader.exec_module(trace)
 
 PREFIX, NODE = "part: ", "autograd::engine::evaluate_function: "
-OTHER = "other"  # what belongs to no part of the model, such as copies and sums of gradients
+GRADIENTS = "gradients"  # sums and copies of them, also into the buckets in which ranks exchange them
+OTHER = "other"  # what belongs to no part of the model
 LARGEST_OTHER = 0.15  # of the step's device time
 NOTABLE = 0.01  # of the step's device time: a smaller part that the prediction lacks is not worth a word
 
@@ -84,7 +85,7 @@ def part_of(event, ranges: Ranges) -> str:
             return event.name.removeprefix(PREFIX)
         if event.name.startswith(NODE):
             # Nodes that only fill `.grad` have no number of their own.
-            return ranges.part_of_node(event.sequence_nr) if event.sequence_nr >= 0 else OTHER
+            return ranges.part_of_node(event.sequence_nr) if event.sequence_nr >= 0 else GRADIENTS
         event = event.cpu_parent
     return OTHER
 
@@ -152,6 +153,9 @@ def predicted_by_part(setting: Setting, mode: str, attention: str, one: Found, g
     prediction = predict(counted, gpu, one.micro_batches, 1)
     found["step"] = one.micro_batches * prediction["micro_batch"]
     if whole:
+        size = 4 if counted.adapters else 2
+        sums = (one.micro_batches - 1) * 3 * size * counted.trained / gpu.bandwidth
+        found[GRADIENTS] = sums if counted.adapters else one.micro_batches * prediction["buckets"]
         found["optimizer"], found["step"] = prediction["optimizer"], prediction["step"]
     return dict(found)
 
@@ -174,10 +178,10 @@ def compared(name: str, about: str, measured: dict[str, float], predicted: dict[
     rows.append(Row(table, step))
     rows.append(Row("Where the prediction was most wrong", {"profile": name, "part": most}))
     for part in parts:
-        if part != OTHER and part not in predicted and measured[part] > NOTABLE * busy:
+        if part not in (OTHER, GRADIENTS) and part not in predicted and measured[part] > NOTABLE * busy:
             wrong = f"the prediction lacks the part {part!r}, which took {measured[part] * 1e3:.1f} ms in {name}"
             found.append(Check(f"{name}: {part} is predicted", "lacking", "predicted", False, wrong))
-        elif part in predicted and part != OTHER and predicted[part] > NOTABLE * busy and not measured.get(part):
+        elif part in predicted and part != GRADIENTS and predicted[part] > NOTABLE * busy and not measured.get(part):
             wrong = f"the profile of {name} lacks the part {part!r}, which was predicted to take time"
             found.append(Check(f"{name}: {part} is measured", "lacking", "measured", False, wrong))
     other = measured.get(OTHER, 0.0) / busy

@@ -104,6 +104,10 @@ TINY_MODEL = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
+    "vocab_size": 4000,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "vision_config": {
         "hidden_size": 32,
         "intermediate_size": 64,
