@@ -81,6 +81,8 @@ class Ranges:
 def part_of(event, ranges: Ranges) -> str:
     """The part that an event of a profile belongs to."""
     while event is not None:
+        if "ddp.reducer" in event.name:
+            return GRADIENTS
         if event.name.startswith(PREFIX):
             return event.name.removeprefix(PREFIX)
         if event.name.startswith(NODE):
@@ -99,9 +101,8 @@ def seconds_by_part(profile, ranges: Ranges, on_device: bool) -> Counter:
         if on_device:
             seconds = sum(kernel.duration for kernel in event.kernels) / 1e6
         else:
-            seconds = event.self_cpu_time_total / 1e6
-            if event.name.startswith("ProfilerStep"):
-                continue
+            is_operation = "::" in event.name and not event.name.startswith(NODE)  # others are Python's own time
+            seconds = event.self_cpu_time_total / 1e6 if is_operation else 0.0
         if seconds:
             found[part_of(event, ranges)] += seconds
     return found
@@ -213,7 +214,7 @@ def profiled(setting: Setting, mode: str, whole: bool) -> list[Check | Row | Lef
     activities = [torch.profiler.ProfilerActivity.CPU]
     if setting.device != "cpu":
         activities.append(getattr(torch.profiler.ProfilerActivity, setting.device.upper()))
-    ranges, kept = Ranges(), {}
+    ranges, kept = Ranges(), {}  # kept: the model and the profile
 
     @contextlib.contextmanager
     def around(step: int):
@@ -222,10 +223,8 @@ def profiled(setting: Setting, mode: str, whole: bool) -> list[Check | Row | Lef
             return
         wait_for_device()
         with torch.profiler.profile(activities=activities) as kept["profile"], followed(ranges, kept["model"]):
-            started = time.perf_counter()
             yield
             wait_for_device()
-            kept["wall"] = time.perf_counter() - started
 
     options = {"around_step": around}
     if whole:
@@ -239,12 +238,9 @@ def profiled(setting: Setting, mode: str, whole: bool) -> list[Check | Row | Lef
     if not measured:
         return [LeftOut(f"profile of {name}", "torch's profiler has seen no kernels: its CUPTI does not work here")]
     about, gpu = device_model(setting)
-    return compared(name, about, measured, predicted_by_part(setting, mode, attention, one, gpu, whole), wall_of(one))
-
-
-def wall_of(one: Found) -> float:
-    """Seconds of a step without the profiler, which makes the host slower."""
-    return one.step
+    predicted = predicted_by_part(setting, mode, attention, one, gpu, whole)
+    # The wall-clock time is that of the steps without the profiler, which makes the host slower.
+    return compared(name, about, measured, predicted, one.step)
 
 
 def full(setting: Setting) -> list[Check | Row | LeftOut]:

@@ -26,6 +26,7 @@ from report_parts import ROOT, Setting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 sys.path.insert(0, str(ROOT))
 with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints lines when it is imported
@@ -372,6 +373,7 @@ def train(
     count_memory: bool = False,
     keep_model: bool = False,
     on_model: Callable | None = None,
+    saved: Path | None = None,
     only_plan: bool = False,
 ) -> Found:
     """Trains for a few steps with the recipe's Trainer.
@@ -379,12 +381,14 @@ def train(
     mode: one of MODES; attention: an attention implementation; flags: further flags of the script.
     examples: in a micro-batch; None for as many as fit by the estimate, and at most `largest`.
     micro_batches: in a step, of each rank. around_step: as in `Watch`; on_model: called with the model.
-    count_memory: on a CPU, counts live tensors, which is slow.
+    count_memory: on a CPU, counts live tensors, which is slow. keep_model: returns the trained model as `model`.
+    saved: a folder with a model to load, in place of random weights.
     only_plan: does not train. Raises torch.OutOfMemoryError where the device has too little memory.
     """
     config = configuration(setting)
-    folder = Path(setting.folder) / "model"
-    config.save_pretrained(folder)
+    folder = saved or Path(setting.folder) / "model"
+    if not folder.is_dir():
+        config.save_pretrained(folder)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     argv = ["--model_name_or_path", str(folder), "--output_dir", str(Path(setting.folder) / "out"), "--no-tqdm"]
     argv += [f"--{precision(setting)}"] * (not {"--fp32", "--bf16", "--fp16"} & set(flags))
@@ -396,6 +400,10 @@ def train(
     recipe = docvqa.RecipeArguments, docvqa.TRAINING, docvqa.PRESETS, docvqa.__doc__
     args, training_args = parse_arguments(*recipe, argv)
     set_seed(training_args.seed)
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        deepspeed.init_distributed()  # ZeRO-3 splits a model while it loads
 
     estimate = estimate_run(args, training_args, [page.size], docvqa.choose_trained)
     tokens, kind = "auto", activation_checkpointing.kind_from_flag(training_args.activation_checkpointing)
@@ -435,9 +443,12 @@ def train(
     try:
         with counting:
             empty = allocated.now()
-            dtype = weights_dtype(training_args, args.use_lora)
-            model = random_model(config, dtype, training_args.device, attention, args.use_qlora)
-            model = docvqa.choose_trained(model, args)
+            if saved:
+                model = docvqa.load_model(args, training_args)
+            else:
+                dtype = weights_dtype(training_args, args.use_lora)
+                model = random_model(config, dtype, training_args.device, attention, args.use_qlora)
+                model = docvqa.choose_trained(model, args)
             if on_model:
                 on_model(model)
             trainer = RecipeTrainer(
@@ -487,12 +498,15 @@ def release(trainer: RecipeTrainer | None):
         for holder in (trainer, trainer.callback_handler):
             holder.model = holder.optimizer = holder.lr_scheduler = None
         trainer.model_wrapped = trainer.deepspeed = None
-    with contextlib.suppress(ImportError):
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()
+    unset_hf_deepspeed_config()
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]  # with these the next training would run under DeepSpeed too
     gc.collect()
     if torch.accelerator.is_available():
         torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
+
+
+def release_model(found: Found):
+    """Gives back the model that `train` has kept."""
+    found.model = None
+    gc.collect()
