@@ -1,4 +1,4 @@
-"""The stages of gpu_report.py about speed: trainings with every mode and kernel, small images, shared images, answers."""
+"""The stages of gpu_report.py about speed: each mode and kernel, small images, shared images, answers."""
 
 import math
 import time
@@ -115,7 +115,7 @@ def measured(one: Found) -> dict:
         "recomputed": one.plan.checkpointing,
         "images/s": one.images_per_second,
         "MFU": f"{one.mfu:.1%}",
-        "peak GiB": one.memory["peak"] / GIB,
+        "peak GiB": one.memory["peak"] / GIB or None,  # on a CPU nothing is counted here
         "slowest / median step": max(one.seconds) / one.step,
     }
 
@@ -138,11 +138,19 @@ def finite(mode: str, kind: str, one: Found) -> Check:
     expected = math.log(one.estimate.costs["none"].vocabulary)
     good = all(abs(loss - expected) < 3 for loss in one.losses) and len(one.losses) > 0
     wrong = f"the losses of {mode} with {kind} are not those of random weights, about {expected:.1f}"
-    return Check(f"losses of {mode}, {kind}", " ".join(f"{x:.2f}" for x in one.losses), f"{expected:.1f} ± 3", good, wrong)
+    return Check(
+        f"losses of {mode}, {kind}", " ".join(f"{x:.2f}" for x in one.losses), f"{expected:.1f} ± 3", good, wrong
+    )
 
 
 def passes(
-    setting: Setting, mode: str, attention: str, page: Page, examples: int | None = None, around_step=None, on_model=None
+    setting: Setting,
+    mode: str,
+    attention: str,
+    page: Page,
+    examples: int | None = None,
+    around_step=None,
+    on_model=None,
 ) -> Found:
     """Forward and backward pass without an optimizer, as ZeRO-2 computes them on each of many GPUs: weights in half
     precision, and a gradient is given away as soon as it is complete."""
@@ -157,7 +165,9 @@ def passes(
         return 1.1 * (weights + peak_bytes(estimate.costs[kind], workload)) + GIB
 
     sizes = [examples] if examples else [2] if setting.tiny else list(range(8, 0, -1))
-    choices = [(n, kind) for kind in activation_checkpointing.KINDS for n in sizes if kind == "all" or n >= min(3, sizes[0])]
+    choices = [
+        (n, kind) for kind in activation_checkpointing.KINDS for n in sizes if kind == "all" or n >= min(3, sizes[0])
+    ]
     budget = memory_to_use(setting)
     n, kind = next((c for c in choices if taken(*c) <= budget), choices[-1])
     model = random_model(configuration(setting), dtype, setting.device, attention)
@@ -227,7 +237,13 @@ def compared(setting: Setting, table: str, page: Page, cases: dict[str, dict]) -
         rate = one.ranks * one.per_step["examples"] / one.step
         first = first or rate
         found.append(
-            Row(table, cells | {"examples/s": rate, "speed-up": rate / first} | measured(one) | {"images/s": one.images_per_second})
+            Row(
+                table,
+                cells
+                | {"examples/s": rate, "speed-up": rate / first}
+                | measured(one)
+                | {"images/s": one.images_per_second},
+            )
         )
     return found
 
@@ -256,7 +272,10 @@ def small(setting: Setting) -> list[Check | Row | LeftOut]:
 def generation(setting: Setting) -> list[Check | Row | LeftOut]:
     """Greedy answers to prompts with small images, one at a time and 8 together."""
     attention, dtype = best_attention(setting), DTYPES[precision(setting)]
-    model, new = random_model(configuration(setting), dtype, setting.device, attention).eval(), 8 if setting.tiny else 64
+    model, new = (
+        random_model(configuration(setting), dtype, setting.device, attention).eval(),
+        8 if setting.tiny else 64,
+    )
     data, found = Examples(setting, small_image(setting), 8), []
 
     def seconds(batch: dict, tokens: int) -> float:

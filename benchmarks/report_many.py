@@ -38,9 +38,11 @@ def losses(setting: Setting) -> list[Check | Row | LeftOut]:
     if n < 2:
         return [LeftOut("ZeRO-2, ZeRO-1, ZeRO-3 and DDP", "there is only one GPU, and they need two or more")]
     saved, kinds = save_model(setting), list(KINDS)
-    found = [] if "deepspeed" in setting.facts.get("packages", {"deepspeed": ""}) else [
-        LeftOut(kind, "the package deepspeed is not installed") for kind in kinds if kind != "DDP"
-    ]
+    found = (
+        []
+        if "deepspeed" in setting.facts.get("packages", {"deepspeed": ""})
+        else [LeftOut(kind, "the package deepspeed is not installed") for kind in kinds if kind != "DDP"]
+    )
     kinds = kinds if not found else ["DDP"]
     reached = {"one process": [{"losses": alone(setting, saved), "weights": None}]}
     # On a CPU one start of torchrun computes all of them, because starting takes longest.
@@ -87,7 +89,9 @@ def scaling(setting: Setting) -> list[Check | Row | LeftOut]:
         return [LeftOut("scaling from one GPU to several", "there is only one GPU")]
     table, rates, found = "Images/s on one GPU and on all", {}, []
     for k in (1, n):
-        by_rank = torchrun(setting, k, [SCALED], None)[SCALED] if k > 1 or setting.device != "cpu" else [scaled(setting)]
+        by_rank = (
+            torchrun(setting, k, [SCALED], None)[SCALED] if k > 1 or setting.device != "cpu" else [scaled(setting)]
+        )
         if isinstance(by_rank, str):
             found.append(Check(f"training on {k} GPUs", "failed", "trains", False, f"it did not train: {by_rank}"))
             continue
@@ -165,7 +169,11 @@ def scaled(setting: Setting) -> dict[str, dict]:
                 raise  # the other ranks wait for this one
             found[mode] = {"images/s": None, "MFU": "out of memory"}
             continue
-        found[mode] = {"images/s": one.images_per_second, "MFU": f"{one.mfu:.1%}", "peak GiB": one.memory["peak"] / GIB}
+        found[mode] = {
+            "images/s": one.images_per_second,
+            "MFU": f"{one.mfu:.1%}",
+            "peak GiB": one.memory["peak"] / GIB or None,
+        }
     return found
 
 
@@ -173,7 +181,12 @@ def torchrun(setting: Setting, n: int, kinds: list[str], saved: Path | None) -> 
     """What each rank found of each kind. A text that says how it ended, for a kind that has not been trained."""
     folder = setting.folder / f"{n} ranks, {kinds[0]}"
     folder.mkdir()
-    asked = {"setting": asdict(setting) | {"folder": str(folder)}, "kinds": kinds, "saved": saved and str(saved), "n": n}
+    asked = {
+        "setting": asdict(setting) | {"folder": str(folder)},
+        "kinds": kinds,
+        "saved": saved and str(saved),
+        "n": n,
+    }
     (folder / "asked.json").write_text(json.dumps(asked))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
     command += [str(Path(__file__).resolve()), str(folder / "asked.json")]

@@ -14,6 +14,41 @@ STAGES: list[Stage] = [
     Stage("crops", "right", "report_right:crops", "Crops normalised on the device are those of the CPU", 0.3, 2),
 ]
 
+STAGES += [
+    Stage("fast-lora", "fast", "report_fast:lora", "LoRA trains, and how fast with each kernel", 1.3, 2),
+    Stage("fast-full", "fast", "report_fast:full", "Full fine-tuning trains, and how fast with each kernel", 1.3, 3),
+    Stage("fast-qlora", "fast", "report_fast:qlora", "QLoRA trains, and how fast with each kernel", 1.6, 4),
+    Stage("fast-frozen", "fast", "report_fast:frozen", "A frozen vision model is faster, and by how much", 1.3, 6),
+    Stage(
+        "generation", "fast", "report_fast:generation", "Answers in batches of 8 are faster than single ones", 0.8, 4
+    ),
+    Stage(
+        "small-images", "fast", "report_fast:small", "Filling micro-batches of small images pays, and how much", 1.2, 5
+    ),
+    Stage(
+        "shared-images", "fast", "report_fast:shared", "Sharing an image between questions pays, and how much", 1.2, 5
+    ),
+    Stage(
+        "profile-lora", "fast", "report_profile:lora", "Where the time of a LoRA step goes, as predicted or not", 1.3, 5
+    ),
+    Stage(
+        "profile-full", "fast", "report_profile:full", "Where the time of a full step goes, as predicted or not", 1.3, 6
+    ),
+    Stage("memory-lora", "memory", "report_memory:lora", "The estimate of LoRA's memory is right to 10%", 1.0, 2),
+    Stage("memory-full", "memory", "report_memory:full", "The estimate of full fine-tuning is right to 10%", 1.0, 3),
+    Stage("memory-qlora", "memory", "report_memory:qlora", "The estimate of QLoRA's memory is right to 10%", 1.2, 4),
+    Stage(
+        "memory-frozen",
+        "memory",
+        "report_memory:frozen",
+        "The estimate with a frozen vision model is right to 10%",
+        1.0,
+        6,
+    ),
+    Stage("equal-losses", "many", "report_many:losses", "ZeRO-2, 1, 3 and DDP have the losses of one process", 3.0, 2),
+    Stage("scaling", "many", "report_many:scaling", "More GPUs train faster, and how much", 2.5, 4),
+]
+
 # Sentences about what remains unproven, whatever has run.
 UNPROVEN: list[str] = [
     "The published weights: all weights here are random. Run `--dry_run` of a training script with them.",

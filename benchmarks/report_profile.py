@@ -1,4 +1,4 @@
-"""The stages of gpu_report.py that profile a step by part of the model, beside what trace.py predicts for the device."""
+"""The stages of gpu_report.py that profile a step by part of the model, beside what trace.py predicts."""
 
 import bisect
 import contextlib
@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from prediction import GPU, GPUS, kernel_seconds, predict
-from report_fast import best_attention, first_that_fits, missing, passes
+from report_fast import best_attention, missing, passes
 from report_models import image_processor
 from report_parts import Check, LeftOut, Row, Setting
 from report_runs import Examples, Found, configuration, document, plan_of, precision, train
@@ -122,7 +122,11 @@ def device_model(setting: Setting) -> tuple[str, GPU]:
     dtype = DTYPES[precision(setting)]
     peak, _ = peak_flops(dtype)
     n = 2**22 if setting.device == "cpu" else 2**28
-    x, y, best = torch.ones(n, dtype=dtype, device=setting.device), torch.empty(n, dtype=dtype, device=setting.device), 9e9
+    x, y, best = (
+        torch.ones(n, dtype=dtype, device=setting.device),
+        torch.empty(n, dtype=dtype, device=setting.device),
+        9e9,
+    )
     for _ in range(4):
         wait_for_device()
         started = time.perf_counter()
@@ -133,7 +137,9 @@ def device_model(setting: Setting) -> tuple[str, GPU]:
     return "with rates measured here", GPU(peak, 1.0, 1.0, 1.0, bandwidth, 2e-6, 1e11, 0.0)
 
 
-def predicted_by_part(setting: Setting, mode: str, attention: str, one: Found, gpu: GPU, whole: bool) -> dict[str, float]:
+def predicted_by_part(
+    setting: Setting, mode: str, attention: str, one: Found, gpu: GPU, whole: bool
+) -> dict[str, float]:
     """Seconds for each part of a step, and `step` for its wall-clock time."""
     kind = "flash" if attention in ("flash_attention_2", "varlen") else "sdpa"
     data = Examples(setting, document(setting), one.micro_batch)
@@ -172,7 +178,11 @@ def compared(name: str, about: str, measured: dict[str, float], predicted: dict[
         cells |= {"predicted ms": None if guess is None else guess * 1e3}
         cells |= {"measured / predicted": own / guess if guess else None}
         rows.append(Row(table, cells))
-    step = {"part": "the step, wall-clock", "measured ms": wall * 1e3, "share": f"device busy {min(busy / wall, 1):.0%}"}
+    step = {
+        "part": "the step, wall-clock",
+        "measured ms": wall * 1e3,
+        "share": f"device busy {min(busy / wall, 1):.0%}",
+    }
     step |= {"predicted ms": predicted["step"] * 1e3, "measured / predicted": wall / predicted["step"]}
     worst = max((p for p in parts if p != OTHER), key=lambda p: abs(measured.get(p, 0) - predicted.get(p, 0)))
     most = f"{worst}, by {(measured.get(worst, 0) - predicted.get(worst, 0)) * 1e3:+.1f} ms"

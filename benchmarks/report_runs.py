@@ -7,7 +7,6 @@ encoded before the training, so that no disk or CPU is measured.
 
 import contextlib
 import gc
-import json
 import os
 import statistics
 import sys
@@ -239,9 +238,9 @@ class Allocated:
         free, total = self.module.mem_get_info()
         return total - free - self.module.memory_reserved()
 
-    def gaps(self) -> int:
-        """Bytes that the allocator has taken at most, and that no tensor has used at the peak."""
-        return 0 if self.live else self.module.max_memory_reserved() - self.module.max_memory_allocated()
+    def gaps(self, peak: float) -> float:
+        """Bytes that the allocator has taken, and that no tensor used when tensors took `peak` bytes."""
+        return 0 if self.live else max(self.module.memory_reserved() - peak, 0)
 
 
 @dataclass
@@ -342,8 +341,9 @@ class Watch(TrainerCallback):
         self.last = now
         self.found.per_step = self.meter.step
         memory = self.found.memory
-        memory["after"], memory["gaps"] = self.allocated.now(), self.allocated.gaps()
+        memory["after"] = self.allocated.now()
         memory["peak"] = max(memory.get("peak", 0), memory["passes peak"], memory["update peak"])
+        memory["gaps"] = self.allocated.gaps(memory["peak"])
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
