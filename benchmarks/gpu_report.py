@@ -20,6 +20,7 @@ import getpass
 import importlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -40,6 +41,7 @@ from report_parts import ROOT, Check, LeftOut, Row, Setting, Stage, lacks, witho
 from report_plan import GROUPS, STAGES  # noqa: E402
 
 KINDS = {kind.__name__: kind for kind in (Check, Row, LeftOut)}
+TOKEN = "PHI3V_REPORT_STAGE"  # an environment variable by which the processes of a stage are found
 MACHINE_LIMIT = 5  # minutes for importing torch and looking at the device
 
 
@@ -118,7 +120,7 @@ def _end_with_parent():
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
-        os.killpg(0, signal.SIGKILL)
+        end_all(os.getpid(), os.environ.get(TOKEN))
 
     if os.getpgid(0) == os.getpid():  # a group of its own
         threading.Thread(target=watch, daemon=True).start()
@@ -134,7 +136,10 @@ def start(args: argparse.Namespace, name: str, facts: dict, minutes: float, log:
         command = [sys.executable, str(Path(__file__).resolve()), "--stage", name, "--stage_folder", folder]
         command += ["--facts", json.dumps(facts), *(["--tiny"] if args.tiny else [])]
         command += ["--device", facts.get("device") or args.device] if facts.get("device") or args.device else []
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        token = secrets.token_hex(8)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", TOKEN: token}
+        if args.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # so that nothing a stage calls chooses the GPU
         with log.open("w") as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
@@ -144,7 +149,8 @@ def start(args: argparse.Namespace, name: str, facts: dict, minutes: float, log:
             except subprocess.TimeoutExpired:
                 return {"error": f"it was stopped after its time limit of {minutes:.1f} minutes"}
             finally:
-                _end_group(process)
+                end_all(process.pid, token)
+                process.wait()
         try:
             return json.loads((Path(folder) / "result.json").read_text())
         except (OSError, ValueError):
@@ -153,11 +159,16 @@ def start(args: argparse.Namespace, name: str, facts: dict, minutes: float, log:
             return {"error": f"its process ended with {how} before it had a result"}
 
 
-def _end_group(process: subprocess.Popen):
-    """Kills what is left of a stage: itself, and processes that it has started."""
+def end_all(pid: int, token: str | None):
+    """Kills what is left of a stage: the group of its process, and all that has the token in its environment, because
+    what torchrun starts is in other groups. The process that calls this is the last."""
+    own = f"{TOKEN}={token}".encode()
+    for folder in Path("/proc").glob("[0-9]*") if token else ():
+        with contextlib.suppress(OSError, ValueError):
+            if int(folder.name) not in (pid, os.getpid()) and own in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _write_json(path: Path, content):
@@ -167,7 +178,7 @@ def _write_json(path: Path, content):
     os.replace(unfinished, path)
 
 
-def _secrets() -> tuple[str, ...]:
+def _private_words() -> tuple[str, ...]:
     """Words that must not be in the report: the names of this host and of the user."""
     found = {socket.gethostname()}
     with contextlib.suppress(Exception):
@@ -176,13 +187,13 @@ def _secrets() -> tuple[str, ...]:
     return tuple(word for word in found if len(word) > 2 and word not in common)
 
 
-def _public(content, secrets):
+def _public(content, words):
     """The same content, with `without_private` applied to every text in it."""
     if isinstance(content, str):
-        return without_private(content, secrets)
+        return without_private(content, words)
     if isinstance(content, dict):
-        return {_public(k, secrets): _public(v, secrets) for k, v in content.items()}
-    return [_public(x, secrets) for x in content] if isinstance(content, list) else content
+        return {_public(k, words): _public(v, words) for k, v in content.items()}
+    return [_public(x, words) for x in content] if isinstance(content, list) else content
 
 
 def passed(result: dict) -> bool:
@@ -200,27 +211,27 @@ def earlier(path: Path, key: dict) -> dict:
 
 
 def run(args: argparse.Namespace) -> int:
-    began, secrets = time.monotonic(), _secrets()
+    began, words = time.monotonic(), _private_words()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path, logs = args.output_dir / "results.json", args.output_dir / "logs"
     found = start(args, "machine", {}, MACHINE_LIMIT, logs / "machine.log")
     if "facts" not in found:
         reason = found.get("not_here") or f"this Python can't say what machine this is ({found['error']})"
-        raise Unusable(without_private(reason, secrets))
+        raise Unusable(without_private(reason, words))
     facts = found["facts"]
     if facts["device"] == "cpu" and not args.tiny:
         raise Unusable("a model of the real size takes hours on a CPU: add --tiny")
-    key = _public({"code": code(), "machine": facts, "tiny": args.tiny}, secrets)
+    key = _public({"code": code(), "machine": facts, "tiny": args.tiny}, words)
     stages = earlier(path, key)
     command = "python benchmarks/gpu_report.py" + "".join(
         f" --{name} {value}" if value is not True else f" --{name}"
         for name in ("device", "tiny", "stages", "minutes")
         if (value := getattr(args, name)) not in (None, False)
     )
-    report = {"key": key, "command": without_private(command, secrets), "stages": stages}
+    report = {"key": key, "command": without_private(command, words), "stages": stages}
 
     def keep(stage: Stage, **result):
-        stages[stage.name] = _public(result, secrets)
+        stages[stage.name] = _public(result, words)
         _write_json(path, report)
 
     print(f"{facts['device_name']}; results in {args.output_dir}", flush=True)

@@ -90,7 +90,7 @@ class Stage:
 
     def limit(self, tiny: bool) -> float:
         """Minutes after which it is stopped."""
-        return 5.0 if tiny else 4 * self.minutes + 2
+        return 10.0 if tiny else 4 * self.minutes + 2
 
 
 def _cuda(facts: dict) -> str | None:
@@ -124,12 +124,12 @@ def lacks(needs: tuple[str, ...], facts: dict) -> str | None:
 PATH = re.compile(r"(?<![\w.:/~-])(?:[A-Za-z]:\\|~?/)(?:[^\s'\"`:,;()\[\]<>]+[/\\])*([^\s'\"`:,;()\[\]<>/\\]+)[/\\]?")
 
 
-def without_private(text: str, secrets: tuple[str, ...] = ()) -> str:
+def without_private(text: str, words: tuple[str, ...] = ()) -> str:
     """The text with the last name alone of every absolute path, and without these words.
 
-    secrets: for example the names of host and user.
+    words: for example the names of host and user.
     """
     text = PATH.sub(r"…/\1", text)
-    for word in secrets:
+    for word in words:
         text = re.sub(rf"(?<![\w.-]){re.escape(word)}(?![\w-])", "…", text)
     return text

@@ -11,7 +11,72 @@ GROUPS = {
 
 # Name, group, function, what it proves, minutes on an H100, importance (1 first), needs.
 STAGES: list[Stage] = [
+    Stage(
+        "golden",
+        "right",
+        "report_right:golden",
+        "In fp32, logits, loss and gradients are those of the official implementation",
+        0.5,
+        1,
+    ),
+    Stage("half", "right", "report_right:half", "bf16 and fp16 differ from fp32 by rounding alone", 0.5, 1),
+    Stage(
+        "packing",
+        "right",
+        "report_right:packing",
+        "Examples of a packed row are computed as each alone, and none sees its neighbour",
+        0.6,
+        1,
+    ),
+    Stage(
+        "sharing", "right", "report_right:sharing", "Examples that share images are computed as without sharing", 0.6, 1
+    ),
+    Stage("attention", "right", "report_right:attention", "Every attention kernel computes what sdpa computes", 1, 1),
+    Stage(
+        "gradients",
+        "right",
+        "report_trained:gradients",
+        "In every mode, every tensor that trains gets a finite gradient, and no other does",
+        2.5,
+        1,
+        ("peft",),
+    ),
+    Stage(
+        "functions",
+        "right",
+        "report_right:functions",
+        "Hand-written gradients and fused functions are those of plain torch",
+        1.5,
+        2,
+    ),
     Stage("crops", "right", "report_right:crops", "Crops normalised on the device are those of the CPU", 0.3, 2),
+    Stage(
+        "generation",
+        "right",
+        "report_right:generation",
+        "Answers are the same with and without a cache, in a batch of 8 and alone",
+        1,
+        2,
+    ),
+    Stage("fp16", "right", "report_trained:fp16", "50 steps in fp16 with loss scaling learn what fp32 learns", 0.6, 2),
+    Stage(
+        "qlora",
+        "right",
+        "report_trained:qlora",
+        "Layers in 4 bits compute what their dequantised weights compute",
+        1,
+        2,
+        ("bitsandbytes", "peft"),
+    ),
+    Stage(
+        "resume",
+        "right",
+        "report_trained:resume",
+        "A training that was killed ends, after resuming, with the weights of one that was not",
+        1.5,
+        2,
+        ("peft", "datasets"),
+    ),
 ]
 
 STAGES += [
