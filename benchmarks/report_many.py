@@ -6,6 +6,7 @@ Each rank of such a training writes what it found to a file of its own.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -75,7 +76,9 @@ def compared(reached: dict[str, list[dict] | str], n: int) -> list[Check | Row]:
                 found.append(Check(f"weights of {kind}, rank {rank}", "others", "as rank 0", False, wrong))
         found.append(must_be(f"ranks of {kind}", len(by_rank), n, f"{kind} ran on {len(by_rank)} ranks and not on {n}"))
         differences = [abs(a - b) / abs(b) for a, b in zip(own, expected, strict=False)]
-        worst = max(differences, default=float("inf")) if len(own) == len(expected) else float("inf")
+        if len(own) != len(expected) or not all(map(math.isfinite, differences)):
+            differences = [math.inf]
+        worst = max(differences)
         wrong = f"{kind} on {n} ranks has other losses than one process: {own}, {expected}"
         found.append(at_most(f"losses of {kind} against one process", worst, TOLERANCE, wrong))
     return found

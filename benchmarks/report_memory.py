@@ -33,7 +33,7 @@ def memory(setting: Setting, mode: str) -> list[Check | Row | LeftOut]:
             why = f"{plan.memory.peak / GIB:.0f} GiB are expected, and {plan.budget / GIB:.0f} GiB can be planned with"
             found.append(LeftOut(f"{mode}, {name}", f"it does not fit: {why}"))
             continue
-        options = {"steps": 3, "largest": 8, "count_memory": True}
+        options = {"steps": 2, "largest": 4, "count_memory": True} if setting.tiny else {"steps": 3}
         try:
             one = train(setting, mode, attention, page, *flags, *small_buckets(setting, mode), **options)
         except torch.OutOfMemoryError as e:
