@@ -193,7 +193,7 @@ def by_rank(**changed) -> dict:
     [
         ({}, None),
         ({"ZeRO-1": [{"losses": LOSSES, "weights": 1.5}, {"losses": [8, 7, 6], "weights": 1.5}]}, "rank 1 of ZeRO-1"),
-        ({"DDP": [{"losses": LOSSES, "weights": 1.5}, {"losses": LOSSES, "weights": 2}]}, "rank 1 of DDP has other weights"),
+        ({"DDP": [{"losses": LOSSES, "weights": 1.5}, {"losses": LOSSES, "weights": 2}]}, "rank 1 of DDP has other"),
         ({"ZeRO-3": [{"losses": [8.0, 7.5, 7.01], "weights": 1}] * 2}, "ZeRO-3 on 2 ranks has other losses"),
         ({"ZeRO-3": [{"losses": [8.0, 7.5, float("nan")], "weights": 1}] * 2}, "ZeRO-3"),
         ({"ZeRO-2": [{"losses": LOSSES[:2], "weights": 1}] * 2}, "ZeRO-2 on 2 ranks has other losses"),
