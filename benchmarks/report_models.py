@@ -22,6 +22,7 @@ TINY = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "initializer_range": 0.08,  # of a width of 192, so that scores of attention are as large as the real model's
 }
 TINY_VISION = {
     "hidden_size": 64,
