@@ -329,4 +329,7 @@ def _alone(folder: Path):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped: started again, the report goes on with what has not passed yet")

@@ -187,7 +187,7 @@ def on_device(setting: Setting, batch: dict) -> dict:
 
 def loss_and_gradients(model, batch: dict, targets: int) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss, divided by the number of supervised tokens, and every parameter's gradient."""
-    model.zero_grad()
+    model.zero_grad(set_to_none=True)  # gradients that were returned earlier stay as they are
     loss = model(**batch, num_items_in_batch=targets).loss
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -162,7 +162,14 @@ def half(setting: Setting) -> Found:
             few = torch.finfo(dtype).eps
             error = (rounded - exact).norm() / exact.norm()
             found.append(at_most(f"logits, {name}", error, 4 * few, f"{wrong}: other logits"))
-            found += compare(name, other, expected, few, 64 * few, wrong)
+            loss = abs(other[0] - expected[0]) / expected[0]
+            found.append(at_most(f"loss, {name}", loss, few, f"{wrong}: another loss"))
+            # Not each alone: in the gradients of some of the tower's biases, almost everything cancels.
+            errors = gradient_errors(other[1], expected[1])
+            median = statistics.median(errors.values())
+            found.append(
+                at_most(f"gradients, median over tensors, {name}", median, 16 * few, f"{wrong}: other gradients")
+            )
             error = together(other[1], expected[1])
             found.append(at_most(f"all gradients together, {name}", error, 16 * few, f"{wrong}: other gradients"))
     return found
@@ -173,7 +180,6 @@ def together(found: dict, expected: dict) -> float:
     squares = [
         ((found[name].float() - grad.float()).square().sum().item(), grad.float().square().sum().item())
         for name, grad in expected.items()
-        if name in found
     ]
     return (sum(own for own, _ in squares) / sum(whole for _, whole in squares)) ** 0.5
 
@@ -216,13 +222,8 @@ def separately(setting: Setting, model, examples: list[dict]):
         own_loss, own = loss_and_gradients(model, padded(setting, [example]), targets)
         loss += own_loss
         for name, grad in own.items():
-            gradients[name] = gradients[name] + grad if name in gradients else grad.clone()
+            gradients[name] = gradients[name] + grad if name in gradients else grad
     return loss, gradients
-
-
-def kept(result):
-    """A result of `loss_and_gradients` that the next backward pass does not change."""
-    return result[0], {name: grad.clone() for name, grad in result[1].items()}
 
 
 def packing(setting: Setting) -> Found:
@@ -232,7 +233,7 @@ def packing(setting: Setting) -> Found:
     with exact_products():
         row = row_of(setting, examples)
         targets = supervised_tokens(examples)
-        found = kept(loss_and_gradients(model, row, targets))
+        found = loss_and_gradients(model, row, targets)
         checks = compare("packed against one by one", found, separately(setting, model, examples), 1e-5, 1e-3, wrong)
         for side in ("left", "right"):
             batch = loss_and_gradients(model, padded(setting, examples, side), targets)
@@ -263,8 +264,8 @@ def sharing(setting: Setting) -> Found:
     with exact_products():
         row = row_of(setting, examples)
         plain = row_of(setting, examples, share_images=False)
-        found = kept(loss_and_gradients(model, row, targets))
-        without = kept(loss_and_gradients(model, plain, targets))
+        found = loss_and_gradients(model, row, targets)
+        without = loss_and_gradients(model, plain, targets)
         return [
             at_most(
                 "tokens of the shared row",
@@ -287,6 +288,9 @@ def without_flash_attention_3():
         yield
 
 
+FA3 = "varlen, FlashAttention-3"
+
+
 def kernels(setting: Setting, precision: str) -> tuple[dict, list[LeftOut]]:
     """For every attention kernel that can run here in this precision: its name in the report, the name of
     `attn_implementation`, and a context in which it runs; and those that can't run."""
@@ -299,7 +303,7 @@ def kernels(setting: Setting, precision: str) -> tuple[dict, list[LeftOut]]:
         else:
             there[kind] = (kind, contextlib.nullcontext)
     if "varlen, torch's own" in there and varlen._has_flash_attention_3():
-        there["varlen, FlashAttention-3"] = ("varlen", contextlib.nullcontext)  # the last: it stays from now on
+        there[FA3] = ("varlen", contextlib.nullcontext)
     elif precision == "bf16":
         missing.append(LeftOut("FlashAttention-3", "it needs a Hopper GPU and the package flash_attn_interface"))
     return there, missing
@@ -308,38 +312,34 @@ def kernels(setting: Setting, precision: str) -> tuple[dict, list[LeftOut]]:
 def attention(setting: Setting) -> Found:
     """Every attention kernel that is there against sdpa: as near to fp32 as sdpa in the same precision is."""
     rows = {"separate": alone(setting), "shared images": [*alone(setting), *about_images(setting)]}
-    found, left_out = [], []
+    found, left_out, sdpa = [], [], {}
     with exact_products():
-        model = short_model(setting)
-        exact = {}
-        for name, examples in rows.items():
-            batch, targets = (
-                row_of(setting, examples),
-                supervised_tokens(examples),
-            )
-            exact[name] = kept(loss_and_gradients(model, batch, targets))
-            eager = loss_and_gradients(use_attention(model, "eager"), batch, targets)
-            use_attention(model, "sdpa")
-            found += compare(
-                f"eager in fp32, {name}", eager, exact[name], 1e-5, 1e-3, "eager attention differs from sdpa"
-            )
-        for precision, dtype in half_dtypes(setting).items():
-            model = short_model(setting).to(dtype)
-            there, missing = kernels(setting, precision)
-            left_out += missing
-            for name, examples in rows.items():
-                batch = row_of(setting, examples)
-                targets = supervised_tokens(examples)
-                sdpa = errors_of(use_attention(model, "sdpa"), batch, targets, exact[name])
-                for kernel, (kind, context) in there.items():
-                    with context():
-                        label = f"{kernel} in {precision}, {name}"
-                        if name == "separate":
-                            cells = {"kernel": kernel, "precision": precision, "code": describe_attention(kind)}
-                            found.append(Row("Attention kernels that ran", cells))
-                        own = errors_of(use_attention(model, kind), batch, targets, exact[name])
-                    found += nearness(label, own, sdpa, torch.finfo(dtype).eps)
+        found += eager_in_fp32(setting, rows)
+        # FlashAttention-3 stays in the place of torch's kernel once it has run, also for sdpa. So it is the last.
+        for wanted in (lambda name: name != FA3, lambda name: name == FA3):
+            for precision, dtype in half_dtypes(setting).items():
+                there, missing = kernels(setting, precision)
+                left_out += [x for x in missing if x not in left_out]
+                for name, examples in rows.items():
+                    if own := {kernel: how for kernel, how in there.items() if wanted(kernel)}:
+                        case = (precision, name)
+                        batch, targets = row_of(setting, examples), supervised_tokens(examples)
+                        exact = loss_and_gradients(short_model(setting, dtype).float(), batch, targets)
+                        model = short_model(setting, dtype)
+                        if case not in sdpa:
+                            sdpa[case] = errors_of(model, batch, targets, exact)
+                        found += nearness(setting, model, batch, targets, exact, own, sdpa[case], *case)
+                        del exact, model
     return found + left_out
+
+
+def eager_in_fp32(setting: Setting, rows: dict[str, list[dict]]) -> Found:
+    found, model = [], short_model(setting)
+    for name, examples in rows.items():
+        batch, targets = row_of(setting, examples), supervised_tokens(examples)
+        results = [loss_and_gradients(use_attention(model, kind), batch, targets) for kind in ("eager", "sdpa")]
+        found += compare(f"eager in fp32, {name}", *results, 1e-5, 1e-3, "eager attention differs from sdpa")
+    return found
 
 
 def errors_of(model, batch, targets, exact) -> tuple[float, dict[str, float]]:
@@ -348,20 +348,29 @@ def errors_of(model, batch, targets, exact) -> tuple[float, dict[str, float]]:
     return abs(loss - exact[0]) / abs(exact[0]), gradient_errors(gradients, exact[1])
 
 
-def nearness(label: str, own, sdpa, eps: float) -> Found:
-    """Checks that errors are not larger than those of sdpa, to a factor of four and some rounding."""
-    ratios = {name: error / (sdpa[1][name] + eps) for name, error in own[1].items()}
-    ratio, parameter = worst(ratios)
-    wrong = "this attention kernel differs from sdpa by more than rounding"
-    return [
-        at_most(f"loss, {label}", own[0], 4 * max(sdpa[0], eps), wrong),
-        at_most(
-            f"errors of gradients as multiples of sdpa's, {label}",
-            ratio,
-            4,
-            f"{wrong}, most in the gradient of {parameter}",
-        ),
-    ]
+def nearness(setting, model, batch, targets, exact, there, sdpa, precision: str, name: str) -> Found:
+    """Checks that the errors of these kernels are not larger than sdpa's, to a factor of four and some rounding."""
+    eps, found = torch.finfo(next(model.parameters()).dtype).eps, []
+    for kernel, (kind, context) in there.items():
+        with context():
+            own = errors_of(use_attention(model, kind), batch, targets, exact)
+            cells = {"kernel": kernel, "precision": precision, "row": name, "code": describe_attention(kind)}
+        ratio, parameter = worst({name: error / (sdpa[1][name] + eps) for name, error in own[1].items()})
+        label, wrong = (
+            f"{kernel} in {precision}, {name}",
+            "this attention kernel differs from sdpa by more than rounding",
+        )
+        found += [
+            Row("Attention kernels that ran", cells),
+            at_most(f"loss, {label}", own[0], 4 * max(sdpa[0], eps), wrong),
+            at_most(
+                f"errors of gradients as multiples of sdpa's, {label}",
+                ratio,
+                4,
+                f"{wrong}, most in the gradient of {parameter}",
+            ),
+        ]
+    return found
 
 
 # ---- Functions
@@ -459,7 +468,7 @@ def fused_functions(setting: Setting) -> Found:
         found.append(must_be(f"problems of fused functions, {precision}", len(problems), 0, wrong))
         exact = short_model(setting, dtype).float()
         with exact_products():
-            reference = kept(loss_and_gradients(exact, batch, 63))
+            reference = loss_and_gradients(exact, batch, 63)
         del exact
         model, errors = short_model(setting, dtype), []
         for on in (True, False):
