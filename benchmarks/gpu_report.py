@@ -161,14 +161,21 @@ def start(args: argparse.Namespace, name: str, facts: dict, minutes: float, log:
 
 def end_all(pid: int, token: str | None):
     """Kills what is left of a stage: the group of its process, and all that has the token in its environment, because
-    what torchrun starts is in other groups. The process that calls this is the last."""
+    what torchrun starts is in other groups. If this process is the stage's own, it is the last."""
+    if pid != os.getpid():
+        _kill(os.killpg, pid)
     own = f"{TOKEN}={token}".encode()
     for folder in Path("/proc").glob("[0-9]*") if token else ():
-        with contextlib.suppress(OSError, ValueError):
-            if int(folder.name) not in (pid, os.getpid()) and own in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            if int(folder.name) != os.getpid() and own in (folder / "environ").read_bytes().split(b"\0"):
+                _kill(os.kill, int(folder.name))
+    if pid == os.getpid():
+        _kill(os.killpg, pid)
+
+
+def _kill(send, pid: int):
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+        send(pid, signal.SIGKILL)
 
 
 def _write_json(path: Path, content):
@@ -322,4 +329,7 @@ def _alone(folder: Path):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped: started again, the report goes on with what has not passed yet")

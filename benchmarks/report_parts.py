@@ -41,8 +41,8 @@ class LeftOut:
 
 
 def at_most(name: str, value: float, limit: float, wrong: str) -> Check:
-    """A check that a number is at most `limit`; NaN is not."""
-    value = float(value)
+    """A check that a number, or a tensor of one number, is at most `limit`; NaN is not."""
+    value = float(value.detach() if hasattr(value, "detach") else value)
     return Check(name, value if math.isfinite(value) else str(value), limit, value <= limit, wrong)
 
 

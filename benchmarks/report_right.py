@@ -32,8 +32,8 @@ from phi3v.training.hardware import _missing_for_flash, describe_attention
 
 Found = list[Check | Row | LeftOut]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FOR_EAGER = {"img2_c4_nlvr2", "batch2_rightpad"}  # golden cases
 LAYERS = 3  # of the decoder, where a few are enough
-ORIGINAL = 400  # tokens from which an example takes the long rotary factors, in the rows below
 
 
 def half_dtypes(setting: Setting) -> dict[str, torch.dtype]:
@@ -42,10 +42,20 @@ def half_dtypes(setting: Setting) -> dict[str, torch.dtype]:
     return {name: dtype for name, dtype in HALF.items() if not (old and name == "bf16")}
 
 
+def original_length(setting: Setting) -> int:
+    """Tokens from which an example takes the long rotary factors, in the rows of this file."""
+    return 130 if setting.tiny else 1400
+
+
 def short_model(setting: Setting, dtype=torch.float32, **fields):
     """A model of the full width with few layers."""
-    fields = {"original_max_position_embeddings": ORIGINAL} | fields
+    fields = {"original_max_position_embeddings": original_length(setting)} | fields
     return make_model(setting, make_config(setting, LAYERS, **fields), dtype)
+
+
+def row_of(setting: Setting, examples: list[dict], share_images: bool = True) -> dict:
+    """The packed row of these examples for `short_model`."""
+    return packed(setting, examples, share_images, original_length(setting))
 
 
 def worst(errors: dict[str, float]) -> tuple[float, str]:
@@ -79,9 +89,9 @@ def golden(setting: Setting) -> Found:
     """The golden cases in fp32, without TF32, against the numbers of the official implementation."""
     golden_cases, found = tests_golden(), []
     with exact_products():
-        for kind, names in (("sdpa", golden_cases.SUMMARY), ("eager", ("img2_c4_nlvr2", "batch2_rightpad"))):
+        for kind, names in (("sdpa", golden_cases.SUMMARY), ("eager", FOR_EAGER & golden_cases.SUMMARY.keys())):
             model = golden_cases.load(kind).to(setting.device).train()
-            for name in names:
+            for name in sorted(names):
                 found += golden_case(
                     setting, model, name, kind, golden_cases.SUMMARY[name], *golden_cases.case_inputs(name)
                 )
@@ -128,7 +138,7 @@ def half(setting: Setting) -> Found:
     case = on_device(setting, case)
     random = torch.Generator().manual_seed(0)
     examples = [make_example(setting, random, [(1, 2)], 40, 13), make_example(setting, random, [], 60, 50)]
-    batch, found = packed(setting, examples, original_length=ORIGINAL), []
+    batch, found = row_of(setting, examples), []
     questions = {name: x for name, x in padded(setting, examples).items() if name != "labels"}
     real = questions["attention_mask"].bool()
     with exact_products():
@@ -152,8 +162,26 @@ def half(setting: Setting) -> Found:
             few = torch.finfo(dtype).eps
             error = (rounded - exact).norm() / exact.norm()
             found.append(at_most(f"logits, {name}", error, 4 * few, f"{wrong}: other logits"))
-            found += compare(name, other, expected, few, 16 * few, wrong)
+            loss = abs(other[0] - expected[0]) / expected[0]
+            found.append(at_most(f"loss, {name}", loss, few, f"{wrong}: another loss"))
+            # Not each alone: in the gradients of some of the tower's biases, almost everything cancels.
+            errors = gradient_errors(other[1], expected[1])
+            median = statistics.median(errors.values())
+            found.append(
+                at_most(f"gradients, median over tensors, {name}", median, 16 * few, f"{wrong}: other gradients")
+            )
+            error = together(other[1], expected[1])
+            found.append(at_most(f"all gradients together, {name}", error, 16 * few, f"{wrong}: other gradients"))
     return found
+
+
+def together(found: dict, expected: dict) -> float:
+    """The norm of the difference of all gradients, as a share of the norm of the expected ones."""
+    squares = [
+        ((found[name].float() - grad.float()).square().sum().item(), grad.float().square().sum().item())
+        for name, grad in expected.items()
+    ]
+    return (sum(own for own, _ in squares) / sum(whole for _, whole in squares)) ** 0.5
 
 
 # ---- Packed rows
@@ -161,8 +189,14 @@ def half(setting: Setting) -> Found:
 
 def alone(setting: Setting) -> list[dict]:
     """Examples that share no image: text alone, one token after an image, most of it supervised, and a long one."""
-    random = torch.Generator().manual_seed(1)
-    cases = [([], 30, 4), ([(1, 2)], 2, 1), ([(2, 1), (1, 1)], 60, 50), ([(1, 1)], ORIGINAL + 50, 3), ([(1, 1)], 7, 0)]
+    random, long = torch.Generator().manual_seed(1), original_length(setting) + 50
+    cases = [
+        ([], 30, 4),
+        ([(1, 2)], 2, 1),
+        ([(2, 1), (1, 1)], 60, 50),
+        ([(1, 1)], long, 3),
+        ([(1, 1)], 7, 0),
+    ]
     return [make_example(setting, random, *case) for case in cases]
 
 
@@ -170,7 +204,7 @@ def about_images(setting: Setting) -> list[dict]:
     """Examples of which neighbours have the same images: four questions about one image, and two about two images."""
     random = torch.Generator().manual_seed(2)
     page = about_one_image(setting, random, [(2, 2)], "a", (20, 5), (31, 7), (12, 0), (9, 9))
-    pair = about_one_image(setting, random, [(1, 2), (1, 1)], "b", (25, 3), (ORIGINAL + 80, 30))
+    pair = about_one_image(setting, random, [(1, 2), (1, 1)], "b", (25, 3), (original_length(setting) + 80, 30))
     same = about_one_image(setting, random, [(1, 2)], "c", (20, 6), (17, 3), (15, 1))
     for own in same[1:]:  # with the same question: its last token predicts the first token of every answer
         own["input_ids"][-len(own["input_ids"]) :][:-11] = same[0]["input_ids"][: len(own["input_ids"]) - 11]
@@ -188,13 +222,8 @@ def separately(setting: Setting, model, examples: list[dict]):
         own_loss, own = loss_and_gradients(model, padded(setting, [example]), targets)
         loss += own_loss
         for name, grad in own.items():
-            gradients[name] = gradients[name] + grad if name in gradients else grad.clone()
+            gradients[name] = gradients[name] + grad if name in gradients else grad
     return loss, gradients
-
-
-def kept(result):
-    """A result of `loss_and_gradients` that the next backward pass does not change."""
-    return result[0], {name: grad.clone() for name, grad in result[1].items()}
 
 
 def packing(setting: Setting) -> Found:
@@ -202,9 +231,9 @@ def packing(setting: Setting) -> Found:
     examples, model = alone(setting), short_model(setting)
     wrong = "an example of a packed row is not computed as it is alone"
     with exact_products():
-        row = packed(setting, examples, original_length=ORIGINAL)
+        row = row_of(setting, examples)
         targets = supervised_tokens(examples)
-        found = kept(loss_and_gradients(model, row, targets))
+        found = loss_and_gradients(model, row, targets)
         checks = compare("packed against one by one", found, separately(setting, model, examples), 1e-5, 1e-3, wrong)
         for side in ("left", "right"):
             batch = loss_and_gradients(model, padded(setting, examples, side), targets)
@@ -223,7 +252,7 @@ def leak(setting: Setting, model, examples: list[dict]) -> Check:
     losses = []
     with torch.no_grad():
         for own in (alone_supervised, changed):
-            losses.append(model(**packed(setting, own, original_length=ORIGINAL), num_items_in_batch=1).loss.item())
+            losses.append(model(**row_of(setting, own), num_items_in_batch=1).loss.item())
     wrong = "an example of a packed row attends to its neighbour"
     return at_most("one example changed, loss of another", abs(losses[1] - losses[0]) / losses[0], 1e-6, wrong)
 
@@ -233,10 +262,10 @@ def sharing(setting: Setting) -> Found:
     examples, model = about_images(setting), short_model(setting)
     targets, wrong = supervised_tokens(examples), "examples that share images are not computed as without sharing"
     with exact_products():
-        row = packed(setting, examples, original_length=ORIGINAL)
-        plain = packed(setting, examples, share_images=False, original_length=ORIGINAL)
-        found = kept(loss_and_gradients(model, row, targets))
-        without = kept(loss_and_gradients(model, plain, targets))
+        row = row_of(setting, examples)
+        plain = row_of(setting, examples, share_images=False)
+        found = loss_and_gradients(model, row, targets)
+        without = loss_and_gradients(model, plain, targets)
         return [
             at_most(
                 "tokens of the shared row",
@@ -259,6 +288,9 @@ def without_flash_attention_3():
         yield
 
 
+FA3 = "varlen, FlashAttention-3"
+
+
 def kernels(setting: Setting, precision: str) -> tuple[dict, list[LeftOut]]:
     """For every attention kernel that can run here in this precision: its name in the report, the name of
     `attn_implementation`, and a context in which it runs; and those that can't run."""
@@ -271,7 +303,7 @@ def kernels(setting: Setting, precision: str) -> tuple[dict, list[LeftOut]]:
         else:
             there[kind] = (kind, contextlib.nullcontext)
     if "varlen, torch's own" in there and varlen._has_flash_attention_3():
-        there["varlen, FlashAttention-3"] = ("varlen", contextlib.nullcontext)  # the last: it stays from now on
+        there[FA3] = ("varlen", contextlib.nullcontext)
     elif precision == "bf16":
         missing.append(LeftOut("FlashAttention-3", "it needs a Hopper GPU and the package flash_attn_interface"))
     return there, missing
@@ -280,35 +312,34 @@ def kernels(setting: Setting, precision: str) -> tuple[dict, list[LeftOut]]:
 def attention(setting: Setting) -> Found:
     """Every attention kernel that is there against sdpa: as near to fp32 as sdpa in the same precision is."""
     rows = {"separate": alone(setting), "shared images": [*alone(setting), *about_images(setting)]}
-    found, left_out = [], []
+    found, left_out, sdpa = [], [], {}
     with exact_products():
-        model = short_model(setting)
-        exact = {}
-        for name, examples in rows.items():
-            batch, targets = packed(setting, examples, original_length=ORIGINAL), supervised_tokens(examples)
-            exact[name] = kept(loss_and_gradients(model, batch, targets))
-            eager = loss_and_gradients(use_attention(model, "eager"), batch, targets)
-            use_attention(model, "sdpa")
-            found += compare(
-                f"eager in fp32, {name}", eager, exact[name], 1e-5, 1e-3, "eager attention differs from sdpa"
-            )
-        for precision, dtype in half_dtypes(setting).items():
-            model = short_model(setting).to(dtype)
-            there, missing = kernels(setting, precision)
-            left_out += missing
-            for name, examples in rows.items():
-                batch = packed(setting, examples, original_length=ORIGINAL)
-                targets = supervised_tokens(examples)
-                sdpa = errors_of(use_attention(model, "sdpa"), batch, targets, exact[name])
-                for kernel, (kind, context) in there.items():
-                    with context():
-                        label = f"{kernel} in {precision}, {name}"
-                        if name == "separate":
-                            cells = {"kernel": kernel, "precision": precision, "code": describe_attention(kind)}
-                            found.append(Row("Attention kernels that ran", cells))
-                        own = errors_of(use_attention(model, kind), batch, targets, exact[name])
-                    found += nearness(label, own, sdpa, torch.finfo(dtype).eps)
+        found += eager_in_fp32(setting, rows)
+        # FlashAttention-3 stays in the place of torch's kernel once it has run, also for sdpa. So it is the last.
+        for wanted in (lambda name: name != FA3, lambda name: name == FA3):
+            for precision, dtype in half_dtypes(setting).items():
+                there, missing = kernels(setting, precision)
+                left_out += [x for x in missing if x not in left_out]
+                for name, examples in rows.items():
+                    if own := {kernel: how for kernel, how in there.items() if wanted(kernel)}:
+                        case = (precision, name)
+                        batch, targets = row_of(setting, examples), supervised_tokens(examples)
+                        exact = loss_and_gradients(short_model(setting, dtype).float(), batch, targets)
+                        model = short_model(setting, dtype)
+                        if case not in sdpa:
+                            sdpa[case] = errors_of(model, batch, targets, exact)
+                        found += nearness(setting, model, batch, targets, exact, own, sdpa[case], *case)
+                        del exact, model
     return found + left_out
+
+
+def eager_in_fp32(setting: Setting, rows: dict[str, list[dict]]) -> Found:
+    found, model = [], short_model(setting)
+    for name, examples in rows.items():
+        batch, targets = row_of(setting, examples), supervised_tokens(examples)
+        results = [loss_and_gradients(use_attention(model, kind), batch, targets) for kind in ("eager", "sdpa")]
+        found += compare(f"eager in fp32, {name}", *results, 1e-5, 1e-3, "eager attention differs from sdpa")
+    return found
 
 
 def errors_of(model, batch, targets, exact) -> tuple[float, dict[str, float]]:
@@ -317,20 +348,29 @@ def errors_of(model, batch, targets, exact) -> tuple[float, dict[str, float]]:
     return abs(loss - exact[0]) / abs(exact[0]), gradient_errors(gradients, exact[1])
 
 
-def nearness(label: str, own, sdpa, eps: float) -> Found:
-    """Checks that errors are not larger than those of sdpa, to a factor of four and some rounding."""
-    ratios = {name: error / (sdpa[1][name] + eps) for name, error in own[1].items()}
-    ratio, parameter = worst(ratios)
-    wrong = "this attention kernel differs from sdpa by more than rounding"
-    return [
-        at_most(f"loss, {label}", own[0], 4 * max(sdpa[0], eps), wrong),
-        at_most(
-            f"errors of gradients as multiples of sdpa's, {label}",
-            ratio,
-            4,
-            f"{wrong}, most in the gradient of {parameter}",
-        ),
-    ]
+def nearness(setting, model, batch, targets, exact, there, sdpa, precision: str, name: str) -> Found:
+    """Checks that the errors of these kernels are not larger than sdpa's, to a factor of four and some rounding."""
+    eps, found = torch.finfo(next(model.parameters()).dtype).eps, []
+    for kernel, (kind, context) in there.items():
+        with context():
+            own = errors_of(use_attention(model, kind), batch, targets, exact)
+            cells = {"kernel": kernel, "precision": precision, "row": name, "code": describe_attention(kind)}
+        ratio, parameter = worst({name: error / (sdpa[1][name] + eps) for name, error in own[1].items()})
+        label, wrong = (
+            f"{kernel} in {precision}, {name}",
+            "this attention kernel differs from sdpa by more than rounding",
+        )
+        found += [
+            Row("Attention kernels that ran", cells),
+            at_most(f"loss, {label}", own[0], 4 * max(sdpa[0], eps), wrong),
+            at_most(
+                f"errors of gradients as multiples of sdpa's, {label}",
+                ratio,
+                4,
+                f"{wrong}, most in the gradient of {parameter}",
+            ),
+        ]
+    return found
 
 
 # ---- Functions
@@ -383,7 +423,9 @@ def functions(setting: Setting) -> Found:
         for name, (ours, formula, arguments) in plain_functions().items():
             results = []
             for function in (ours, formula):
-                own = [x.to(setting.device).requires_grad_(not i or x.dim() == 1) for i, x in enumerate(arguments)]
+                own = [x.to(setting.device, copy=True) for x in arguments]
+                for i, x in enumerate(own):
+                    x.requires_grad_(not i or x.dim() == 1)
                 output = function(*own)
                 weights = torch.linspace(-1, 1, output.numel(), device=setting.device).view_as(output)
                 (output * weights).sum().backward()
@@ -419,14 +461,14 @@ def fused_functions(setting: Setting) -> Found:
     backend = "aot_eager" if setting.device == "cpu" else "inductor"
     random, found = torch.Generator().manual_seed(0), []
     examples = [make_example(setting, random, [(1, 2)], 40, 13), make_example(setting, random, [], 60, 50)]
-    batch = packed(setting, examples, original_length=ORIGINAL)
+    batch = row_of(setting, examples)
     for precision, dtype in half_dtypes(setting).items():
         problems = fused.turn_on(torch.device(setting.device), dtype, backend)
         wrong = f"a fused function differs from the plain one or can't be compiled: {'; '.join(problems)}"
         found.append(must_be(f"problems of fused functions, {precision}", len(problems), 0, wrong))
         exact = short_model(setting, dtype).float()
         with exact_products():
-            reference = kept(loss_and_gradients(exact, batch, 63))
+            reference = loss_and_gradients(exact, batch, 63)
         del exact
         model, errors = short_model(setting, dtype), []
         for on in (True, False):
@@ -474,7 +516,7 @@ def prompts(setting: Setting) -> list[dict]:
     """Eight prompts of different length, with no image, one or two."""
     random = torch.Generator().manual_seed(3)
     images = [[], [(1, 2)], [(2, 2)], [(1, 1), (2, 1)]] * 2
-    lengths = (5, 9, 14, 7, ORIGINAL - 3, 11, 3, 21)  # the fifth grows longer than the original length
+    lengths = (5, 9, 14, 7, original_length(setting) - 3, 11, 3, 21)  # the fifth grows longer than the original length
     return [make_example(setting, random, own, n, 0) for own, n in zip(images, lengths, strict=True)]
 
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from report_models import (
     choose_trained,
     exact_products,
-    gradient_errors,
     has_exact_zero_gradient,
     loss_and_gradients,
     make_config,
@@ -23,7 +22,7 @@ from report_models import (
     quantize,
 )
 from report_parts import ROOT, Check, LeftOut, Row, Setting, at_most, must_be
-from report_right import LAYERS, half_dtypes, worst
+from report_right import LAYERS, half_dtypes, together
 
 Found = list[Check | Row | LeftOut]
 MODES = {  # flags of the scripts
@@ -99,41 +98,43 @@ def gradients_of_mode(setting: Setting, mode: str, flags: dict, dtype: torch.dty
 
 # ---- fp16
 
+STEPS = 50
+
 
 def fp16(setting: Setting) -> Found:
     """50 steps in fp16 with loss scaling, with fp32 weights under autocast, beside the same steps in fp32."""
-    steps, results = 50, []
+    results = []
     random = torch.Generator().manual_seed(0)
     batch = packed(
         setting, [make_example(setting, random, [(1, 1)], 20, 13), make_example(setting, random, [], 30, 20)]
     )
     with exact_products():
         for half in (False, True):
-            results.append(train(setting, batch, steps, half))
+            results.append(train(setting, batch, half))
             empty_cache()
     (exact, *_), (losses, skipped, scale) = results
     taken = [loss for step, loss in enumerate(losses) if step not in skipped]  # the steps that changed the weights
-    apart = max(abs(a - b) for a, b in zip(taken, exact, strict=False)) / exact[0]
+    apart = max((abs(a - b) / exact[0] for a, b in zip(taken, exact, strict=False)), default=float("inf"))
     found = [
         Row("Loss in fp16 and fp32", {"step": step + 1, "fp16, loss scaling": losses[step], "fp32": exact[step]})
-        for step in (0, 9, 24, steps - 1)
+        for step in (0, STEPS // 5, STEPS // 2, STEPS - 1)
     ]
     wrong = "training in fp16 with loss scaling does not learn what fp32 learns"
-    found.append(at_most("loss after 50 steps as a share of the first, fp16", losses[-1] / losses[0], 0.7, wrong))
+    found.append(at_most("loss after the last step as a share of the first, fp16", losses[-1] / losses[0], 0.7, wrong))
     found.append(at_most("largest distance to fp32's loss, as a share of the first loss", apart, 0.05, wrong))
     wrong = "gradients in fp16 hold infinity or NaN again and again"
     found.append(at_most("steps that loss scaling skipped", len(skipped), 5, wrong))
     return [*found, at_most("a loss scale of at least 256: 256 / scale", 256 / scale, 1, f"{wrong}; the scale shrinks")]
 
 
-def train(setting: Setting, batch: dict, steps: int, half: bool) -> tuple[list[float], list[int], float]:
+def train(setting: Setting, batch: dict, half: bool) -> tuple[list[float], list[int], float]:
     """The losses, the steps that loss scaling skipped, and the last loss scale."""
     model = make_model(setting, make_config(setting, LAYERS), torch.float32)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3 if setting.tiny else 5e-5, eps=1e-7)
     scaler = torch.amp.GradScaler(setting.device, enabled=half)
     losses, skipped = [], []
-    for step in range(steps):
+    for step in range(STEPS):
         optimizer.zero_grad()
         with torch.autocast(setting.device, torch.float16, enabled=half):
             loss = model(**batch, num_items_in_batch=33).loss
@@ -230,12 +231,12 @@ def qlora_model(setting: Setting, precision: str, dtype: torch.dtype) -> Found:
         in_4_bits.append(sum(isinstance(layer, bnb.nn.Linear4bit) for layer in base.modules()))
     (loss, own), (plain_loss, plain) = results
     wrong = "the model in 4 bits is not that with dequantised weights"
-    error, parameter = worst(gradient_errors(own, plain))
+    error = together(own, plain)
     eps = torch.finfo(dtype).eps
     return [
         must_be(f"layers in 4 bits, and in the other model, {precision}", in_4_bits, [4 * LAYERS, 0], wrong),
         at_most(f"loss with adapters, {precision}", abs(loss - plain_loss) / plain_loss, eps, wrong),
-        at_most(f"gradients of adapters, {precision}", error, 16 * eps, f"{wrong}, most in {parameter}"),
+        at_most(f"gradients of adapters, {precision}", error, 4 * eps, wrong),
     ]
 
 
