@@ -91,9 +91,7 @@ STAGES += [
     Stage("fast-full", "fast", "report_fast:full", "Full fine-tuning trains, and how fast with each kernel", 1.3, 3),
     Stage("fast-qlora", "fast", "report_fast:qlora", "QLoRA trains, and how fast with each kernel", 1.6, 4),
     Stage("fast-frozen", "fast", "report_fast:frozen", "A frozen vision model is faster, and by how much", 1.3, 6),
-    Stage(
-        "generation", "fast", "report_fast:generation", "Answers in batches of 8 are faster than single ones", 0.8, 4
-    ),
+    Stage("answers", "fast", "report_fast:generation", "Answers in batches of 8 are faster than single ones", 0.8, 4),
     Stage(
         "small-images", "fast", "report_fast:small", "Filling micro-batches of small images pays, and how much", 1.2, 5
     ),

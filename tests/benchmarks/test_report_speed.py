@@ -177,6 +177,14 @@ def test_what_differs_most_and_what_is_lost_are_named():
     assert "lacks the part 'head and loss'" in lines[0] and "25% of the device time of x" in lines[1]
 
 
+def test_stages_have_names_of_their_own_and_take_25_minutes():
+    """Of one H100, by the minutes that are predicted; stages of several GPUs are left out there."""
+    from report_plan import STAGES
+
+    assert len({stage.name for stage in STAGES}) == len(STAGES)
+    assert sum(stage.minutes for stage in STAGES if stage.group != "many") <= 25
+
+
 # ---- Several GPUs
 
 LOSSES = [8.0, 7.5, 7.0]
