@@ -23,9 +23,9 @@ with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints lines when it i
     from phi3v.arguments import parse_arguments
     from phi3v.data.conversations import ConversationDataset
     from phi3v.data.sizes import Size
-    from phi3v.run import estimate_run
     from phi3v.training.estimate import ASSUMED_MFU, Estimate
     from phi3v.training.hardware import GPUS, USABLE_SHARE, published_peak
+    from phi3v.training.outline import estimate_run
 
 QUESTION = "What is the total amount that is to be paid according to the second row of the table on this page?"
 ANSWER = "$1,234.50"

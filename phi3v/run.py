@@ -3,7 +3,6 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -31,13 +30,13 @@ from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.evaluation import Evaluation
 from .training.feature_cache import cache_features
-from .training.hardware import compute_dtype, describe_attention, device_memory, peak_flops, precision_of
+from .training.hardware import compute_dtype, describe_attention, peak_flops, precision_of
 from .training.meter import Meter
-from .training.outline import estimate_run
+from .training.micro_batches import MicroBatches
 from .training.output_folder import FINISHED, check_output, check_same_folder, is_finished, prepare_output
 from .training.own_files import claim, delete_own
 from .training.resuming import check_states
-from .training.steps import plan_steps, shares_images
+from .training.steps import shares_images
 from .training.stopping import Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
 
@@ -47,7 +46,7 @@ class Run:
 
     checkpoint: the folder to resume from, or None; preemption: stops the run when a signal arrives; bad_examples:
     decides what happens to examples that can't be used, and remembers those that are left out.
-    After `prepare`: sampler (this rank's micro-batches), meter, settings (what the result depends on).
+    After `prepare`: micro_batches and their sampler, meter, settings (what the result depends on).
     After `begin`: facts (what the report and the model card say about the run).
     """
 
@@ -164,21 +163,16 @@ class Run:
         if args.dry_run:
             train_dataset.keep_largest(2 * args.batch_size)  # the examples that need most memory
             sizes = train_dataset.sizes
-        self.estimate = estimate_run(args, training_args, sizes, choose_trained)
-        self.plan = self.estimate.plan(
-            args.batch_size,
-            args.batch_size_per_gpu,
-            settings.micro_batch_tokens(args.max_tokens_per_gpu, self.checkpoint, self.stored_settings),
-            activation_checkpointing.kind_from_flag(training_args.activation_checkpointing),
-            device_memory(),
+        self.micro_batches = micro_batches = MicroBatches(
+            args, training_args, train_dataset, choose_trained, self.checkpoint, self.stored_settings
         )
         if args.estimate:
-            say(*self.estimate.describe(self.plan.workload, training_args.num_train_epochs).split("\n"))
+            say(*micro_batches.describe())
             return None
         self.settings = settings.settings_of(
             args,
             training_args,
-            tokens=self.plan.tokens,
+            tokens=micro_batches.plan.tokens,
             data=fingerprint(sizes),
             model=args.model_revision or settings.model_fingerprint(args.model_name_or_path),
             **({"data_commits": dict(sorted(data_commits.items()))} if data_commits else {}),
@@ -188,19 +182,14 @@ class Run:
         if is_finished(args, training_args, self.settings):
             say(f"{self.output_dir} holds a finished run: there is nothing left to do")
             return None
-        model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
-        self.steps, self.sampler = plan_steps(
-            args, training_args, train_dataset, self.plan.tokens, self.config.original_max_position_embeddings
-        )
-        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes, self.steps)
+        model_bytes, checkpoint_bytes = micro_batches.estimate.saved_bytes(args.use_lora)
+        micro_batches.divide(self.config.original_max_position_embeddings)
+        steps = micro_batches.steps
+        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes, steps)
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
-        self.meter = Meter(self.estimate.costs[self.plan.checkpointing], self.peak_flops)
-        self.training_args = replace(
-            training_args,
-            gradient_accumulation_steps=self.sampler.accumulation,
-            activation_checkpointing=activation_checkpointing.flag_for_trainer(self.plan.checkpointing),
-        )
-        check_agreement(self.training_args, self.config.hidden_size, self.steps)
+        self.meter = Meter(micro_batches.estimate.costs[micro_batches.plan.checkpointing], self.peak_flops)
+        self.sampler, self.training_args = micro_batches.sampler, micro_batches.training_arguments()
+        check_agreement(self.training_args, self.config.hidden_size, steps)
         return self.training_args
 
     @property
@@ -210,7 +199,8 @@ class Run:
 
     def begin(self, trainer: RecipeTrainer):
         """Fuses functions, says what will happen, shows an example, warns of settings, and caches vision features."""
-        args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
+        args, training_args, micro_batches = self.args, self.training_args, self.micro_batches
+        plan, parameters, steps = micro_batches.plan, micro_batches.estimate.parameters, micro_batches.steps
         fused.turn_off()  # of an earlier run in this process
         if not args.no_fuse and training_args.device.type != "cpu":
             say(*fused.turn_on(training_args.device, compute_dtype(training_args)))
@@ -220,12 +210,12 @@ class Run:
         attention = describe_attention(args.attn_implementation, self.config.attention_dropout)
         self.facts = {"memory": str(plan), "attention": attention, "data": data} | self.hub_commits
         details = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
-        details |= {"steps": self.steps, "n_parameters": estimate.parameters}
+        details |= {"steps": steps, "n_parameters": parameters}
         if is_first():
             say(*render_example(train_dataset))
             say(*describe_run(model, args, training_args, self.facts, **details))
             say(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
-            say(*questionable_settings(args, training_args, estimate.parameters, train_dataset.sizes, self.steps))
+            say(*questionable_settings(args, training_args, parameters, train_dataset.sizes, steps))
         if args.cache_vision_features:
             message = cache_features(
                 model,

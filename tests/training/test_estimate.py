@@ -9,8 +9,8 @@ from helpers import ROOT, parse_command, real_size_model
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v.data.sizes import Size
 from phi3v.errors import InputError
-from phi3v.run import estimate_run
 from phi3v.training.estimate import Estimate
+from phi3v.training.outline import estimate_run
 from phi3v.training.peak import peak_bytes
 
 
