@@ -11,7 +11,6 @@ import torch
 from ..deepspeed_config import zero_stage
 from .activation_checkpointing import DESCRIPTIONS, KINDS
 from .costs import Costs
-from .hardware import GPUS, USABLE_SHARE, device_memory, peak_flops, published_peak
 from .peak import peak_bytes
 from .workload import Workload, workload_of_example
 
@@ -21,7 +20,6 @@ ENOUGH_TOKENS = 8192  # in a micro-batch; more tokens than that make training ha
 ASSUMED_MFU = 0.4
 # Bytes of a parameter: 4 bits; 64 parameters share a scale of 8 bits, and 256 of these scales share one of 32 bits.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-WIDEST = max(map(len, DESCRIPTIONS.values()))
 
 
 @dataclass(frozen=True)
@@ -214,44 +212,6 @@ class Estimate:
         """Speed of all devices together, if each computes at ASSUMED_MFU of `peak` FLOP/s."""
         return ASSUMED_MFU * peak * self.world_size / self.flops_per_example(checkpointing)
 
-    def describe(self, workload: Workload, epochs: float) -> str:
-        """What --estimate prints: parameters, data and FLOPs, the memory for micro-batches like `workload`, and the
-        time on the GPU of this machine, or on common GPUs if it has none."""
-        total, n = self.workload_of_examples(self.sizes), len(self.sizes)
-        parts = self.costs["none"].flops_by_part(total)
-        whole = sum(parts.values())
-        tokens, crops = (sorted(getattr(s, name) for s in self.sizes) for name in ("tokens", "crops"))
-        lines = [
-            f"parameters     {self.parameters:,}, of which {self.trained:,} train"
-            + (f" and {self.four_bit:,} are kept in 4 bits" if self.four_bit else ""),
-            f"examples       {n:,}, each of {tokens[0]:,} to {tokens[-1]:,} tokens (median {tokens[n // 2]:,}) and "
-            f"up to {crops[-1]} crops (median {crops[n // 2]})",
-            f"FLOPs          {whole / n / 1e12:.3g} TFLOP for the forward and backward pass of a mean example: "
-            + ", ".join(f"{name} {value / whole:.0%}" for name, value in parts.items()),
-            f"memory         expected peak on each of {self.world_size} devices, for micro-batches of up to "
-            f"{workload.tokens:,} tokens and {workload.crops} crops:",
-        ]
-        for kind in KINDS:
-            ratio = self.costs[kind].flops(total, with_recomputation=True) / whole
-            lines.append(f"  {DESCRIPTIONS[kind]:{WIDEST}}  {self.memory(workload, kind)}, {ratio:.2f} x the FLOPs")
-        lines.append(
-            f"time           if the devices compute at {ASSUMED_MFU:.0%} of their peak, which is an assumption:"
-        )
-        gpus = GPUS
-        if torch.cuda.is_available():
-            gpus = {torch.cuda.get_device_name(): device_memory() / USABLE_SHARE / 2**30}
-        lines += [f"  {name:24} {self._describe_time(name, gib, workload, epochs)}" for name, gib in gpus.items()]
-        return "\n".join(lines)
-
-    def _describe_time(self, gpu: str, gib: float, workload: Workload, epochs: float) -> str:
-        kind = self.least_checkpointing(workload, USABLE_SHARE * gib * 2**30)
-        if kind is None:
-            return "does not fit"
-        rate = self.examples_per_second(kind, published_peak(gpu) or peak_flops(torch.half)[0])
-        seconds = len(self.sizes) / rate
-        all_epochs = f", {_duration(seconds * epochs)} for {epochs:g} epochs" if epochs != 1 else ""
-        return f"{_duration(seconds)} for an epoch{all_epochs}, {rate:.3g} examples/s, {DESCRIPTIONS[kind]}"
-
 
 class Plan(NamedTuple):
     """How a run will use its memory.
@@ -274,9 +234,3 @@ class Plan(NamedTuple):
         if self.memory.peak > self.budget:
             fit += ": MAY NOT FIT"
         return f"{DESCRIPTIONS[self.checkpointing]}; {fit}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ..data.conversations import ConversationDataset
 from . import activation_checkpointing
+from .forecast import describe
 from .hardware import device_memory
 from .outline import estimate_run
 from .settings import micro_batch_tokens
@@ -46,7 +47,7 @@ class MicroBatches:
 
     def describe(self) -> list[str]:
         """The lines that --estimate prints."""
-        return self.estimate.describe(self.plan.workload, self.training_args.num_train_epochs).split("\n")
+        return describe(self.estimate, self.plan.workload, self.training_args.num_train_epochs).split("\n")
 
     def divide(self, original_length: int):
         """Chooses the micro-batches of every step. original_length: as in `StepSampler`."""

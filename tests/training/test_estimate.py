@@ -10,6 +10,7 @@ import finetune_hf_trainer_ucf101 as ucf101
 from phi3v.data.sizes import Size
 from phi3v.errors import InputError
 from phi3v.training.estimate import Estimate
+from phi3v.training.forecast import describe
 from phi3v.training.outline import estimate_run
 from phi3v.training.peak import peak_bytes
 
@@ -22,7 +23,7 @@ def test_an_estimate(capfd, tmp_path):
     workload = estimates[0].largest_workload(1)
     peaks = [estimates[1].memory(workload, kind).peak for kind in ("none", "decoder", "all")]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] < estimates[0].memory(workload, "none").peak
-    text = estimates[1].describe(workload, 2)
+    text = describe(estimates[1], workload, 2)
     assert "4,146,621,440, of which 4,134,023,168 train" in text and "V100 32 GB" in text
     assert estimates[1].flops_per_example("none") == pytest.approx(
         77.9e12, rel=0.1
