@@ -26,6 +26,7 @@ from .training.checkpoints import MANIFEST, find_checkpoint, numbered, stored_se
 from .training.hardware import choose_attention, choose_precision, disable_direct_links
 from .training.optimizer import check_optimizer
 from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
+from .training.settings import fills_by_default
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
 LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
@@ -73,8 +74,8 @@ class RunArguments:
     fp32: bool = HfArg(default=False, help="full precision; default: fp16 on a GPU, fp32 on a CPU")
     max_tokens_per_gpu: str | None = HfArg(
         default=None,
-        help="in place of --batch_size_per_gpu: fill each micro-batch with examples up to this many tokens; auto: as "
-        "many as are expected to fit into memory",
+        help="in place of --batch_size_per_gpu: fill each micro-batch with examples up to this many tokens; auto, the "
+        "default on a GPU: as many as fit into memory",
     )
     no_fuse: bool = HfArg(
         default=False,
@@ -162,12 +163,12 @@ def parse_arguments(
         trainer["deepspeed"] = deepspeed  # adapters are small, and an evaluation has no optimizer
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
     check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER, os.cpu_count())
-    return args, resolve(args, trainer, given)
+    return args, resolve(args, trainer, given | presets.get(args.preset, {}).keys())
 
 
 def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     """Decides what the flags leave open, changes `args` accordingly, and makes the output folder. After a restart by
-    torchrun, joins the other ranks.
+    torchrun, joins the other ranks. given: the flags on the command line and in the preset.
 
     Raises InputError for a model folder or an output folder that can't be used, and for a precision or an attention
     implementation that this machine lacks.
@@ -205,8 +206,13 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     for_another_machine = args.estimate and not torch.accelerator.is_available()  # one with GPUs
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32, for_another_machine)
     asked = args.attn_implementation
-    if not given & {"attn_implementation", "use_flash_attention"}:
-        asked = _sdpa_of_checkpoint(resume, Path(trainer["output_dir"]))
+    checkpoint = find_checkpoint(resume, Path(trainer["output_dir"]))[0]
+    stored = stored_settings(checkpoint)
+    if not given & {"attn_implementation", "use_flash_attention"} and stored.get("attn_implementation") == "sdpa":
+        asked = "sdpa"  # because flash attention may have been installed since
+    if args.max_tokens_per_gpu is None and (torch.accelerator.is_available() or args.estimate):
+        fills = fills_by_default(args, given, trainer["deepspeed"], checkpoint, stored)
+        args.max_tokens_per_gpu = "auto" if fills else None
     args.attn_implementation = choose_attention(asked, args.use_flash_attention, precision, for_another_machine)
     trainer.update(
         bf16=precision == "bf16",
@@ -230,13 +236,6 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     if not args.evaluate_only:
         check_optimizer(training_args)
     return training_args
-
-
-def _sdpa_of_checkpoint(resume: str | None, output_dir: Path) -> str | None:
-    """If the resumed run was trained with "sdpa", that, because flash attention may have been installed since. None
-    otherwise."""
-    stored = stored_settings(find_checkpoint(resume, output_dir)[0])
-    return "sdpa" if stored.get("attn_implementation") == "sdpa" else None
 
 
 def _check_model(args, output_dir: str):

@@ -46,7 +46,8 @@ class Run:
 
     checkpoint: the folder to resume from, or None; preemption: stops the run when a signal arrives; bad_examples:
     decides what happens to examples that can't be used, and remembers those that are left out.
-    After `prepare`: micro_batches and their sampler, meter, settings (what the result depends on).
+    After `prepare`: micro_batches, settings (what the result depends on).
+    After `fit`: sampler (this rank's micro-batches), meter.
     After `begin`: facts (what the report and the model card say about the run).
     """
 
@@ -187,8 +188,7 @@ class Run:
         steps = micro_batches.steps
         prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes, steps)
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
-        self.meter = Meter(micro_batches.estimate.costs[micro_batches.plan.checkpointing], self.peak_flops)
-        self.sampler, self.training_args = micro_batches.sampler, micro_batches.training_arguments()
+        self.training_args = micro_batches.training_arguments()
         check_agreement(self.training_args, self.config.hidden_size, steps)
         return self.training_args
 
@@ -197,13 +197,23 @@ class Run:
         """As `steps.shares_images` decides, for the collator."""
         return shares_images(self.args)
 
+    def fit(self, model, collate: Callable) -> TrainingArguments:
+        """Fuses functions, and measures whether the planned micro-batches fit, as `MicroBatches.measure` says. The
+        trainer calls it before it takes the model. Returns the TrainingArguments to train with."""
+        args, micro_batches, device = self.args, self.micro_batches, self.training_args.device
+        fused.turn_off()  # of an earlier run in this process
+        if not args.no_fuse and device.type != "cpu":
+            say(*fused.turn_on(device, compute_dtype(self.training_args)))
+        say(*micro_batches.measure(model, collate))
+        self.training_args = micro_batches.training_arguments()
+        self.settings["tokens"], self.sampler = micro_batches.plan.tokens, micro_batches.sampler
+        self.meter = Meter(micro_batches.estimate.costs[micro_batches.plan.checkpointing], self.peak_flops)
+        return self.training_args
+
     def begin(self, trainer: RecipeTrainer):
-        """Fuses functions, says what will happen, shows an example, warns of settings, and caches vision features."""
+        """Says what will happen, shows an example, warns of settings, and caches vision features."""
         args, training_args, micro_batches = self.args, self.training_args, self.micro_batches
         plan, parameters, steps = micro_batches.plan, micro_batches.estimate.parameters, micro_batches.steps
-        fused.turn_off()  # of an earlier run in this process
-        if not args.no_fuse and training_args.device.type != "cpu":
-            say(*fused.turn_on(training_args.device, compute_dtype(training_args)))
         model, train_dataset = trainer.model, trainer.train_dataset
         activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
         data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))
@@ -234,12 +244,11 @@ class Run:
 
     @contextlib.contextmanager
     def recorded(self, trainer: RecipeTrainer, before: dict | None):
-        """Writes report.html when training ends, however it ends. Raises Interrupted if a signal has stopped it.
-
-        before: the report of the evaluation before training, or None.
-        """
+        """Writes report.html when training ends, however it ends. Raises Interrupted if a signal has stopped it, and
+        InputError if memory has run out. before: the report of the evaluation before training, or None."""
         try:
-            yield
+            with self.micro_batches.advising(trainer):
+                yield
         finally:
             self.write_page(trainer, before, None)
         if self.preemption.stopped:

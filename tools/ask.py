@@ -21,7 +21,7 @@ from phi3v import Phi3VProcessor
 from phi3v.data.annotations import check_text
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import encode_conversation
-from phi3v.errors import InputError, Parser, exit_on_input_error
+from phi3v.errors import InputError, Parser, exit_on_input_error, lowering
 from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import load_adapter
 from phi3v.model.generation import use_own_settings
@@ -125,7 +125,8 @@ def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: 
     tokenizer = processor.tokenizer
     use_own_settings(model, processor)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
+    with lowering("an answer was generated: lower --num_crops or --max_new_tokens, or give --load_in_4bit"):
+        ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
     if not tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip():
         print("(the answer is empty)", file=sys.stderr)
     # If the answer has an image tag in it, the next turn would take it for an image.

@@ -16,6 +16,7 @@ from .workload import Workload, workload_of_example
 
 GPU_CONTEXT = 1.0 * 2**30  # bytes that the driver's context, cuBLAS and NCCL take on a GPU
 GPU_FRAGMENTATION = 0.05  # share of the tensors' memory that the allocator cannot use, in gaps between them
+UNMEASURED_SHARE = 0.85  # of the memory that is planned with, where micro-batches are filled and can't be measured
 ENOUGH_TOKENS = 8192  # in a micro-batch; more tokens than that make training hardly faster
 ASSUMED_MFU = 0.4
 # Bytes of a parameter: 4 bits; 64 parameters share a scale of 8 bits, and 256 of these scales share one of 32 bits.
@@ -65,6 +66,7 @@ class Estimate:
     deepspeed: the content of DeepSpeed's json; None for DistributedDataParallel, or for a single process.
     not_quantized: if linear layers are kept in NF4, patterns for the names of those that are not; else None.
     on_gpu: whether to add what a GPU's libraries and its allocator take.
+    correction: the factor by which a measured micro-batch takes more than is expected without it; at least 1.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Estimate:
         eager = model.config._attn_implementation == "eager"
         self.costs = {kind: Costs(model, kind, stream_bytes, compute_bytes, eager) for kind in KINDS}
         self.stream_bytes, self.compute_bytes = stream_bytes, compute_bytes
+        self.correction = 1.0
         self._count_parameters(model, not_quantized)
 
     def _count_parameters(self, model, not_quantized: list[str] | None):
@@ -102,10 +105,15 @@ class Estimate:
     def parameters(self) -> int:
         return self.trained + self.frozen + self.four_bit
 
+    def passes(self, workload: Workload, checkpointing: str) -> float:
+        """Bytes that the two passes of a micro-batch are expected to take, before `correction`, without gradients and
+        without the buffers of DeepSpeed."""
+        return peak_bytes(self.costs[checkpointing], workload, self.largest_four_bit * self.compute_bytes)
+
     def memory(self, workload: Workload, checkpointing: str) -> Memory:
         """Expected memory of a process whose micro-batches are at most as large as `workload`."""
         weights = self.four_bit * NF4_BYTES + self.frozen * self.stream_bytes
-        passes = peak_bytes(self.costs[checkpointing], workload, self.largest_four_bit * self.compute_bytes)
+        passes = self.correction * self.passes(workload, checkpointing)
         parts = self._with_deepspeed(weights, passes) if self.deepspeed else self._without_deepspeed(weights, passes)
         context = GPU_CONTEXT + GPU_FRAGMENTATION * sum(parts[:4]) if self.on_gpu else 0.0
         return Memory(*parts, context)
@@ -174,6 +182,15 @@ class Estimate:
     def least_checkpointing(self, workload: Workload, budget: float) -> str | None:
         """The kind that recomputes least of those with which `workload` fits into `budget` bytes; None if none does."""
         return next((kind for kind in KINDS if self.memory(workload, kind).peak <= budget), None)
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether a micro-batch can be measured before training: on a GPU, unless ZeRO-3 has divided the weights."""
+        return self.on_gpu and zero_stage(self.deepspeed) < 3
+
+    def room_to_fill(self, budget: float) -> float:
+        """Bytes of `budget` up to which micro-batches are filled: less where they can't be measured on a GPU."""
+        return budget if self.is_measurable or not self.on_gpu else UNMEASURED_SHARE * budget
 
     def plan(
         self, batch_size: int, examples: int, tokens: int | str | None, checkpointing: str | None, budget: float

@@ -19,7 +19,7 @@ from ..data.conversations import ConversationDataset
 from ..data.images import as_seen
 from ..data.loading import batches_of, largest_batch, make_loader
 from ..data.sizes import all_sizes
-from ..errors import InputError
+from ..errors import InputError, lowering
 from ..files import write_json
 from ..model.generation import use_own_settings
 from ..model.modeling_phi3v import Phi3VForCausalLM
@@ -74,7 +74,11 @@ def generate_answers(
     model.eval()
     answers, problems = [], []
     autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
-    with _gathered_parameters(model, partitioned), autocast:
+    lower = (
+        f"--per_device_eval_batch_size, which is {batch_size}" if batch_size > 1 else "--num_crops or --max_new_tokens"
+    )
+    too_much = lowering(f"answers were generated: lower {lower}")
+    with too_much, _gathered_parameters(model, partitioned), autocast:
         batches = batches_of(loader)
         for batch in tqdm(batches, desc="generating", total=len(loader), disable=disable_tqdm or rank != 0):
             on_batch()

@@ -10,9 +10,15 @@ from .workload import Workload
 WIDEST = max(map(len, DESCRIPTIONS.values()))
 
 
-def describe(estimate: Estimate, workload: Workload, epochs: float) -> str:
+def describe(
+    estimate: Estimate, workload: Workload, epochs: float, filled: int | None = None, checkpointing: str | None = None
+) -> str:
     """What --estimate prints: parameters, data and FLOPs, the memory for micro-batches like `workload`, and the
-    time on the GPU of this machine, or on common GPUs if it has none."""
+    time on the GPU of this machine, or on common GPUs if it has none.
+
+    filled: examples in an optimizer step, if each GPU's micro-batches are filled with as many tokens as fit. Then the
+        lines say how many these are. checkpointing: as `Estimate.plan` takes it.
+    """
     total, n = estimate.workload_of_examples(estimate.sizes), len(estimate.sizes)
     parts = estimate.costs["none"].flops_by_part(total)
     whole = sum(parts.values())
@@ -25,7 +31,8 @@ def describe(estimate: Estimate, workload: Workload, epochs: float) -> str:
         f"FLOPs          {whole / n / 1e12:.3g} TFLOP for the forward and backward pass of a mean example: "
         + ", ".join(f"{name} {value / whole:.0%}" for name, value in parts.items()),
         f"memory         expected peak on each of {estimate.world_size} devices, for micro-batches of up to "
-        f"{workload.tokens:,} tokens and {workload.crops} crops:",
+        f"{workload.tokens:,} tokens and {workload.crops} crops"
+        + (", the longest example alone:" if filled and workload.tokens == tokens[-1] else ":"),
     ]
     for kind in KINDS:
         ratio = estimate.costs[kind].flops(total, with_recomputation=True) / whole
@@ -34,12 +41,19 @@ def describe(estimate: Estimate, workload: Workload, epochs: float) -> str:
     gpus = GPUS
     if torch.cuda.is_available():
         gpus = {torch.cuda.get_device_name(): device_memory() / USABLE_SHARE / 2**30}
-    lines += [f"  {name:24} {_describe_time(estimate, name, gib, workload, epochs)}" for name, gib in gpus.items()]
+    for name, gib in gpus.items():
+        budget, limit = USABLE_SHARE * gib * 2**30, ""
+        kind = estimate.least_checkpointing(workload, budget)
+        if filled:
+            plan = estimate.plan(filled, 1, "auto", checkpointing, estimate.room_to_fill(budget))
+            kind = plan.checkpointing if plan.memory.peak <= plan.budget else None
+            limit = f", up to {plan.tokens:,} tokens in a micro-batch"
+        lines.append(f"  {name:24} {_describe_time(estimate, name, kind, epochs)}{limit if kind else ''}")
     return "\n".join(lines)
 
 
-def _describe_time(estimate: Estimate, gpu: str, gib: float, workload: Workload, epochs: float) -> str:
-    kind = estimate.least_checkpointing(workload, USABLE_SHARE * gib * 2**30)
+def _describe_time(estimate: Estimate, gpu: str, kind: str | None, epochs: float) -> str:
+    """kind: of activation checkpointing; None if the GPU has too little memory."""
     if kind is None:
         return "does not fit"
     rate = estimate.examples_per_second(kind, published_peak(gpu) or peak_flops(torch.half)[0])

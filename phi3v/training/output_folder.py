@@ -84,6 +84,8 @@ def is_finished(args, training_args, settings: dict) -> bool:
     if problem := problem_of_settings(before):
         raise InputError(f"{finished} {problem}: delete it, or choose another --output_dir")
     now = settings | {"cached": before.get("cached")}  # known only once training has begun
+    if args.max_tokens_per_gpu == "auto":
+        now["tokens"] = before.get("tokens")  # likewise, because a micro-batch is measured
     before = with_defaults(before, now, args, training_args)
     if before != now and args.resume_anyway:
         return False

@@ -54,7 +54,8 @@ class RecipeTrainer(Trainer):
     """A Trainer that trains on packed micro-batches and evaluates by generating answers.
 
     evaluation: the questions to answer, and how answers are scored.
-    run: the parts of the run that training uses: `sampler` (this rank's micro-batches), `meter` (throughput and
+    run: the parts of the run that training uses: `fit`, which measures micro-batches before anything else holds the
+        model, and returns the arguments to train with; `sampler` (this rank's micro-batches), `meter` (throughput and
         memory), `preemption` (signals), and `settings` (kept in every checkpoint).
     vision_lr, projector_lr: learning rates of the tower and the projector, if they differ from the others'.
     keep_best: whether the model that evaluates best is kept, in the folder BEST.
@@ -70,6 +71,7 @@ class RecipeTrainer(Trainer):
         keep_best: bool = False,
         **kwargs,
     ):
+        kwargs["args"] = run.fit(kwargs["model"], kwargs["data_collator"])
         try:
             with blaming("report_to", kwargs["args"].report_to):
                 super().__init__(callbacks=[run.preemption], **kwargs)
