@@ -233,6 +233,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         training_args = TrainingArguments(**trainer)
     except (ValueError, TypeError, ImportError, RecursionError) as e:
         raise InputError(" ".join(str(e).split())) from None
+    training_args.activation_checkpointing = trainer["activation_checkpointing"]  # None was made False
     if not args.evaluate_only:
         check_optimizer(training_args)
     return training_args
