@@ -75,7 +75,7 @@ class RecipeArguments(RunArguments):
     use_dora: bool = HfArg(default=False, help="with LoRA: DoRA, often a bit better, and slower")
     train_separators: bool = HfArg(default=False, help="with LoRA: train the separators of crop rows and images too")
     batch_size: int = HfArg(default=16, help="examples per optimizer step, over all processes")
-    batch_size_per_gpu: int = HfArg(default=1, help="micro-batch: examples that a process handles at once")
+    batch_size_per_gpu: int = HfArg(default=1, help="examples in a micro-batch; default: 1; on a GPU as many as fit")
     wd: float = HfArg(default=0.01, help="weight decay")
     vision_lr: float | None = HfArg(default=None, help="learning rate of the tower; default: --learning_rate")
     projector_lr: float | None = HfArg(default=None, help="for projector and separators; default: --learning_rate")

@@ -13,6 +13,7 @@ from ..data.conversations import ConversationDataset
 from ..errors import NEEDS_LESS, InputError, is_out_of_memory
 from . import activation_checkpointing
 from .checkpoints import newest_whole
+from .estimate import Plan
 from .forecast import describe
 from .hardware import compute_dtype, device_memory
 from .measure import measured_passes
@@ -93,21 +94,26 @@ class MicroBatches:
             ]
         for _ in range(ROUNDS):
             measured, expected, what = self._measured(model, collate, device)
-            took = f"took {measured / 2**30:.2f} GiB" if measured < float("inf") else "did not fit"
+            took = "did not fit" if measured == float("inf") else f"took {measured / 2**30:.2f} GiB"
             line = f"the two passes of {what} {took}, and {expected / 2**30:.2f} GiB were estimated"
             if measured <= self.estimate.correction * expected:
                 break
-            earlier = self.plan
+            earlier, failed = self.plan, measured == float("inf")
             # Without enough memory nobody knows how much would have been needed.
-            needed = measured / expected if measured < float("inf") else self.estimate.correction / STEP_DOWN
-            self.estimate.correction = needed
+            self.estimate.correction = self.estimate.correction / STEP_DOWN if failed else measured / expected
             self._plan()
-            if (self.plan.tokens, self.plan.checkpointing) == (earlier.tokens, earlier.checkpointing):
-                if measured == float("inf"):
-                    raise InputError(f"memory ran out when {what} was tried before training: {self.advice(None)}")
+            while failed and self._is_like(earlier) and self.plan.memory.peak <= self.plan.budget:
+                self.estimate.correction /= STEP_DOWN
+                self._plan()
+            if self._is_like(earlier):
+                if failed:
+                    raise InputError(f"memory ran out when {what} were tried before training: {self.advice(None)}")
                 break
             self.divide(self.original_length)
         return [f"{self._limit()}; {line}"]
+
+    def _is_like(self, earlier: Plan) -> bool:
+        return (self.plan.tokens, self.plan.checkpointing) == (earlier.tokens, earlier.checkpointing)
 
     def _limit(self) -> str:
         way = "as many as fit" if self.asked == "auto" else "as this run began"
@@ -122,8 +128,10 @@ class MicroBatches:
         batch = collate(self.train_dataset.__getitems__(examples))
         batch.pop("problems")
         workload = workload_of_packing(batch["packing"])
-        autocast = None if self.training_args.deepspeed else compute_dtype(self.training_args)
-        autocast = None if autocast == torch.float32 else autocast
+        dtype = compute_dtype(self.training_args)
+        # DeepSpeed uses no autocast. It will round adapters in fp32 to the dtype of the base.
+        rounded = any(p.is_floating_point() and p.dtype != dtype for p in model.parameters())
+        autocast = dtype if dtype != torch.float32 and (rounded or not self.training_args.deepspeed) else None
         own = measured_passes(model, batch, device, autocast, self.plan.checkpointing)
         what = f"{len(examples)} examples with {workload.tokens:,} tokens and {workload.crops} crops"
         return max(gather_object([own])), self.estimate.passes(workload, self.plan.checkpointing), what

@@ -10,6 +10,7 @@ import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import ConversationDataset
+from phi3v.errors import InputError
 from phi3v.training.evaluation import Evaluation, generate_answers
 
 
@@ -25,6 +26,20 @@ def test_answers_come_in_order_whatever_the_batch(processor, toy_examples):
     assert len(set(wanted)) > 1
     for batch_size in (1, 4, 16):
         assert generate_answers(model, processor, data, batch_size, 12, disable_tqdm=True) == wanted
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "lower"), [(4, "--per_device_eval_batch_size, which is 4"), (1, "--num_crops or")]
+)
+def test_memory_that_runs_out_names_what_to_lower(batch_size, lower, processor, toy_examples, monkeypatch):
+    def generate(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Phi3VForCausalLM, "generate", generate)
+    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    data = ConversationDataset(toy_examples[:4], processor, for_generation=True)
+    with pytest.raises(InputError, match=f"^memory ran out while answers were generated: lower {lower}"):
+        generate_answers(model, processor, data, batch_size, 12, disable_tqdm=True)
 
 
 @pytest.mark.slow
