@@ -62,8 +62,7 @@ def estimate(model: str, flags: list[str], gpus: int, size: Size) -> Estimate:
 
 
 def cell(found: Estimate, gpu: str) -> str:
-    budget = found.room_to_fill(USABLE_SHARE * GPUS[gpu] * 2**30)
-    plan = found.plan(BATCH_SIZE, 1, "auto", None, budget)
+    plan = found.plan_to_fill(BATCH_SIZE, "auto", None, USABLE_SHARE * GPUS[gpu] * 2**30)
     if plan.memory.peak > plan.budget:
         return "–"
     rate = found.examples_per_second(plan.checkpointing, published_peak(gpu))

@@ -188,9 +188,13 @@ class Estimate:
         """Whether a micro-batch can be measured before training: on a GPU, unless ZeRO-3 has divided the weights."""
         return self.on_gpu and zero_stage(self.deepspeed) < 3
 
-    def room_to_fill(self, budget: float) -> float:
-        """Bytes of `budget` up to which micro-batches are filled: less where they can't be measured on a GPU."""
-        return budget if self.is_measurable or not self.on_gpu else UNMEASURED_SHARE * budget
+    def plan_to_fill(self, batch_size: int, tokens: int | str, checkpointing: str | None, budget: float) -> "Plan":
+        """As `plan`, but less memory is planned with if that suffices, where nothing can be measured on a GPU."""
+        if self.on_gpu and not self.is_measurable:
+            careful = self.plan(batch_size, 1, tokens, checkpointing, UNMEASURED_SHARE * budget)
+            if careful.memory.peak <= careful.budget:
+                return careful
+        return self.plan(batch_size, 1, tokens, checkpointing, budget)
 
     def plan(
         self, batch_size: int, examples: int, tokens: int | str | None, checkpointing: str | None, budget: float

@@ -45,7 +45,7 @@ def describe(
         budget, limit = USABLE_SHARE * gib * 2**30, ""
         kind = estimate.least_checkpointing(workload, budget)
         if filled:
-            plan = estimate.plan(filled, 1, "auto", checkpointing, estimate.room_to_fill(budget))
+            plan = estimate.plan_to_fill(filled, "auto", checkpointing, budget)
             kind = plan.checkpointing if plan.memory.peak <= plan.budget else None
             limit = f", up to {plan.tokens:,} tokens in a micro-batch"
         lines.append(f"  {name:24} {_describe_time(estimate, name, kind, epochs)}{limit if kind else ''}")

@@ -50,18 +50,17 @@ class MicroBatches:
         self.args, self.training_args, self.train_dataset = args, training_args, train_dataset
         self.estimate = estimate_run(args, training_args, train_dataset.sizes, choose_trained)
         self.asked, self.budget = micro_batch_tokens(args.max_tokens_per_gpu, checkpoint, stored), device_memory()
-        if args.max_tokens_per_gpu == "auto":
-            self.budget = self.estimate.room_to_fill(self.budget)
         self.kind = activation_checkpointing.kind_from_flag(training_args.activation_checkpointing)
         self.planned = None
         self._plan()
 
     def _plan(self):
-        without_gpu = self.args.estimate and not torch.accelerator.is_available()
-        tokens = None if without_gpu and self.asked == "auto" else self.asked
-        self.plan = self.estimate.plan(
-            self.args.batch_size, self.args.batch_size_per_gpu, tokens, self.kind, self.budget
-        )
+        args, without_gpu = self.args, self.args.estimate and not torch.accelerator.is_available()
+        if args.max_tokens_per_gpu == "auto" and not without_gpu:
+            self.plan = self.estimate.plan_to_fill(args.batch_size, self.asked, self.kind, self.budget)
+        else:
+            tokens = None if without_gpu and self.asked == "auto" else self.asked
+            self.plan = self.estimate.plan(args.batch_size, args.batch_size_per_gpu, tokens, self.kind, self.budget)
 
     def describe(self) -> list[str]:
         """The lines that --estimate prints."""
@@ -89,9 +88,8 @@ class MicroBatches:
         if device.type == "cpu" or not self.plan.tokens:
             return []
         if not self.estimate.is_measurable:
-            return [
-                f"{self._limit()}; nothing is measured under ZeRO-3, so {self.budget / 2**30:.1f} GiB are planned with"
-            ]
+            room = f"{self.plan.budget / 2**30:.1f} GiB are planned with"
+            return [f"{self._limit()}; nothing is measured under ZeRO-3, so {room}"]
         for _ in range(ROUNDS):
             measured, expected, what = self._measured(model, collate, device)
             took = "did not fit" if measured == float("inf") else f"took {measured / 2**30:.2f} GiB"
