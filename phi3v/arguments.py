@@ -22,6 +22,7 @@ from .flag_rules import check_flags
 from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
+from .signals import stop_signals
 from .training.checkpoints import MANIFEST, find_checkpoint, numbered, stored_settings
 from .training.hardware import choose_attention, choose_precision, disable_direct_links
 from .training.optimizer import check_optimizer
@@ -147,12 +148,13 @@ def trainer_defaults() -> dict:
 def parse_arguments(
     recipe_class: type, training: dict, presets: dict[str, dict], doc: str, argv: list[str] | None = None
 ):
-    """Reads, checks and resolves all flags before anything is loaded.
+    """Reads, checks and resolves all flags before anything is loaded. From now on, the process notices signals.
 
     recipe_class: a script's dataclass, which inherits RunArguments; training: its defaults for the Trainer's flags;
     presets: the flags that each --preset sets; doc: the script's docstring.
     Returns an instance of `recipe_class` and a TrainingArguments. Raises InputError.
     """
+    stop_signals.install()
     defaults = trainer_defaults() | training
     deepspeed = defaults.pop("deepspeed", None)
     args, trainer, given = parse_flags(recipe_class, defaults, presets, doc.splitlines()[0], argv)

@@ -53,7 +53,7 @@ REFUSED = {
     "eval_strategy": "use --eval_steps",
     "save_strategy": "use --save_steps",
     "save_only_model": "a checkpoint without the optimizer's state can't be resumed from",
-    "enable_jit_checkpoint": "SIGTERM and SIGUSR1 already write a checkpoint",
+    "enable_jit_checkpoint": "Ctrl-C, SIGTERM and SIGUSR1 already write a checkpoint",
     "save_on_each_node": "checkpoints need one --output_dir that all nodes see",
     "data_seed": "the order of examples follows from --seed",
     "length_column_name": "the script measures the lengths of examples itself",

@@ -27,6 +27,7 @@ from .ranks import is_first
 from .report.card import write_model_card
 from .report.page import write_page
 from .report.summary import describe_run, describe_sizes, questionable_settings
+from .signals import stop_signals
 from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.evaluation import Evaluation
@@ -38,7 +39,7 @@ from .training.output_folder import FINISHED, check_output, check_same_folder, i
 from .training.own_files import claim, delete_own
 from .training.resuming import check_states
 from .training.steps import plan_steps, shares_images
-from .training.stopping import Interrupted, Preemption
+from .training.stopping import AFTER_BATCH, AFTER_IMAGE, Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
 
 
@@ -61,7 +62,7 @@ class Run:
         self.args, self.training_args = args, training_args
         self.output_dir = Path(training_args.output_dir)
         quiet_console(args.no_tqdm)
-        self.preemption = Preemption()
+        self.preemption = Preemption(args.dry_run)
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)
         if not (args.estimate or args.check_data):  # which write nothing
@@ -126,7 +127,8 @@ class Run:
         """For --evaluate_only: evaluates a saved model or adapter; writes evaluation.json and evaluation.html."""
         commits = self.commits()
         model = self.load_saved(self.saved)
-        report = evaluation.write(model, self.training_args, self.preemption.check)
+        with stop_signals.stopping(AFTER_BATCH):
+            report = evaluation.write(model, self.training_args, self.preemption.check)
         if is_first():
             left_out = self.left_out(evaluation)
             say(*listing(left_out))
@@ -227,18 +229,13 @@ class Run:
             say(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
             say(*questionable_settings(args, training_args, estimate.parameters, train_dataset.sizes, self.steps))
         if args.cache_vision_features:
-            message = cache_features(
-                model,
-                train_dataset,
-                args.cache_vision_features,
-                args.cache_vision_gib * 2**30,
-                training_args.device,
-                compute_dtype(training_args),
-                training_args.dataloader_num_workers,
-                training_args.disable_tqdm,
-                earlier_choice=self.stored_settings.get("cached"),
-                is_stopped=self.preemption.has_signal,
-            )
+            options = {"earlier_choice": self.stored_settings.get("cached"), "is_stopped": self.preemption.has_signal}
+            options |= {"num_workers": training_args.dataloader_num_workers, "disable_tqdm": training_args.disable_tqdm}
+            limit, dtype = args.cache_vision_gib * 2**30, compute_dtype(training_args)
+            with stop_signals.stopping(AFTER_IMAGE):
+                message = cache_features(
+                    model, train_dataset, args.cache_vision_features, limit, training_args.device, dtype, **options
+                )
             self.settings["cached"] = train_dataset.feature_cache is not None
             say(message)
 
@@ -254,6 +251,7 @@ class Run:
             self.write_page(trainer, before, None)
         if self.preemption.stopped:
             say(f"stopped by a signal at step {trainer.state.global_step}, with a checkpoint")
+            say(*self.preemption.advice)
             raise Interrupted
 
     def left_out(self, evaluation: Evaluation, of_training: Iterable[str] = ()) -> list[str]:
@@ -279,6 +277,7 @@ class Run:
             trainer.model.to(compute_dtype(self.training_args))  # so that the saved model is what is evaluated
         with disk_full_as_input_error(self.output_dir):
             trainer.save_model()
+        self.preemption.model_saved(self.output_dir, trainer.state.global_step)
 
     def finish(self, trainer: RecipeTrainer, before: dict | None, after: dict):
         """Writes the report and the model card, and lists the examples that were left out. With --dry_run, loads the

@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,18 @@ def scripts_do_not_end_this_process(monkeypatch):
     from phi3v import errors
 
     monkeypatch.setattr(errors, "end_process", sys.exit)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A run takes over Ctrl-C and other signals for its whole process."""
+    from phi3v.workers import STOP_SIGNALS
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -145,8 +145,6 @@ def main(argv: list[str] | None = None):
             turns[-1]["assistant"] = answer(model, processor, turns, args.max_new_tokens)
     except EOFError:
         print()
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

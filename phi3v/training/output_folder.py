@@ -197,11 +197,12 @@ def check_space(output_dir: Path, model_bytes: float, checkpoint_bytes: float, k
 
 
 def shutdown_hint(checkpoint_bytes: float) -> str | None:
-    """Advice if writing a checkpoint will take longer than torchrun waits after a SIGTERM; None if it will not."""
+    """Advice if writing a checkpoint will take longer than torchrun waits after a signal; None if it will not."""
     seconds = checkpoint_bytes / DISK_SPEED
     if seconds < TORCHRUN_PATIENCE:
         return None
     return (
         f"a checkpoint has about {checkpoint_bytes / 2**30:.0f} GiB: give torchrun --shutdown-timeout "
-        f"{math.ceil(seconds / 60) * 120}, because it kills 30 s after a SIGTERM, before the checkpoint is written"
+        f"{math.ceil(seconds / 60) * 120}, because it kills 30 s after Ctrl-C or a SIGTERM, before the checkpoint is "
+        "written"
     )
