@@ -23,10 +23,10 @@ from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
 from .signals import stop_signals
-from .training.checkpoints import MANIFEST, find_checkpoint, numbered, stored_settings
+from .training.checkpoints import MANIFEST, find_checkpoint, stored_settings
 from .training.hardware import choose_attention, choose_precision, disable_direct_links
 from .training.optimizer import check_optimizer
-from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
+from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, make_output_dir
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
 LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
@@ -181,7 +181,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
     if args.max_tokens_per_gpu not in (None, "auto"):
         args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
-    trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])  # as TrainingArguments does
+    trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])
     restarted = join_after_restart(trainer["ddp_timeout"])
     if args.evaluate_only or args.dry_run:
         trainer["resume_from_checkpoint"] = None  # so that either flag can be added to the command of any run
@@ -202,7 +202,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         args.max_eval_samples = min(args.max_eval_samples or 4, 4)
     if not (args.estimate or args.check_data):
         may_hold_checkpoints = resume is not None or args.evaluate_only or args.dry_run
-        _make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints)
+        make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints, args)
 
     for_another_machine = args.estimate and not torch.accelerator.is_available()  # one with GPUs
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32, for_another_machine)
@@ -283,16 +283,3 @@ def num_crops_of_run(name: str | Path) -> int | None:
 
 def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
     return any((folder / name).is_file() for name in names)
-
-
-def _make_output_dir(folder: Path, may_hold_checkpoints: bool):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--output_dir {folder} is not writable")
-    if not may_hold_checkpoints and numbered(folder):
-        raise InputError(
-            f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
-        )

@@ -32,11 +32,11 @@ from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.evaluation import Evaluation
 from .training.feature_cache import cache_features
+from .training.folder_lock import unlock_folder
 from .training.hardware import compute_dtype, describe_attention, device_memory, peak_flops, precision_of
 from .training.meter import Meter
 from .training.outline import estimate_run
-from .training.output_folder import FINISHED, check_output, check_same_folder, is_finished, prepare_output
-from .training.own_files import claim, delete_own
+from .training.output_folder import FINISHED, check_same_folder, enter_output, is_finished, prepare_output
 from .training.resuming import check_states
 from .training.steps import plan_steps, shares_images
 from .training.stopping import AFTER_BATCH, AFTER_IMAGE, Interrupted, Preemption
@@ -66,7 +66,7 @@ class Run:
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)
         if not (args.estimate or args.check_data):  # which write nothing
-            check_output(self.output_dir, args, training_args.report_to)
+            enter_output(self.output_dir, args, training_args.report_to)
         data_commits.clear()  # of an earlier run in this process
         with first_of_node(training_args, "model"):
             name, weights = args.model_name_or_path, not (args.estimate or args.check_data)
@@ -75,9 +75,6 @@ class Run:
         args.model_revision = self.saved.commits.get(name)
         if args.num_crops is None:
             args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
-        if args.dry_run and not (args.estimate or args.check_data) and is_first():
-            delete_own(self.output_dir)  # left by a dry run that was stopped
-            claim(self.output_dir)
         self.checkpoint, messages = find_checkpoint(training_args.resume_from_checkpoint, self.output_dir)
         say(*messages)
         check_same_folder(self.checkpoint, self.output_dir)
@@ -297,3 +294,4 @@ class Run:
         say(f"{name} {change}{where}")
         if self.args.dry_run:
             finish_dry_run(trainer, after, lambda: self.load_saved(find_saved(str(self.output_dir))))
+        unlock_folder()

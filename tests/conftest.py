@@ -39,6 +39,15 @@ def signals_as_before():
 
 
 @pytest.fixture(autouse=True)
+def no_folder_stays_locked():
+    """A run that ends with an error in this process would keep its lock."""
+    from phi3v.training.folder_lock import unlock_folder
+
+    yield
+    unlock_folder()
+
+
+@pytest.fixture(autouse=True)
 def recursion_limit_as_before():
     """torch's compiler raises Python's limit for the whole process, and tests of nested input expect the usual one."""
     limit = sys.getrecursionlimit()

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..files import read_json
 from ..ranks import is_first
 from .checkpoints import being_written, checkpoints, clear_unfinished, file_sizes, numbered, step_of, stored_settings
+from .folder_lock import lock_folder
 from .own_files import (
     ADAPTER,
     EVALUATION,
@@ -22,6 +23,7 @@ from .own_files import (
     RECORDS,
     REPORTS,
     UNFINISHED,
+    claim,
     delete_own,
     free_name,
     has_record,
@@ -43,6 +45,23 @@ DISK_SPEED = 5e8  # bytes/s, a guess at how fast checkpoints are written
 TORCHRUN_PATIENCE = 25  # seconds: torchrun kills 30 s after it has passed on a signal
 
 
+def make_output_dir(folder: Path, may_hold_checkpoints: bool, args):
+    """Makes the output folder, and locks it unless --evaluate_only is given, which overwrites nothing. Raises
+    InputError if that can't be done, and if there are checkpoints that this run would neither resume nor evaluate."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output_dir {folder} is not writable")
+    if not args.evaluate_only:
+        lock_folder(folder, args.dry_run)
+    if not may_hold_checkpoints and numbered(folder):
+        raise InputError(
+            f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
+        )
+
+
 def check_output(output_dir: Path, args, report_to):
     """Raises InputError if this run would overwrite something in its output folder that no run has written.
 
@@ -62,6 +81,15 @@ def check_output(output_dir: Path, args, report_to):
         foreign += [BEST] if args.keep_best and os.path.lexists(best) and not is_best(best) else []
         foreign += ["runs"] if "tensorboard" in str(report_to) and os.path.lexists(runs) and not runs.is_dir() else []
     refuse_foreign(output_dir, foreign)
+
+
+def enter_output(output_dir: Path, args, report_to):
+    """Raises InputError as `check_output` does. With --dry_run, empties the folder, in which a dry run may have been
+    stopped, and marks it as this run's."""
+    check_output(output_dir, args, report_to)
+    if args.dry_run and is_first():
+        delete_own(output_dir)
+        claim(output_dir)
 
 
 def _foreign_files(output_dir: Path, names: str) -> list[str]:

@@ -16,6 +16,7 @@ from ..files import open_regular, read_json
 
 MANIFEST = "complete.json"  # written last: a checkpoint without it is not whole
 UNFINISHED = "unfinished"  # in the output folder: what is being written
+LOCK = ".locked-by-a-run"  # folder_lock.py: there while a run is in the folder, and after one that was killed
 MARK = ".written-by-a-run"  # empty; first file in a folder that is filled or deleted step by step
 
 FULL_MODEL = r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
@@ -30,7 +31,7 @@ STATE = (
     r"trainer_state\.json|complete\.json|optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth|latest"
     r"|zero_to_fp32\.py|\w+_states\.pt"
 )
-HALF_WRITTEN = r"\.tmp\w{6}|.+\.[0-9a-f]{32}\.partial|\.written-by-a-run"  # the first: by safetensors
+HALF_WRITTEN = r"\.tmp\w{6}|.+\.[0-9a-f]{32}\.partial|\.written-by-a-run|\.locked-by-a-run"  # the first: by safetensors
 BY_THE_SYSTEM = r"\.nfs[0-9a-f]+|\.DS_Store"  # the first: what NFS makes of a deleted file that is still open
 WRITTEN = re.compile(
     "|".join((FULL_MODEL, ADAPTER, PROCESSOR, REPORTS, EVALUATION, STATE, HALF_WRITTEN, BY_THE_SYSTEM))
