@@ -1,5 +1,6 @@
 """The model card of a run: README.md in its output folder."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
     text = environment.get_template("card.md.jinja").render(
         metadata=metadata.to_yaml(),
         title=f"Phi-3.5-vision, {task}",
-        base=name,
+        base=os.path.abspath(name) if Path(name).is_dir() else name,
         revision=commits.get(name),
         mode=describe_mode(args),
         script=script,
