@@ -23,6 +23,7 @@ from .files import write_json
 from .hub_names import check_data_revisions, data_commits
 from .model import fused
 from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
+from .model.processing_phi3v import changed_settings
 from .ranks import is_first
 from .report.card import write_model_card
 from .report.page import write_page
@@ -122,7 +123,9 @@ class Run:
 
     def evaluate_only(self, evaluation: Evaluation):
         """For --evaluate_only: evaluates a saved model or adapter; writes evaluation.json and evaluation.html."""
-        commits = self.commits()
+        commits, folder = self.commits(), self.saved.folder
+        if (folder / "preprocessor_config.json").is_file():
+            say(*changed_settings(folder, self.args.num_crops, self.args.exif_rotate))
         model = self.load_saved(self.saved)
         with stop_signals.stopping(AFTER_BATCH):
             report = evaluation.write(model, self.training_args, self.preemption.check)
