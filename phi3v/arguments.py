@@ -26,7 +26,7 @@ from .signals import stop_signals
 from .training.checkpoints import MANIFEST, find_checkpoint, stored_settings
 from .training.hardware import choose_attention, choose_precision, disable_direct_links
 from .training.optimizer import check_optimizer
-from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, make_output_dir
+from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, folder_for_evaluation, make_output_dir
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
 LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
@@ -94,7 +94,9 @@ class RunArguments:
     )
     cache_vision_gib: float = HfArg(default=100.0, help="the most that this folder may hold, in GiB")
     evaluate_only: bool = HfArg(
-        default=False, help="evaluate --model_name_or_path, which may be a run's output with an adapter, and end"
+        default=False,
+        help="evaluate --model_name_or_path, which may be a run's output with an adapter, and end; writes "
+        "evaluation-SPLIT.json beside it, unless --output_dir is given",
     )
     keep_best: bool = HfArg(
         default=False, help="with --eval_steps: keep the model that evaluates best, in OUTPUT_DIR/best"
@@ -181,6 +183,8 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
     if args.max_tokens_per_gpu not in (None, "auto"):
         args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
+    if args.evaluate_only and "output_dir" not in given:
+        trainer["output_dir"] = folder_for_evaluation(args.model_name_or_path) or trainer["output_dir"]
     trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])
     restarted = join_after_restart(trainer["ddp_timeout"])
     if args.evaluate_only or args.dry_run:

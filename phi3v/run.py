@@ -31,7 +31,7 @@ from .report.summary import describe_run, describe_sizes, questionable_settings
 from .signals import stop_signals
 from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
-from .training.evaluation import Evaluation
+from .training.evaluation import Evaluation, new_evaluation, write_evaluation
 from .training.feature_cache import cache_features
 from .training.folder_lock import unlock_folder
 from .training.hardware import compute_dtype, describe_attention, device_memory, peak_flops, precision_of
@@ -122,20 +122,20 @@ class Run:
             check_data(train, held_out, processor, self.max_length, workers, no_bars, self.bad_examples.skip)
 
     def evaluate_only(self, evaluation: Evaluation):
-        """For --evaluate_only: evaluates a saved model or adapter; writes evaluation.json and evaluation.html."""
+        """For --evaluate_only: evaluates a saved model or adapter; writes evaluation-SPLIT.json and its page."""
         commits, folder = self.commits(), self.saved.folder
         if (folder / "preprocessor_config.json").is_file():
             say(*changed_settings(folder, self.args.num_crops, self.args.exif_rotate))
         model = self.load_saved(self.saved)
         with stop_signals.stopping(AFTER_BATCH):
-            report = evaluation.write(model, self.training_args, self.preemption.check)
+            report = evaluation.report(model, self.training_args, self.preemption.check)
         if is_first():
-            left_out = self.left_out(evaluation)
+            path = new_evaluation(self.output_dir, self.args.model_name_or_path, self.args.eval_split)
+            write_evaluation(path, report)
+            left_out, page = self.left_out(evaluation), path.with_suffix(".html").name
             say(*listing(left_out))
             about = {"model": self.args.model_name_or_path} | commits
-            write_page(
-                self.training_args, None, report, about, evaluation.example, name="evaluation.html", left_out=left_out
-            )
+            write_page(self.training_args, None, report, about, evaluation.example, name=page, left_out=left_out)
 
     def load_saved(self, saved: Saved):
         dtype = compute_dtype(self.training_args)

@@ -72,14 +72,14 @@ def check_output(output_dir: Path, args, report_to):
             inside = strangers(output_dir) if is_folder(output_dir) else []
             refuse_foreign(output_dir.parent, [str(Path(output_dir.name, name)) for name in inside or [""]])
         return
-    names = "|".join((REPORTS, PROCESSOR, ADAPTER if args.use_lora else FULL_MODEL))
-    foreign = _foreign_files(output_dir, EVALUATION if args.evaluate_only else names)
-    if not args.evaluate_only:
-        foreign += [path.name for path in numbered(output_dir) if not is_checkpoint(path)]
-        foreign += [str(path.relative_to(output_dir)) for path in being_written(output_dir) if not is_own_folder(path)]
-        best, runs = output_dir / BEST, output_dir / "runs"
-        foreign += [BEST] if args.keep_best and os.path.lexists(best) and not is_best(best) else []
-        foreign += ["runs"] if "tensorboard" in str(report_to) and os.path.lexists(runs) and not runs.is_dir() else []
+    if args.evaluate_only:  # its files have names that are free
+        return
+    foreign = _foreign_files(output_dir, "|".join((REPORTS, PROCESSOR, ADAPTER if args.use_lora else FULL_MODEL)))
+    foreign += [path.name for path in numbered(output_dir) if not is_checkpoint(path)]
+    foreign += [str(path.relative_to(output_dir)) for path in being_written(output_dir) if not is_own_folder(path)]
+    best, runs = output_dir / BEST, output_dir / "runs"
+    foreign += [BEST] if args.keep_best and os.path.lexists(best) and not is_best(best) else []
+    foreign += ["runs"] if "tensorboard" in str(report_to) and os.path.lexists(runs) and not runs.is_dir() else []
     refuse_foreign(output_dir, foreign)
 
 
@@ -90,6 +90,15 @@ def enter_output(output_dir: Path, args, report_to):
     if args.dry_run and is_first():
         delete_own(output_dir)
         claim(output_dir)
+
+
+def folder_for_evaluation(model: str) -> str | None:
+    """Where --evaluate_only writes unless --output_dir is given: beside the model's files. Beside the folder for a
+    checkpoint and a best model, which a training may delete. None for a model on the Hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    return str(folder.parent if is_checkpoint(folder) or is_best(folder) else folder)
 
 
 def _foreign_files(output_dir: Path, names: str) -> list[str]:
