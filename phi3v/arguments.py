@@ -23,6 +23,7 @@ from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
 from .signals import stop_signals
+from .training.adapter_rate import rate_of_adapters
 from .training.checkpoints import MANIFEST, find_checkpoint, stored_settings
 from .training.hardware import choose_attention, choose_precision, disable_direct_links
 from .training.optimizer import check_optimizer
@@ -165,6 +166,8 @@ def parse_arguments(
     if "deepspeed" not in given and not (args.use_lora or args.evaluate_only):
         trainer["deepspeed"] = deepspeed  # adapters are small, and an evaluation has no optimizer
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
+    if args.use_lora and "learning_rate" not in given and "learning_rate" not in presets.get(args.preset, {}):
+        trainer["learning_rate"] = rate_of_adapters(args, trainer)
     check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER, os.cpu_count())
     return args, resolve(args, trainer, given)
 

@@ -73,7 +73,7 @@ USUAL = {
     "output_dir": "where the model, reports and checkpoints go",
     "num_train_epochs": "passes over the training data",
     "max_steps": "optimizer steps, in place of epochs",
-    "learning_rate": "learning rate after warm-up, when it is highest",
+    "learning_rate": "learning rate after warm-up, when it is highest; adapters take 2e-4 if none is given",
     "lr_scheduler_type": "linear, cosine, constant, …",
     "warmup_steps": "a number of steps, or below 1 a share of all",
     "optim": "adamw_torch_fused, adamw_bnb_8bit, sgd, …",
