@@ -37,7 +37,7 @@ from .training.folder_lock import unlock_folder
 from .training.hardware import compute_dtype, describe_attention, device_memory, peak_flops, precision_of
 from .training.meter import Meter
 from .training.outline import estimate_run
-from .training.output_folder import FINISHED, check_same_folder, enter_output, is_finished, prepare_output
+from .training.output_folder import ANEW, FINISHED, check_same_folder, enter_output, is_finished, prepare_output
 from .training.resuming import check_states
 from .training.steps import plan_steps, shares_images
 from .training.stopping import AFTER_BATCH, AFTER_IMAGE, Interrupted, Preemption
@@ -188,7 +188,7 @@ class Run:
             cached=self.stored_settings.get("cached", False) if args.cache_vision_features else False,
         )
         if is_finished(args, training_args, self.settings):
-            say(f"{self.output_dir} holds a finished run: there is nothing left to do")
+            say(f"{self.output_dir} holds a finished run: there is nothing left to do; {ANEW}")
             return None
         model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
         self.steps, self.sampler = plan_steps(

@@ -41,6 +41,7 @@ FINISHED = "finished.json"  # the settings of a run that has done everything ask
 BEST = "best"  # folder of the model that has evaluated best
 BEST_EVALUATION = "evaluation.json"  # in BEST: the step and the evaluation of that model
 REPLACED_BEST = "replaced-best"  # in UNFINISHED: the former BEST, while the new one takes its place
+ANEW = "without --resume_from_checkpoint, its results are moved to earlier-N and training begins anew"
 DISK_SPEED = 5e8  # bytes/s, a guess at how fast checkpoints are written
 TORCHRUN_PATIENCE = 25  # seconds: torchrun kills 30 s after it has passed on a signal
 
@@ -56,7 +57,7 @@ def make_output_dir(folder: Path, may_hold_checkpoints: bool, args):
         raise InputError(f"--output_dir {folder} is not writable")
     if not args.evaluate_only:
         lock_folder(folder, args.dry_run)
-    if not may_hold_checkpoints and numbered(folder):
+    if not may_hold_checkpoints and numbered(folder) and not is_own_file(folder / FINISHED, False):
         raise InputError(
             f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
         )
@@ -152,7 +153,7 @@ def prepare_output(
         return
     if not args.dry_run:
         check_output(output_dir, args, training_args.report_to)
-    check_space(output_dir, model_bytes, checkpoint_bytes, checkpoints_kept(training_args, steps))
+    check_space(output_dir, model_bytes, checkpoint_bytes, checkpoints_kept(training_args, steps), bool(checkpoint))
     best, replaced = output_dir / BEST, output_dir / UNFINISHED / REPLACED_BEST
     if is_best(replaced) and not os.path.lexists(best):  # an earlier run died in between
         os.replace(replaced, best)
@@ -191,19 +192,23 @@ def set_aside_later(output_dir: Path, step: int):
 
 
 def set_aside_results(output_dir: Path):
-    """Moves what an earlier run has left into a folder earlier-N, so that it is not lost."""
+    """Moves what an earlier run has left into a folder earlier-N, so that it is not lost, with the checkpoints of a run
+    that has finished."""
     names = "|".join((REPORTS, PROCESSOR, ADAPTER, FULL_MODEL, EVALUATION))
     recorded = has_record(output_dir)
     found = [path for path in output_dir.iterdir() if re.fullmatch(names, path.name) and is_own_file(path, recorded)]
     found += [output_dir / BEST] if is_best(output_dir / BEST) else []
     if not any(path.suffix == ".safetensors" or path.name in (BEST, FINISHED) for path in found):
         return
+    if any(path.name == FINISHED for path in found):
+        found += [path for path in numbered(output_dir) if is_checkpoint(path)]
     number = next(n for n in itertools.count(1) if not os.path.lexists(output_dir / f"earlier-{n}"))
-    (output_dir / f"earlier-{number}").mkdir()
+    target = output_dir / f"earlier-{number}"
+    target.mkdir()
     # The files that say what the others are go last, in case that this process is killed meanwhile.
     for path in sorted(found, key=lambda path: (path.name in RECORDS, path.name == FINISHED)):
-        os.replace(path, output_dir / f"earlier-{number}" / path.name)
-    say(f"{output_dir}: the model of an earlier run is in earlier-{number} now")
+        os.replace(path, target / path.name)
+    say(f"{output_dir}: what an earlier run has left is in earlier-{number} now")
 
 
 def check_same_folder(checkpoint: Path | None, output_dir: Path):
@@ -216,14 +221,16 @@ def check_same_folder(checkpoint: Path | None, output_dir: Path):
         )
 
 
-def check_space(output_dir: Path, model_bytes: float, checkpoint_bytes: float, kept: int):
+def check_space(output_dir: Path, model_bytes: float, checkpoint_bytes: float, kept: int, resumes: bool = True):
     """Raises InputError if the disk has no room for the model and the checkpoints.
+
+    resumes: whether the checkpoints that are there are this run's, and will be deleted. Those of a finished run stay.
 
     There must be room for one checkpoint more than are kept, because an old one is deleted only when the new one is
     whole.
     """
     needed = model_bytes + checkpoint_bytes * (kept + 1 if kept else 0)
-    present = sum(sum(file_sizes(path).values()) for path in checkpoints(output_dir)) if kept else 0
+    present = sum(sum(file_sizes(path).values()) for path in checkpoints(output_dir)) if kept and resumes else 0
     free = shutil.disk_usage(output_dir).free + present
     if needed > free:
         raise InputError(
