@@ -22,8 +22,13 @@ def no_trace_of_a_training():
 def scripts_do_not_end_this_process(monkeypatch):
     """A script that a test calls in this process ends with SystemExit instead of ending the process at once."""
     from phi3v import errors
+    from phi3v.training.folder_lock import unlock_folder
 
-    monkeypatch.setattr(errors, "end_process", sys.exit)
+    def leave(status):
+        unlock_folder()  # as the end of the process would
+        sys.exit(status)
+
+    monkeypatch.setattr(errors, "end_process", leave)
 
 
 @pytest.fixture(autouse=True)
