@@ -24,8 +24,16 @@ A conversation has one turn or several, each with images or none. Training learn
 evaluation asks for the last one. Metric: accuracy, the share of exact matches.
 """
 
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
+
+# shared: ctrl-c. A block between "shared" and "end shared" is the same in every script that has it: edit it in
+# finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
+if __name__ == "__main__":  # Ctrl-C while the libraries load ends without a traceback, with the status of a stopped run
+    signal.signal(signal.SIGINT, lambda *_: os._exit(75))
+# end shared
 
 from peft import LoraConfig
 from transformers import TrainingArguments
@@ -59,8 +67,7 @@ class RecipeArguments(RunArguments):
     follow_links: bool = HfArg(default=False, help="use images behind links that lead out of DATA_DIR/images")
     literal_tags: bool = HfArg(default=False, help="allow tags such as <video> in texts, where they are read as text")
     num_crops: int = HfArg(default=4, help="at most this many crops per image, 1 to 16; video frames need few")
-    # shared: flags. A block between "shared" and "end shared" is the same in every script that has it: edit it in
-    # finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
+    # shared: flags
     max_train_samples: int | None = HfArg(default=None, help="train on the first N examples only")
     max_eval_samples: int | None = HfArg(default=None, help="evaluate on the first N examples only")
     model_name_or_path: str = HfArg(default="microsoft/Phi-3.5-vision-instruct", help="a folder, or a name on the Hub")

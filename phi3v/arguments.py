@@ -22,10 +22,12 @@ from .flag_rules import check_flags
 from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
-from .training.checkpoints import MANIFEST, find_checkpoint, numbered, stored_settings
+from .signals import stop_signals
+from .training.adapter_rate import rate_of_adapters
+from .training.checkpoints import MANIFEST, find_checkpoint, stored_settings
 from .training.hardware import choose_attention, choose_precision, disable_direct_links
 from .training.optimizer import check_optimizer
-from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
+from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, folder_for_evaluation, make_output_dir
 from .training.settings import fills_by_default
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
@@ -94,7 +96,9 @@ class RunArguments:
     )
     cache_vision_gib: float = HfArg(default=100.0, help="the most that this folder may hold, in GiB")
     evaluate_only: bool = HfArg(
-        default=False, help="evaluate --model_name_or_path, which may be a run's output with an adapter, and end"
+        default=False,
+        help="evaluate --model_name_or_path, which may be a run's output with an adapter, and end; writes "
+        "evaluation-SPLIT.json beside it, unless --output_dir is given",
     )
     keep_best: bool = HfArg(
         default=False, help="with --eval_steps: keep the model that evaluates best, in OUTPUT_DIR/best"
@@ -148,12 +152,13 @@ def trainer_defaults() -> dict:
 def parse_arguments(
     recipe_class: type, training: dict, presets: dict[str, dict], doc: str, argv: list[str] | None = None
 ):
-    """Reads, checks and resolves all flags before anything is loaded.
+    """Reads, checks and resolves all flags before anything is loaded. From now on, the process notices signals.
 
     recipe_class: a script's dataclass, which inherits RunArguments; training: its defaults for the Trainer's flags;
     presets: the flags that each --preset sets; doc: the script's docstring.
     Returns an instance of `recipe_class` and a TrainingArguments. Raises InputError.
     """
+    stop_signals.install()
     defaults = trainer_defaults() | training
     deepspeed = defaults.pop("deepspeed", None)
     args, trainer, given = parse_flags(recipe_class, defaults, presets, doc.splitlines()[0], argv)
@@ -162,6 +167,8 @@ def parse_arguments(
     if "deepspeed" not in given and not (args.use_lora or args.evaluate_only):
         trainer["deepspeed"] = deepspeed  # adapters are small, and an evaluation has no optimizer
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
+    if args.use_lora and "learning_rate" not in given and "learning_rate" not in presets.get(args.preset, {}):
+        trainer["learning_rate"] = rate_of_adapters(args, trainer)
     check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER, os.cpu_count())
     return args, resolve(args, trainer, given | presets.get(args.preset, {}).keys())
 
@@ -180,7 +187,9 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
     if args.max_tokens_per_gpu not in (None, "auto"):
         args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
-    trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])  # as TrainingArguments does
+    if args.evaluate_only and "output_dir" not in given:
+        trainer["output_dir"] = folder_for_evaluation(args.model_name_or_path) or trainer["output_dir"]
+    trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])
     restarted = join_after_restart(trainer["ddp_timeout"])
     if args.evaluate_only or args.dry_run:
         trainer["resume_from_checkpoint"] = None  # so that either flag can be added to the command of any run
@@ -201,7 +210,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         args.max_eval_samples = min(args.max_eval_samples or 4, 4)
     if not (args.estimate or args.check_data):
         may_hold_checkpoints = resume is not None or args.evaluate_only or args.dry_run
-        _make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints)
+        make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints, args)
 
     for_another_machine = args.estimate and not torch.accelerator.is_available()  # one with GPUs
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32, for_another_machine)
@@ -281,16 +290,3 @@ def num_crops_of_run(name: str | Path) -> int | None:
 
 def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
     return any((folder / name).is_file() for name in names)
-
-
-def _make_output_dir(folder: Path, may_hold_checkpoints: bool):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--output_dir {folder} is not writable")
-    if not may_hold_checkpoints and numbered(folder):
-        raise InputError(
-            f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
-        )

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from .console import begin_line, outlive_readers, say
 from .ranks import end_process, is_first
 from .secrets import guard_output_of_libraries, masked_command, safe_to_print
-from .workers import end_workers, explain, raise_file_limit
+from .workers import STOP_SIGNALS, end_workers, explain, raise_file_limit
 
 # What libraries raise as a RuntimeError when a device, or the host, has too little memory
 NO_MEMORY = re.compile(
@@ -199,9 +199,9 @@ def first_of_node(training_args, desc: str):
 
 
 def exit_on_input_error(main):
-    """Calls `main` and ends the process with its status: 0, that of a SystemExit, or 2 after an InputError, the death
-    of a worker, a lack of memory or a limit of the machine, which are printed as `error: …` without a traceback. Other
-    exceptions are raised."""
+    """Calls `main` and ends the process with its status: 0, that of a SystemExit, 130 after Ctrl-C in a tool, or 2
+    after an InputError, the death of a worker, a lack of memory or a limit of the machine, which are printed as
+    `error: …` without a traceback. Other exceptions are raised."""
     outlive_readers()
     guard_output_of_libraries()
     raise_file_limit()
@@ -212,6 +212,8 @@ def exit_on_input_error(main):
         if not isinstance(e.code, int | None):
             raise
         status = e.code or 0
+    except KeyboardInterrupt:  # in a tool: a run has handlers of its own
+        status = 128 + signal.SIGINT
     except Exception as e:
         message = e if isinstance(e, InputError) else explain(e)
         if is_out_of_memory(e):
@@ -220,7 +222,8 @@ def exit_on_input_error(main):
             raise
         if not is_first():
             # Most errors occur on rank 0 as well. It reports them, and torchrun ends this process while it sleeps.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
             time.sleep(20)
         begin_line()
         print(f"error: {InputError(str(message))}", file=sys.stderr, flush=True)

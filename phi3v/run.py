@@ -22,22 +22,24 @@ from .files import write_json
 from .hub_names import check_data_revisions, data_commits
 from .model import fused
 from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
+from .model.processing_phi3v import changed_settings
 from .ranks import is_first
 from .report.card import write_model_card
 from .report.page import write_page
 from .report.summary import describe_run, describe_sizes, questionable_settings
+from .signals import stop_signals
 from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
-from .training.evaluation import Evaluation
+from .training.evaluation import Evaluation, new_evaluation, write_evaluation
 from .training.feature_cache import cache_features
+from .training.folder_lock import unlock_folder
 from .training.hardware import compute_dtype, describe_attention, peak_flops, precision_of
 from .training.meter import Meter
 from .training.micro_batches import MicroBatches
-from .training.output_folder import FINISHED, check_output, check_same_folder, is_finished, prepare_output
-from .training.own_files import claim, delete_own
+from .training.output_folder import ANEW, FINISHED, check_same_folder, enter_output, is_finished, prepare_output
 from .training.resuming import check_states
 from .training.steps import shares_images
-from .training.stopping import Interrupted, Preemption
+from .training.stopping import AFTER_BATCH, AFTER_IMAGE, Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
 
 
@@ -61,11 +63,11 @@ class Run:
         self.args, self.training_args = args, training_args
         self.output_dir = Path(training_args.output_dir)
         quiet_console(args.no_tqdm)
-        self.preemption = Preemption()
+        self.preemption = Preemption(args.dry_run)
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)
         if not (args.estimate or args.check_data):  # which write nothing
-            check_output(self.output_dir, args, training_args.report_to)
+            enter_output(self.output_dir, args, training_args.report_to)
         data_commits.clear()  # of an earlier run in this process
         with first_of_node(training_args, "model"):
             name, weights = args.model_name_or_path, not (args.estimate or args.check_data)
@@ -74,9 +76,6 @@ class Run:
         args.model_revision = self.saved.commits.get(name)
         if args.num_crops is None:
             args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
-        if args.dry_run and not (args.estimate or args.check_data) and is_first():
-            delete_own(self.output_dir)  # left by a dry run that was stopped
-            claim(self.output_dir)
         self.checkpoint, messages = find_checkpoint(training_args.resume_from_checkpoint, self.output_dir)
         say(*messages)
         check_same_folder(self.checkpoint, self.output_dir)
@@ -123,17 +122,20 @@ class Run:
             check_data(train, held_out, processor, self.max_length, workers, no_bars, self.bad_examples.skip)
 
     def evaluate_only(self, evaluation: Evaluation):
-        """For --evaluate_only: evaluates a saved model or adapter; writes evaluation.json and evaluation.html."""
-        commits = self.commits()
+        """For --evaluate_only: evaluates a saved model or adapter; writes evaluation-SPLIT.json and its page."""
+        commits, folder = self.commits(), self.saved.folder
+        if (folder / "preprocessor_config.json").is_file():
+            say(*changed_settings(folder, self.args.num_crops, self.args.exif_rotate))
         model = self.load_saved(self.saved)
-        report = evaluation.write(model, self.training_args, self.preemption.check)
+        with stop_signals.stopping(AFTER_BATCH):
+            report = evaluation.report(model, self.training_args, self.preemption.check)
         if is_first():
-            left_out = self.left_out(evaluation)
+            path = new_evaluation(self.output_dir, self.args.model_name_or_path, self.args.eval_split)
+            write_evaluation(path, report)
+            left_out, page = self.left_out(evaluation), path.with_suffix(".html").name
             say(*listing(left_out))
             about = {"model": self.args.model_name_or_path} | commits
-            write_page(
-                self.training_args, None, report, about, evaluation.example, name="evaluation.html", left_out=left_out
-            )
+            write_page(self.training_args, None, report, about, evaluation.example, name=page, left_out=left_out)
 
     def load_saved(self, saved: Saved):
         dtype = compute_dtype(self.training_args)
@@ -181,7 +183,7 @@ class Run:
             cached=self.stored_settings.get("cached", False) if args.cache_vision_features else False,
         )
         if is_finished(args, training_args, self.settings):
-            say(f"{self.output_dir} holds a finished run: there is nothing left to do")
+            say(f"{self.output_dir} holds a finished run: there is nothing left to do; {ANEW}")
             return None
         model_bytes, checkpoint_bytes = micro_batches.estimate.saved_bytes(args.use_lora)
         micro_batches.divide(self.config.original_max_position_embeddings)
@@ -227,18 +229,13 @@ class Run:
             say(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
             say(*questionable_settings(args, training_args, parameters, train_dataset.sizes, steps))
         if args.cache_vision_features:
-            message = cache_features(
-                model,
-                train_dataset,
-                args.cache_vision_features,
-                args.cache_vision_gib * 2**30,
-                training_args.device,
-                compute_dtype(training_args),
-                training_args.dataloader_num_workers,
-                training_args.disable_tqdm,
-                earlier_choice=self.stored_settings.get("cached"),
-                is_stopped=self.preemption.has_signal,
-            )
+            options = {"earlier_choice": self.stored_settings.get("cached"), "is_stopped": self.preemption.has_signal}
+            options |= {"num_workers": training_args.dataloader_num_workers, "disable_tqdm": training_args.disable_tqdm}
+            limit, dtype = args.cache_vision_gib * 2**30, compute_dtype(training_args)
+            with stop_signals.stopping(AFTER_IMAGE):
+                message = cache_features(
+                    model, train_dataset, args.cache_vision_features, limit, training_args.device, dtype, **options
+                )
             self.settings["cached"] = train_dataset.feature_cache is not None
             say(message)
 
@@ -253,6 +250,7 @@ class Run:
             self.write_page(trainer, before, None)
         if self.preemption.stopped:
             say(f"stopped by a signal at step {trainer.state.global_step}, with a checkpoint")
+            say(*self.preemption.advice)
             raise Interrupted
 
     def left_out(self, evaluation: Evaluation, of_training: Iterable[str] = ()) -> list[str]:
@@ -278,6 +276,7 @@ class Run:
             trainer.model.to(compute_dtype(self.training_args))  # so that the saved model is what is evaluated
         with disk_full_as_input_error(self.output_dir):
             trainer.save_model()
+        self.preemption.model_saved(self.output_dir, trainer.state.global_step)
 
     def finish(self, trainer: RecipeTrainer, before: dict | None, after: dict):
         """Writes the report and the model card, and lists the examples that were left out. With --dry_run, loads the
@@ -297,3 +296,4 @@ class Run:
         say(f"{name} {change}{where}")
         if self.args.dry_run:
             finish_dry_run(trainer, after, lambda: self.load_saved(find_saved(str(self.output_dir))))
+        unlock_folder()

@@ -25,6 +25,8 @@ FOUNDATION = {
     "number_limits",
     "image_files",
     "inside",
+    "signals",
+    "launch",
 }
 # For each room, the other rooms that it may import.
 ARROWS = {"model": set(), "data": {"model"}, "training": {"model", "data"}, "report": set()}

@@ -11,6 +11,7 @@ import torch
 from ..deepspeed_config import zero_stage
 from .activation_checkpointing import DESCRIPTIONS, KINDS
 from .costs import Costs
+from .hardware import held_memory
 from .peak import peak_bytes
 from .workload import Workload, workload_of_example
 
@@ -219,7 +220,7 @@ class Estimate:
             tokens = fits[-1] if fits else longest
         workload = self.workload_of_tokens(max(tokens, longest)) if tokens else self.largest_workload(examples)
         kind = checkpointing or self.least_checkpointing(workload, budget) or "all"
-        return Plan(tokens, kind, workload, self.memory(workload, kind), budget)
+        return Plan(tokens, kind, workload, self.memory(workload, kind), budget, held_memory())
 
     def _fits(self, tokens: int, kind: str, budget: float) -> bool:
         return self.memory(self.workload_of_tokens(tokens), kind).peak <= budget
@@ -242,6 +243,7 @@ class Plan(NamedTuple):
     workload: the largest micro-batch that can come.
     memory: what is expected with that one.
     budget: bytes that each process can have.
+    held: bytes that the process holds already, before it has a model.
     """
 
     tokens: int | None
@@ -249,9 +251,11 @@ class Plan(NamedTuple):
     workload: Workload
     memory: Memory
     budget: float
+    held: float = 0.0
 
     def __str__(self):
-        fit = f"expected peak memory {self.memory.peak / 2**30:.1f} of {self.budget / 2**30:.1f} GiB a process"
+        peak, limit = ((size + self.held) / 2**30 for size in (self.memory.peak, self.budget))
+        fit = f"expected peak memory {peak:.1f} of {limit:.1f} GiB a process"
         if self.memory.peak > self.budget:
             fit += ": MAY NOT FIT"
         return f"{DESCRIPTIONS[self.checkpointing]}; {fit}"

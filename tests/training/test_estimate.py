@@ -1,7 +1,9 @@
 """What --estimate prints, and the memory that it expects."""
 
 import json
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from helpers import ROOT, parse_command, real_size_model
@@ -9,8 +11,9 @@ from helpers import ROOT, parse_command, real_size_model
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v.data.sizes import Size
 from phi3v.errors import InputError
-from phi3v.training.estimate import Estimate
+from phi3v.training.estimate import Estimate, Plan
 from phi3v.training.forecast import describe
+from phi3v.training.hardware import held_memory
 from phi3v.training.outline import estimate_run
 from phi3v.training.peak import peak_bytes
 
@@ -76,3 +79,10 @@ def test_an_estimate_for_a_gpu_works_on_a_machine_without_one(tmp_path):
         estimate("--bf16", "--fp16")
     with pytest.raises(InputError, match="auto depends on a GPU's memory"):
         estimate("--max_tokens_per_gpu", "auto")
+
+
+def test_the_expected_peak_counts_what_the_process_holds_already():
+    memory = SimpleNamespace(peak=0.04 * 2**30)
+    plan = Plan(None, "none", None, memory, 6.0 * 2**30, held_memory())
+    resident = psutil.Process().memory_info().rss / 2**30
+    assert resident > 0.2 and f"expected peak memory {resident + 0.04:.1f} of {resident + 6:.1f} GiB" in str(plan)

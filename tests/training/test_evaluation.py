@@ -11,7 +11,8 @@ from phi3v import Phi3VForCausalLM
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import ConversationDataset
 from phi3v.errors import InputError
-from phi3v.training.evaluation import Evaluation, generate_answers
+from phi3v.training.evaluation import Evaluation, generate_answers, new_evaluation
+from phi3v.training.output_folder import folder_for_evaluation
 
 
 def test_answers_come_in_order_whatever_the_batch(processor, toy_examples):
@@ -48,7 +49,7 @@ def test_evaluation_alone_runs_under_zero_3(toy_data, tmp_path):
     flags = ["--evaluate_only", "--fp32", "--deepspeed", ROOT / "ds_config" / "zero3.json"]
     run = torchrun(ROOT / "finetune_hf_trainer_ucf101.py", *arguments(toy_data, tmp_path / "out", *flags))
     assert run.returncode == 0, run.stderr[-3000:]
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["num_examples"] == 6
+    assert json.loads((tmp_path / "out" / "evaluation-val.json").read_text())["num_examples"] == 6
 
 
 def test_a_prediction_belongs_to_its_example_although_others_are_left_out(processor, toy_examples):
@@ -93,3 +94,17 @@ def test_a_kept_model_is_evaluated_with_its_own_crops(toy_data, tmp_path):
     best = ["--model_name_or_path", str(tmp_path / "out" / "best"), "--evaluate_only"]
     flags = [flag for flag in arguments(toy_data, tmp_path / "e", *best) if flag not in ("--num_crops", "4")]
     assert parse_command(script, flags)[0].num_crops == 2
+
+
+def test_the_name_of_an_evaluation(tmp_path):
+    for number, name in enumerate(("evaluation-train-500.json", "evaluation-train-500-2.json")):
+        assert new_evaluation(tmp_path, "owner/model", "train[:500]") == tmp_path / name, number
+    assert new_evaluation(tmp_path, str(tmp_path), None).name == "evaluation-held-out.json"
+    assert new_evaluation(tmp_path, str(tmp_path), "../../x").name == "evaluation-x.json"
+    checkpoint = tmp_path / "checkpoint-7"
+    checkpoint.mkdir()
+    (checkpoint / "complete.json").touch()
+    assert folder_for_evaluation(str(checkpoint)) == folder_for_evaluation(str(tmp_path)) == str(tmp_path)
+    assert folder_for_evaluation("owner/model") is None
+    assert new_evaluation(tmp_path, str(checkpoint), "val").name == "evaluation-checkpoint-7-val.json"
+    assert new_evaluation(tmp_path / "checkpoint-7", str(checkpoint), "val").name == "evaluation-val.json"
