@@ -435,6 +435,7 @@ def train(
     )
     watch = Watch(found, meter, allocated, around_step)
     run = SimpleNamespace(sampler=sampler, meter=meter, preemption=TrainerCallback(), settings={})
+    run.fit = lambda model, collator: training_args  # a run measures its micro-batches here; these are planned
     processor = SimpleNamespace(image_processor=image_processor(setting))
     collator, trainer = PackingCollator(processor, length, args.share_images), None
     if allocated.live:
