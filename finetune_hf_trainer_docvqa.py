@@ -47,9 +47,10 @@ from phi3v.data.annotations import check_text, check_texts
 from phi3v.data.collate import PackingCollator
 from phi3v.data.seen_images import without_seen_images
 from phi3v.data.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys
-from phi3v.errors import BadExamples, blaming, exit_on_input_error, first_of_node
+from phi3v.errors import BadExamples, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter
 from phi3v.model.loading import check_complete, nf4_config
+from phi3v.process_group import first_of_node
 from phi3v.run import Run
 from phi3v.training.evaluation import Evaluation
 from phi3v.training.hardware import compute_dtype, weights_dtype

@@ -44,9 +44,10 @@ from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.annotations import read_conversations
 from phi3v.data.collate import PackingCollator
 from phi3v.data.split import warn_of_shared_images
-from phi3v.errors import BadExamples, InputError, blaming, exit_on_input_error, first_of_node
+from phi3v.errors import BadExamples, InputError, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter
 from phi3v.model.loading import check_complete, nf4_config
+from phi3v.process_group import first_of_node
 from phi3v.run import Run
 from phi3v.training.evaluation import Evaluation
 from phi3v.training.hardware import compute_dtype, weights_dtype

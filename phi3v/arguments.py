@@ -21,7 +21,8 @@ from .files import read_json
 from .flag_rules import check_flags
 from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
-from .ranks import join_after_restart, local_world_size, start_alone, world_size
+from .process_group import join_after_restart
+from .ranks import local_world_size, start_alone, world_size
 from .signals import stop_signals
 from .training.adapter_rate import rate_of_adapters
 from .training.checkpoints import MANIFEST, find_checkpoint, stored_settings

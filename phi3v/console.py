@@ -1,14 +1,12 @@
-"""What a run prints: rank 0 speaks for all ranks. Everything else in phi3v prints through this module."""
+"""What a run prints: rank 0 speaks for all ranks. Everything else in phi3v prints through this module.
+
+Converters import this module too, so it does not load torch, which takes seconds.
+"""
 
 import errno
 import io
-import logging as python_logging
 import os
 import sys
-import warnings
-
-import datasets
-from transformers.utils import logging
 
 from .ranks import is_first
 from .secrets import safe_to_print
@@ -25,22 +23,6 @@ def tell(*lines: str, to_stderr: bool = False):
     from outside stay in their line."""
     for line in lines:
         print(safe_to_print(line), flush=True, file=sys.stderr if to_stderr else None)
-
-
-def quiet_console(no_bars: bool):
-    """Leaves progress bars and warnings to rank 0, and silences two warnings that mean nothing here."""
-    # Libraries call functions of one another under names that have since changed.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # DeepSpeed's config takes the number of accumulated micro-batches from the Trainer, so the two can't differ.
-    accelerate = python_logging.getLogger("accelerate.accelerator")
-    accelerate.addFilter(lambda record: "Gradient accumulation steps mismatch" not in record.getMessage())
-    if no_bars:
-        logging.disable_progress_bar()
-    if not is_first():
-        warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        datasets.disable_progress_bars()  # a bar would share its line with what rank 0 says
 
 
 class _Output(io.FileIO):

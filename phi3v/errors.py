@@ -1,4 +1,7 @@
-"""Errors in what a user gave: one message, printed by one rank, and exit status 2."""
+"""Errors in what a user gave: one message, printed by one rank, and exit status 2.
+
+Converters import this module too, so it does not load torch, which takes seconds.
+"""
 
 import argparse
 import contextlib
@@ -7,8 +10,6 @@ import signal
 import sys
 import time
 
-import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from .console import begin_line, outlive_readers, say
@@ -162,9 +163,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the accelerator or of the host did not suffice for this process."""
     if isinstance(error, InputError) or explain(error):  # such as a lack of memory in a process that prepares images
         return False
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
-    )
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True  # the second is torch's
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
 
 
 @contextlib.contextmanager
@@ -179,23 +180,6 @@ def lowering(what: str):
         if not is_out_of_memory(e):
             raise
         raise InputError(f"memory ran out while {what}") from None
-
-
-@contextlib.contextmanager
-def first_of_node(training_args, desc: str):
-    """The first process of each node runs the block before the others, to fill caches that these read.
-
-    training_args: a TrainingArguments. If a process raises InputError in the block, all of them raise it: otherwise the
-    others would go on, and end with a traceback when they miss that process.
-    """
-    failure = None
-    with training_args.main_process_first(desc=desc):
-        try:
-            yield
-        except InputError as e:
-            failure = str(e)
-    if failures := [text for text in gather_object([failure]) if text]:
-        raise InputError(failures[0])
 
 
 def exit_on_input_error(main):

@@ -11,18 +11,20 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from . import Phi3VConfig
 from .arguments import num_crops_of_run
-from .console import quiet_console, say
+from .console import say
 from .data.check import check_data
 from .data.conversations import ConversationDataset
 from .data.preview import render_example
 from .data.sizes import all_sizes, fingerprint
 from .deepspeed_config import check_agreement
-from .errors import BadExamples, blaming, first_of_node, listing
+from .errors import BadExamples, blaming, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
 from .model import fused
 from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
 from .model.processing_phi3v import changed_settings
+from .process_group import first_of_node
+from .quiet import quiet_libraries
 from .ranks import is_first
 from .report.card import write_model_card
 from .report.page import write_page
@@ -62,7 +64,7 @@ class Run:
         """
         self.args, self.training_args = args, training_args
         self.output_dir = Path(training_args.output_dir)
-        quiet_console(args.no_tqdm)
+        quiet_libraries(args.no_tqdm)
         self.preemption = Preemption(args.dry_run)
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)

@@ -13,7 +13,6 @@ from phi3v.errors import (
     InputError,
     Problems,
     exit_on_input_error,
-    first_of_node,
     is_out_of_memory,
     listing,
     lowering,
@@ -106,17 +105,6 @@ def test_what_is_no_lack_of_memory():
             raise error
     with pytest.raises(RuntimeError, match="out of range"):
         exit_on_input_error(lambda: (_ for _ in ()).throw(RuntimeError("out of range")))
-
-
-@pytest.mark.parametrize("failing", ["nobody", "this process", "another"])
-def test_what_fails_in_one_process_fails_in_all(failing, monkeypatch):
-    args = SimpleNamespace(main_process_first=lambda desc: nullcontext())
-    others = ["no such file"] if failing == "another" else [None]
-    monkeypatch.setattr(errors, "gather_object", lambda own: own + others)
-    with nullcontext() if failing == "nobody" else pytest.raises(InputError, match="no such file"):
-        with first_of_node(args, "data"):
-            if failing == "this process":
-                raise InputError("no such file")
 
 
 @pytest.mark.slow

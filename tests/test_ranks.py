@@ -5,6 +5,7 @@ import sys
 
 import helpers
 import pytest
+import torch.distributed as dist
 
 from phi3v import ranks
 
@@ -30,7 +31,7 @@ errors.exit_on_input_error(main)
 @pytest.fixture
 def no_group(monkeypatch):
     """Without the process group and the variables that an earlier training in this process has set."""
-    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that the variable is restored after the test, even if it was not set before
         monkeypatch.delenv(name)
@@ -47,9 +48,9 @@ def test_before_there_is_a_process_group_the_variables_of_torchrun_count(no_grou
 
 
 def test_the_process_group_counts_where_there_is_one(no_group, monkeypatch):
-    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setenv("RANK", "5")
     assert (ranks.rank(), ranks.world_size(), ranks.is_first()) == (1, 2, False)
 

@@ -27,6 +27,8 @@ FOUNDATION = {
     "inside",
     "signals",
     "launch",
+    "process_group",
+    "quiet",
 }
 # For each room, the other rooms that it may import.
 ARROWS = {"model": set(), "data": {"model"}, "training": {"model", "data"}, "report": set()}

@@ -25,9 +25,10 @@ from phi3v.data.conversations import encode_conversation
 from phi3v.errors import InputError, Parser, exit_on_input_error, lowering
 from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import load_adapter
+from phi3v.model.chat import IMAGE_TAG
 from phi3v.model.generation import use_own_settings
 from phi3v.model.loading import find_saved, load_saved, nf4_config
-from phi3v.model.processing_phi3v import IMAGE_TAG, changed_settings
+from phi3v.model.processing_phi3v import changed_settings
 from phi3v.text import printable
 from phi3v.training.hardware import ATTENTION, DTYPES, choose_attention, choose_precision
 

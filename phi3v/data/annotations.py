@@ -13,8 +13,7 @@ from typing import BinaryIO
 from ..console import say
 from ..errors import BadExamples, InputError
 from ..inside import Inside, Outside, open_file, real_folders
-from ..model.processing_phi3v import IMAGE_TAG
-from ..model.tokenizer import END_TOKENS, OTHER_TOKENS, ROLE_TOKENS
+from ..model.chat import END_TOKENS, IMAGE_TAG, OTHER_TOKENS, ROLE_TOKENS
 from .image_folder import ImageFolder
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 

@@ -15,7 +15,7 @@ from ..model.chat import render
 from ..model.image_processing_phi3v import num_image_tokens
 from ..model.packing import IGNORE_INDEX
 from ..model.processing_phi3v import Phi3VProcessor, image_tag
-from ..model.tokenizer import ASSISTANT, END_OF_CONVERSATION, ROLE_TOKENS
+from ..model.chat import ASSISTANT, END_OF_CONVERSATION, ROLE_TOKENS
 from .images import image_name, image_size, read_image
 from .sizes import Size, digest
 

@@ -1,9 +1,11 @@
-"""Messages with images, as transformers' chat templates and pipelines have them → texts with image tags, and images."""
+"""The chat format: its tokens, and how messages with images, as transformers' chat templates and pipelines have them,
+become texts with image tags, and images."""
 
 import base64
 import binascii
 import io
 import os
+import re
 import urllib.request
 from itertools import groupby
 
@@ -12,6 +14,14 @@ from PIL import Image
 from ..errors import InputError
 from ..image_files import open_image_file
 from ..inside import open_file
+
+# The chat format's special tokens.
+ASSISTANT = "<|assistant|>"
+ROLE_TOKENS = ("<|user|>", ASSISTANT, "<|system|>")
+END_OF_CONVERSATION = "<|endoftext|>"
+END_TOKENS = ("<|end|>", END_OF_CONVERSATION)  # the first ends a turn
+OTHER_TOKENS = ("<s>", "</s>", "<unk>", "<|image|>")
+IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
 # The template in the Hub's tokenizer_config.json, and another that renders the same.
 CHAT_TEMPLATE = (

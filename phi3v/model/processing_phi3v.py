@@ -12,19 +12,11 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import to_py_obj
 
 from ..files import read_json, write_json
-from .chat import flatten
+from .chat import END_TOKENS, IMAGE_TAG, flatten
 from .configuration_phi3v import auto_map
 from .folder import check_files
 from .image_processing_phi3v import Phi3VImageProcessor, as_list
-from .tokenizer import (
-    END_TOKENS,
-    check_special_tokens,
-    tokenizer_errors,
-    use_known_chat_template,
-    write_merges_as_texts,
-)
-
-IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+from .tokenizer import check_special_tokens, tokenizer_errors, use_known_chat_template, write_merges_as_texts
 
 
 def image_tag(number: int) -> str:

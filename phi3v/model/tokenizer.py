@@ -9,14 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from ..console import say
 from ..errors import InputError
 from ..files import read_json, write_text
-from .chat import CHAT_TEMPLATE, SAME_CHAT_TEMPLATE
-
-# The chat format's special tokens.
-ASSISTANT = "<|assistant|>"
-ROLE_TOKENS = ("<|user|>", ASSISTANT, "<|system|>")
-END_OF_CONVERSATION = "<|endoftext|>"
-END_TOKENS = ("<|end|>", END_OF_CONVERSATION)  # the first ends a turn
-OTHER_TOKENS = ("<s>", "</s>", "<unk>", "<|image|>")
+from .chat import CHAT_TEMPLATE, END_OF_CONVERSATION, END_TOKENS, ROLE_TOKENS, SAME_CHAT_TEMPLATE
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import convert_ucf101
 from convert_ucf101 import InputError, class_problem, convert_video, find_videos, main, printable, why_not_a_video
 from phi3v.data.annotations import text_problem
 from phi3v.data.unsupported import tag_problem
-from phi3v.model.tokenizer import END_TOKENS, OTHER_TOKENS, ROLE_TOKENS
+from phi3v.model.chat import END_TOKENS, OTHER_TOKENS, ROLE_TOKENS
 
 
 def write_video(path, n=9, width=64, height=48, codec="mpeg4", format=None):

@@ -1,0 +1,19 @@
+"""Leaves progress bars and warnings to rank 0."""
+
+import warnings
+
+import datasets
+from transformers.utils import logging
+
+from .ranks import is_first
+
+
+def quiet_libraries(no_bars: bool):
+    """Lets libraries show progress bars and warnings on rank 0 alone, and with `no_bars` no bars."""
+    if no_bars:
+        logging.disable_progress_bar()
+    if not is_first():
+        warnings.simplefilter("ignore")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        datasets.disable_progress_bars()  # a bar would share its line with what rank 0 says
