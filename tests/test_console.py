@@ -129,3 +129,13 @@ def test_what_can_not_be_written_is_dropped(fault):
                 print("a line", file=stream, flush=True)
     finally:
         os.close(number)
+
+
+@pytest.mark.slow
+def test_the_model_alone_does_not_load_what_reads_tables():
+    """They take 80 MB."""
+    code = (
+        "import sys, phi3v; print([name for name in ('datasets', 'torch._inductor.compile_fx') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]
