@@ -21,7 +21,6 @@ from .deepspeed_config import check_agreement
 from .errors import BadExamples, blaming, first_of_node, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
-from .model import fused
 from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
 from .ranks import is_first
 from .report.card import write_model_card
@@ -32,6 +31,7 @@ from .training.checkpoints import disk_full_as_input_error, find_checkpoint, ref
 from .training.evaluation import Evaluation
 from .training.feature_cache import cache_features
 from .training.hardware import compute_dtype, describe_attention, device_memory, peak_flops, precision_of
+from .training.kernels import check_kernels
 from .training.meter import Meter
 from .training.outline import estimate_run
 from .training.output_folder import FINISHED, check_output, check_same_folder, is_finished, prepare_output
@@ -211,9 +211,7 @@ class Run:
     def begin(self, trainer: RecipeTrainer):
         """Fuses functions, says what will happen, shows an example, warns of settings, and caches vision features."""
         args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
-        fused.turn_off()  # of an earlier run in this process
-        if not args.no_fuse and training_args.device.type != "cpu":
-            say(*fused.turn_on(training_args.device, compute_dtype(training_args)))
+        check_kernels(self.config, args, training_args.device, compute_dtype(training_args))
         model, train_dataset = trainer.model, trainer.train_dataset
         activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
         data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))
