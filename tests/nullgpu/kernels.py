@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 DEVICE = torch.device("cuda", 0)
-ROWS = 10236  # of 4 pages
+ROWS = 2048, 500, 1024
 
 
 def compile_all() -> dict[str, dict[str, int]]:
@@ -39,7 +39,7 @@ def compile_all() -> dict[str, dict[str, int]]:
         for function in fused.Fused.every:
             code.clear()
             before = counters["stats"]["unique_graphs"]
-            for rows in (ROWS, ROWS // 4, 8 * ROWS):
+            for rows in ROWS:
                 function(*function.example(rows, torch.bfloat16, DEVICE))
             found[function.name] = {
                 "kernels": len(re.findall(r"triton_\w+\.run\(", code[0])),
