@@ -125,8 +125,9 @@ class Estimate:
         weights: bytes of the frozen weights.
         passes: bytes of activations and dequantised weights.
         """
-        # DistributedDataParallel has a second copy of the gradients, in buckets.
-        gradients = self.trained * 4 * (2 if self.world_size > 1 else 1)
+        # DistributedDataParallel has a second copy of the gradients, in buckets. On a CPU accelerate wraps it around a
+        # single process too.
+        gradients = self.trained * 4 * (2 if self.world_size > 1 or not self.on_gpu else 1)
         return weights + self.trained * 4, gradients, self.trained * 8, passes, 0.0
 
     def _with_deepspeed(self, weights: float, passes: float) -> tuple[float, ...]:
