@@ -27,11 +27,14 @@ evaluation asks for the last one. Metric: accuracy, the share of exact matches.
 from dataclasses import dataclass
 from pathlib import Path
 
+# First, because it says in one line if an installed package is too old for the others.
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
+
+# isort: split
 from peft import LoraConfig
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.annotations import read_conversations
 from phi3v.data.collate import PackingCollator
