@@ -10,7 +10,7 @@ httpx = getattr(_http, "httpx2", None) or _http.httpx
 
 
 def accelerator_memory() -> ModuleType:
-    """The module that has max_memory_allocated, reset_peak_memory_stats and empty_cache for the accelerator.
+    """The module with the accelerator's memory_allocated, max_memory_allocated, reset_peak_memory_stats, empty_cache.
 
     torch.accelerator has them from torch 2.9 on. Before, each kind of device has a module with them, as torch.cuda.
     """
