@@ -6,6 +6,8 @@
 #                flags with FLAGS="--stages right --minutes 10"
 # make shared    copies the blocks between `# shared:` and `# end shared` from finetune_hf_trainer_docvqa.py to the other
 #                training scripts
+# make test-oldest   installs the lower bounds of requirements.txt into .venv-oldest (about 6 GB), and runs the tests of
+#                the model, the data and the training with them
 #
 # PYTHON=python3.12 chooses the Python that creates .venv. A .venv that exists is used as it is.
 PYTHON ?= python3
@@ -24,7 +26,7 @@ FLAGS_frozen := --freeze_vision_model
 FLAGS_lora := --use_lora --learning_rate 2e-3
 FLAGS_qlora := --use_qlora --learning_rate 2e-3
 
-.PHONY: demo check-demo install test gpu-report shared
+.PHONY: demo check-demo install test test-oldest gpu-report shared
 
 demo: check-demo .venv/installed $(DATA)/made
 	@echo "== fine-tuning demo/base_checkpoint: TASK=$(TASK) MODE=$(MODE), one process per GPU or two on a CPU"
@@ -74,6 +76,16 @@ test: .venv/installed-test
 
 gpu-report: .venv/installed
 	$(BIN)/python benchmarks/gpu_report.py $(FLAGS)
+
+.venv-oldest/installed: requirements.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	sed -nE 's/^([a-z_]+)>=([^,]+).*/\1==\2/p' requirements.txt > .venv-oldest/requirements.txt
+	.venv-oldest/bin/pip install -q -r .venv-oldest/requirements.txt 'pytest>=9' hypothesis jsonschema
+	touch $@
+
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -q tests/test_old_versions.py tests/test_hub_faults.py \
+		tests/model tests/data tests/training
 
 shared:
 	$(PYTHON) tools/shared_blocks.py

@@ -143,6 +143,7 @@ def trainer_defaults() -> dict:
         "dataloader_num_workers": workers_per_process(),
         "dataloader_prefetch_factor": 4,  # micro-batches a worker: tiles are small, but images differ much in size
         "activation_checkpointing": None,  # as memory requires
+        "optim": "adamw_torch_fused",  # also with torch before 2.8, for which the Trainer has another default
         "ddp_timeout": 7200,  # seconds: other ranks wait while rank 0 downloads the data and looks through them
         "logging_nan_inf_filter": False,  # it hides NaN losses, and waits for the device at every micro-batch
         "ddp_find_unused_parameters": False,  # no parameter is unused: see Phi3VModel._needs_vision_graph

@@ -13,6 +13,7 @@ from accelerate.utils import check_cuda_p2p_ib_support, gather_object
 
 from ..errors import InputError
 from ..model.varlen import KERNELS, kernels_best_first
+from ..old_versions import accelerator_memory
 from ..ranks import local_world_size
 
 ATTENTION = (*KERNELS, "sdpa", "eager")
@@ -193,7 +194,7 @@ def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
     measured with a matrix product in `dtype`."""
     if torch.cuda.is_available() and (peak := published_peak(torch.cuda.get_device_name())):
         return peak, "published"
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = best_device()
     n = 8192 if device.type != "cpu" else 1536
     square, best = torch.ones(n, n, dtype=dtype, device=device), float("inf")
     for _ in range(4):
@@ -202,6 +203,11 @@ def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
         wait_for_device()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best, "measured with a matrix product"
+
+
+def best_device() -> torch.device:
+    """The accelerator, if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def wait_for_device():
@@ -213,7 +219,7 @@ def wait_for_device():
 def peak_memory() -> int:
     """Bytes: the most that tensors have taken on the accelerator; on a CPU the largest resident size of the process."""
     if torch.accelerator.is_available():
-        return torch.accelerator.max_memory_allocated()
+        return accelerator_memory().max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -16,6 +16,8 @@ from phi3v.model import functional, fused, norms
 from phi3v.model.functional import QuickGELU, _quick_gelu, rotate, swiglu
 
 CPU = torch.device("cpu")
+# Its name before torch 2.7 is cache_size_limit.
+RECOMPILE_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +116,7 @@ def test_all_ranks_run_plain_functions_if_one_must(monkeypatch):
     assert not any(function.compiled for function in fused.Fused.every)
 
 
-@torch._dynamo.config.patch(recompile_limit=1)
+@torch._dynamo.config.patch({RECOMPILE_LIMIT: 1})
 def test_a_function_that_can_not_be_compiled_later_runs_plain():
     fused.compile_all(CPU, backend="eager")
     with warnings.catch_warnings(action="error"):
