@@ -23,7 +23,7 @@ from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
 from .training.checkpoints import MANIFEST, find_checkpoint, numbered, stored_settings
-from .training.hardware import choose_attention, choose_precision, disable_direct_links
+from .training.hardware import choose_attention, choose_precision, disable_direct_links, use_plain_cpu
 from .training.optimizer import check_optimizer
 from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
 
@@ -227,6 +227,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         training_args = TrainingArguments(**trainer)
     except (ValueError, TypeError, ImportError, RecursionError) as e:
         raise InputError(" ".join(str(e).split())) from None
+    use_plain_cpu(training_args)
     if not args.evaluate_only:
         check_optimizer(training_args)
     return training_args

@@ -24,6 +24,7 @@ from ..model.generation import use_own_settings
 from ..ranks import is_first
 from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
+from .hardware import use_plain_cpu
 from .health import TrainingHealth
 from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
@@ -71,6 +72,7 @@ class RecipeTrainer(Trainer):
         **kwargs,
     ):
         try:
+            use_plain_cpu(kwargs["args"])
             with blaming("report_to", kwargs["args"].report_to):
                 super().__init__(callbacks=[run.preemption], **kwargs)
         except RuntimeError as e:
