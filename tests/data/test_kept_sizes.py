@@ -57,19 +57,20 @@ def test_nothing_is_measured_again(folder, processor, counted):
     assert sizes_of([data[2], data[0]], again, counted) == ([first[2], first[0]], [])
 
 
-def replaced(path, same_size=False):
-    """Another image in a file; with `same_size` in a file of as many bytes, whose time of change was set back."""
+def replaced(path, unnoticed=False):
+    """Another image in a file; with `unnoticed` one of as many bytes, and with the time of the old one."""
     before = os.stat(path)
     Image.new("RGB", (200, 50)).save(path)
-    if same_size:
-        content = path.read_bytes()
-        assert len(content) < 2000
+    if unnoticed:
+        Image.new("RGB", (60, 70)).save(path)
+        path.write_bytes(path.read_bytes().ljust(before.st_size, b"\0"))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert os.stat(path).st_size == before.st_size
 
 
 CHANGES = {
     "an image": lambda folder, data: replaced(folder / "1.png"),
-    "an image, with the time of the old one": lambda folder, data: replaced(folder / "1.png", same_size=True),
+    "an image, of the same size and time": lambda folder, data: replaced(folder / "1.png", unnoticed=True),
     "the time of an image": lambda folder, data: os.utime(folder / "1.png", ns=(1, 1)),
     "a question": lambda folder, data: data[1]["conversations"][0].update(user="Which one is it?"),
     "an answer": lambda folder, data: data[1]["conversations"][0].update(assistant="no no"),
