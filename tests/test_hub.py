@@ -505,12 +505,15 @@ def test_tables_are_kept_elsewhere_if_the_cache_is_read_only(reachable, tmp_path
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    tables._writable_cache.cache_clear()
+    tables.writable_cache.cache_clear()
     for _ in range(2):
         assert load_table(MINI, None, "test", None, {}).num_rows == 16
     said = capsys.readouterr().out
-    assert said.count("can't be written to: tables are kept in") == 1 and "HF_DATASETS_CACHE chooses another" in said
-    tables._writable_cache.cache_clear()
+    assert (
+        said.count("can't be written to: tables and sizes are kept in") == 1
+        and "HF_DATASETS_CACHE chooses another" in said
+    )
+    tables.writable_cache.cache_clear()
 
 
 def test_a_cache_that_cannot_be_written_to(reachable, tmp_path, monkeypatch):
