@@ -1,11 +1,32 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and how tests are divided among the processes of `make test`."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import helpers
 import pytest
+from filelock import FileLock
+
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ  # whether this is one of several processes that share the tests
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+def pytest_collection_modifyitems(items):
+    """Tests that are to run in the same process are a group: those of one file, whose fixtures are made once for all of
+    them, and those that use the same two ranks or the same stand-in for a GPU. Groups that take long start first, so
+    that no process is left with one of them at the end."""
+    if not PARALLEL:
+        return
+    order = {}
+    for item in items:
+        slow = item.get_closest_marker("slow") is not None
+        shared = [name for name in ("ranks", "on_stand_in") if name in item.fixturenames]
+        group = shared[0] if shared else f"{item.path.relative_to(helpers.ROOT)}{' slow' if slow else ''}"
+        item.add_marker(pytest.mark.xdist_group(group))
+        order[item] = (not shared, not slow)
+    items.sort(key=order.get)
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +75,34 @@ def only_slow_tests_start_processes(request):
 
 
 @pytest.fixture(scope="session")
-def toy_data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    helpers.write_toy_data(folder)
-    return folder
+def made_once(tmp_path_factory):
+    """made_once(name, make): a folder that `make(folder)` has filled, once for all processes that share the tests.
+    Tests must not change it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if PARALLEL else base
+
+    def get(name, make) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # left by a test that failed in `make`
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def toy_tables(tmp_path_factory) -> Path:
+def toy_data(made_once) -> Path:
+    return made_once("toy", helpers.write_toy_data)
+
+
+@pytest.fixture(scope="session")
+def toy_tables(made_once) -> Path:
     """A --data_dir for the three tasks whose data are tables."""
-    folder = tmp_path_factory.mktemp("tables")
-    helpers.write_toy_tables(folder)
-    return folder
+    return made_once("tables", helpers.write_toy_tables)
 
 
 @pytest.fixture(scope="session")
@@ -96,43 +133,50 @@ def toy_batch(toy_data, toy_examples):
 
 
 @pytest.fixture(scope="session")
-def saved_run(toy_data, tmp_path_factory):
+def saved_run(toy_data, made_once):
     """saved_run(mode): the output folder of a short training, which is made when a test first asks for it. Tests must
     not change it."""
-    made = {}
 
     def get(mode) -> Path:
-        if mode not in made:
-            made[mode] = tmp_path_factory.mktemp(mode)
-            helpers.train(toy_data, made[mode], *helpers.FAR, *helpers.SAVED_MODES[mode])
-        return made[mode]
+        flags = [*helpers.FAR, *helpers.SAVED_MODES[mode]]
+        return made_once(f"saved-{mode}", lambda folder: helpers.train(toy_data, folder, *flags))
 
     return get
 
 
 @pytest.fixture(scope="session")
-def finished_run(toy_data, tmp_path_factory):
+def finished_run(toy_data, made_once):
     """finished_run(mode): the output folder of a finished training with checkpoints, which is made when a test first
     asks for it. Tests must not change it."""
-    made = {}
 
     def get(mode) -> Path:
-        if mode not in made:
-            made[mode] = tmp_path_factory.mktemp("finished") / "out"
-            helpers.train_resumable(toy_data, made[mode], *helpers.RESUMABLE_MODES[mode])
-        return made[mode]
+        flags = helpers.RESUMABLE_MODES[mode]
+        number = list(helpers.RESUMABLE_MODES).index(mode)
+        return made_once(f"finished-{number}", lambda folder: helpers.train_resumable(toy_data, folder, *flags))
 
     return get
 
 
 @pytest.fixture(scope="session")
-def hub_repositories(tmp_path_factory) -> Path:
+def ranks(toy_data, tmp_path_factory):
+    """Two ranks, on which tests train one after another: ranks.train(*flags). The first command that they run is that
+    of `zero3_evaluation`, because it must run in new processes."""
+    from two_ranks import TwoRanks
+
+    folder = tmp_path_factory.mktemp("ranks")
+    flags = ["--evaluate_only", "--fp32", "--deepspeed", helpers.ROOT / "ds_config" / "zero3.json"]
+    with TwoRanks(folder, helpers.environment()) as ranks:
+        out = folder / "zero3_evaluation"
+        ranks.zero3_evaluation = ranks.train(*helpers.arguments(toy_data, out, *flags)), out
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def hub_repositories(made_once) -> Path:
     """Small models and data sets with the Hub's names and layouts. Tests must not change them."""
     from hub_repositories import write_repositories
 
-    folder = tmp_path_factory.mktemp("hub")
-    write_repositories(folder)
-    return folder
+    return made_once("hub", write_repositories)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from two_ranks import LAUNCH_TWO_RANKS
 
 from phi3v.arguments import parse_arguments
 
@@ -117,39 +118,6 @@ def digest_of_weights(out: Path) -> str:
 
 # ---- Processes
 
-# Started by torchrun: the script, and a file with the weights' hash, losses and engine of every rank.
-DRIVER = """
-import hashlib, json, os, sys
-import torch.distributed
-import finetune_hf_trainer_ucf101 as script
-from phi3v.errors import exit_on_input_error
-
-all_reduce, sizes = torch.distributed.all_reduce, []
-
-
-def counted_all_reduce(tensor, *args, **kwargs):
-    sizes.append(tensor.numel())
-    return all_reduce(tensor, *args, **kwargs)
-
-
-def run():
-    torch.distributed.all_reduce = counted_all_reduce
-    trainer = script.main(sys.argv[1:])
-    digest = hashlib.sha256()
-    for name, tensor in sorted(trainer.accelerator.unwrap_model(trainer.model).state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().numpy().tobytes())
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    engine = type(trainer.model_wrapped).__name__
-    path = os.path.join(trainer.args.output_dir, f"rank{os.environ['RANK']}.json")
-    with open(path, "w") as file:
-        found = {"weights": digest.hexdigest(), "losses": losses, "engine": engine}
-        json.dump(found | {"gradients_sent": sum(n > 10_000 for n in sizes)}, file)
-
-
-exit_on_input_error(run)
-"""
-LAUNCH_TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
 
 def environment(**more) -> dict[str, str]:
     """The environment of a process that a test starts, without the variables that trainings in this process set."""
@@ -162,14 +130,6 @@ def torchrun(program, *flags) -> subprocess.CompletedProcess:
     """Runs a program on two ranks and waits for its end."""
     command = [sys.executable, *LAUNCH_TWO_RANKS, str(program), *map(str, flags)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-
-
-def two_ranks(data, folder, *flags) -> list[dict]:
-    """Trains on two ranks, with the output in `folder`/out; returns what DRIVER writes about each rank."""
-    (folder / "driver.py").write_text(DRIVER)
-    run = torchrun(folder / "driver.py", *arguments(data, folder / "out", *flags))
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads((folder / "out" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
 # ---- Data

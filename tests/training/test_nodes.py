@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import stat
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import DRIVER, arguments, environment, two_ranks
+from helpers import ROOT, arguments, environment
 from safetensors.torch import load_file
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
@@ -21,6 +22,19 @@ from phi3v.training.checkpoints import damage
 
 FLAGS = "--max_steps 6 --batch_size 4 --learning_rate 1e-3 --save_steps 3 --per_device_eval_batch_size 2".split()
 STEPS = 6
+# Trains, and writes a file with what this rank has found.
+DRIVER = """
+import json, os, pathlib, sys
+from phi3v.errors import exit_on_input_error
+from two_ranks import train_and_report
+
+def run():
+    found = train_and_report("finetune_hf_trainer_ucf101", sys.argv[1:])
+    pathlib.Path(__file__).with_name(f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+    sys.exit("failure" in found)
+
+exit_on_input_error(run)
+"""
 
 
 @dataclass
@@ -89,6 +103,7 @@ def run_nodes(hosts, program: Path, *flags):
             command = [*host.enter, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}"]
             command += ["--nproc_per_node=1", f"--master_addr={hosts[0].address}", f"--master_port={port}", program]
             env = environment(GLOO_SOCKET_IFNAME=host.interface)
+            env["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'tests'}"
             with open(logs[rank], "w") as log:
                 # What a node has written is told by its permissions: only node 0 lets a group read.
                 umask = 0o077 if rank else 0o022
@@ -115,20 +130,15 @@ def kill(program: Path):
                 process.kill()
 
 
-@pytest.fixture(scope="module")
-def on_one_node(toy_data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one_node")
-    return two_ranks(toy_data, folder, *FLAGS), folder / "out"
-
-
 @pytest.mark.slow
-def test_two_nodes_are_one_training(toy_data, tmp_path, on_one_node):
+def test_two_nodes_are_one_training(ranks, toy_data, tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
     out = tmp_path / "out"
     with two_hosts() as hosts:
         run_nodes(hosts, tmp_path / "driver.py", *arguments(toy_data, out, *FLAGS))
-    (expected, _), expected_out = on_one_node
-    first, second = [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    expected_out = tmp_path / "one_node"
+    expected, _ = ranks.train(*arguments(toy_data, expected_out, *FLAGS))
+    first, second = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert first == second and first["engine"] == "DeepSpeedEngine"
     assert len(first["losses"]) == STEPS and first["losses"] == pytest.approx(expected["losses"], rel=1e-6)
     weights, expected_weights = load_file(out / "model.safetensors"), load_file(expected_out / "model.safetensors")
@@ -143,12 +153,12 @@ def test_two_nodes_are_one_training(toy_data, tmp_path, on_one_node):
     assert json.loads((out / "finished.json").read_text()) == json.loads((expected_out / "finished.json").read_text())
     assert damage(out / "checkpoint-3") is None
 
-    # Node 0 writes everything but node 1's share of the optimizer's state, its random numbers, and the driver's report.
+    # Node 0 writes everything but node 1's share of the optimizer's state, and its random numbers.
     # (Weights get permissions of their own, from safetensors.)
     files = [path for path in out.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
     from_node_1 = {str(path.relative_to(out)) for path in files if not path.stat().st_mode & stat.S_IRGRP}
     own = ("rng_state_1.pth", "global_step{0}/zero_pp_rank_1_mp_rank_00_optim_states.pt")
-    assert from_node_1 == {"rank1.json"} | {f"checkpoint-{n}/{name.format(n)}" for n in (3, 6) for name in own}
+    assert from_node_1 == {f"checkpoint-{n}/{name.format(n)}" for n in (3, 6) for name in own}
     assert {path.relative_to(out) for path in out.rglob("*")} == {
         path.relative_to(expected_out) for path in expected_out.rglob("*")
     }

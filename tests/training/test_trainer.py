@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import CHECKPOINT, ROOT, SHORT, SIX_STEPS, arguments, train_losses, train_resumable, two_ranks
+from helpers import CHECKPOINT, ROOT, SHORT, SIX_STEPS, arguments, train_losses, train_resumable
 from safetensors.torch import load_file
 
 import finetune_hf_trainer_ucf101 as script
@@ -67,10 +67,10 @@ def test_micro_batches_of_four(toy_data, tmp_path, one_process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero1", "zero2", "zero2_offload", "zero3"])
-def test_two_ranks_under_deepspeed_are_one_training(config, toy_data, tmp_path, one_process):
+def test_two_ranks_under_deepspeed_are_one_training(config, ranks, toy_data, tmp_path, one_process):
     flags = [*SIX_STEPS, "--batch_size_per_gpu", "1", "--deepspeed", ROOT / "ds_config" / f"{config}.json"]
     flags += ["--per_device_eval_batch_size", "1"]  # ZeRO-3 waits for ever if text and images make ranks differ
-    first, second = two_ranks(toy_data, tmp_path, *flags)
+    first, second = ranks.train(*arguments(toy_data, tmp_path / "out", *flags))
     assert first["losses"] == second["losses"] and first["engine"] == "DeepSpeedEngine"
     assert first == second or config == "zero3"  # where each rank keeps its own part of the weights
     # Six steps of two micro-batches. ZeRO-1 sends gradients once a step.
@@ -79,25 +79,25 @@ def test_two_ranks_under_deepspeed_are_one_training(config, toy_data, tmp_path, 
 
 
 @pytest.mark.slow
-def test_two_ranks_without_deepspeed_are_one_training(toy_data, tmp_path, one_process):
+def test_two_ranks_without_deepspeed_are_one_training(ranks, toy_data, tmp_path, one_process):
     flags = [*SIX_STEPS, "--batch_size_per_gpu", "2", "--deepspeed", "none"]
-    first, second = two_ranks(toy_data, tmp_path, *flags)
+    first, second = ranks.train(*arguments(toy_data, tmp_path / "out", *flags))
     assert first == second and first["engine"] == "DistributedDataParallel"
     assert_same_run(first["losses"], tmp_path / "out", one_process)
 
 
 @pytest.mark.slow
-def test_two_ranks_with_micro_batches_filled_by_tokens_are_one_training(toy_data, tmp_path, one_process):
+def test_two_ranks_with_micro_batches_filled_by_tokens_are_one_training(ranks, toy_data, tmp_path, one_process):
     flags = [*SIX_STEPS, "--max_tokens_per_gpu", "900", "--deepspeed", ROOT / "ds_config" / "zero2.json"]
-    first, second = two_ranks(toy_data, tmp_path, *flags)
+    first, second = ranks.train(*arguments(toy_data, tmp_path / "out", *flags))
     assert first == second and first["engine"] == "DeepSpeedEngine"
     assert_same_run(first["losses"], tmp_path / "out", one_process)
 
 
 @pytest.mark.slow
-def test_a_whole_run_with_frozen_vision_in_bf16(toy_data, tmp_path):
+def test_a_whole_run_with_frozen_vision_in_bf16(ranks, toy_data, tmp_path):
     flags = "--freeze_vision_model --bf16 --num_train_epochs 2 --batch_size 8 --batch_size_per_gpu 2".split()
-    first, second = two_ranks(toy_data, tmp_path, *flags, "--learning_rate", "1e-2")
+    first, second = ranks.train(*arguments(toy_data, tmp_path / "out", *flags, "--learning_rate", "1e-2"))
     assert first == second and len(first["losses"]) == 6
     out = tmp_path / "out"
     saved, base = load_file(out / "model.safetensors"), load_file(CHECKPOINT / "model.safetensors")
