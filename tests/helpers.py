@@ -129,7 +129,7 @@ def environment(**more) -> dict[str, str]:
 def torchrun(program, *flags) -> subprocess.CompletedProcess:
     """Runs a program on two ranks and waits for its end."""
     command = [sys.executable, *LAUNCH_TWO_RANKS, str(program), *map(str, flags)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
 
 
 # ---- Data

@@ -532,7 +532,7 @@ def start(server: LoopbackHub, home: Path, *command, **environment) -> subproces
     server.requests.clear()
     variables = server.environment(home, **environment)
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=900)
 
 
 def short_training(out: Path, *flags) -> list:

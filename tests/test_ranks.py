@@ -72,6 +72,6 @@ def test_start_alone_sets_what_torchrun_would_set_and_keeps_what_it_has_set(no_g
 def test_a_process_ends_with_its_status_and_without_taking_python_down(tmp_path):
     (tmp_path / "ending.py").write_text(ENDING)
     command = [sys.executable, tmp_path / "ending.py"]
-    done = subprocess.run(command, env=helpers.environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=helpers.environment(), capture_output=True, text=True, timeout=900)
     said = "thread ran\nhandler ran\nstatus {}\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, said.format(0) + said.format(75), "")

@@ -158,7 +158,7 @@ exit_on_input_error(main)
 def test_logs_warnings_and_tracebacks_are_masked(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py")]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert run.returncode == 1 and "sent ••• to the Hub" in run.stderr and "UserWarning: ••• is old" in run.stderr
     assert "Traceback" in run.stderr and run.stderr.endswith("ValueError: ••• is wrong\n")
     # A traceback shows lines of the program, so the program's own text is masked there too.

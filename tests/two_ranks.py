@@ -17,8 +17,10 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
+
 LAUNCH_TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-LIMIT = 300  # seconds for a training; only one that hangs takes so long
+LIMIT = 900  # seconds for a training; only one that hangs takes so long, however busy the machine is
 
 
 class TwoRanks:
@@ -76,30 +78,26 @@ class TwoRanks:
             )
 
     def end(self, kill: bool = False):
+        """Ends the processes, and waits for that. kill: they may hang, or not have read the command before."""
         if self.torchrun is None:
             return
+        torchrun, self.torchrun = self.torchrun, None
         if kill:
-            import psutil
-
             with contextlib.suppress(psutil.NoSuchProcess):
-                for process in [*psutil.Process(self.torchrun.pid).children(recursive=True), self.torchrun]:
+                for process in [*psutil.Process(torchrun.pid).children(recursive=True), torchrun]:
                     process.kill()
         for pipe in (*self.commands, *self.answers):
             os.close(pipe)  # the ranks read the end of their commands, and end
-        try:
-            self.torchrun.wait(timeout=60)
-        finally:
-            self.torchrun.kill()
-            self.torchrun = None
+        torchrun.wait(timeout=LIMIT)
 
 
 # ---- In each of the two processes
 
 
 def train_and_report(module: str, flags: list[str]) -> dict:
-    """Trains, and returns the weights' hash, the losses, the engine, and how often gradients were sent; or `error`, the
-    message of an InputError; or `failure`, the traceback of another exception. `already_joined` says whether there was
-    a process group before."""
+    """Trains with the script `module`. Returns the weights' hash, the losses, the engine, and how often gradients were
+    sent; or `error`, the message of an InputError; or `failure`, the traceback of another exception. `already_joined`
+    says whether there was a process group before."""
     import importlib
 
     import torch.distributed as dist

@@ -110,10 +110,10 @@ def run_nodes(hosts, program: Path, *flags):
                 running.append(
                     subprocess.Popen(list(map(str, [*command, *flags])), env=env, stdout=log, stderr=log, umask=umask)
                 )
-        end = time.monotonic() + 300
+        end = time.monotonic() + 900
         while any(process.poll() is None for process in running):
             assert not any(process.poll() for process in running), output()
-            assert time.monotonic() < end, f"no end in 300 s\n{output()}"
+            assert time.monotonic() < end, f"no end in 900 s\n{output()}"
             time.sleep(0.1)
         assert [process.returncode for process in running] == [0, 0], output()
     finally:
