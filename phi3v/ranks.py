@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import datetime
 import os
-import socket
 import sys
 import threading
 
@@ -41,10 +40,9 @@ def start_alone():
     """Makes this process a world of one if torchrun did not start it: sets the variables that torch, accelerate and
     DeepSpeed read."""
     if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        # Port 0 is any free one, which the system chooses when the process group is made. A port chosen here could be
+        # taken by another program until then, because the model and the data are loaded in between.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def join_after_restart(timeout: float) -> bool:
