@@ -1,32 +1,29 @@
-"""Fixtures that several test files use, and how tests are divided among the processes of `make test`."""
+"""Fixtures that several test files use.
 
+`make test` lets several processes share the tests, file by file. What takes long to make is made once for all of them.
+"""
+
+import json
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import helpers
 import pytest
 from filelock import FileLock
+from safetensors.torch import load_file
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ  # whether this is one of several processes that share the tests
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """Tests that are to run in the same process are a group: those of one file, whose fixtures are made once for all of
-    them, and those that use the same two ranks or the same stand-in for a GPU. Groups that take long start first, so
-    that no process is left with one of them at the end."""
-    if not PARALLEL:
-        return
-    order = {}
-    for item in items:
-        slow = item.get_closest_marker("slow") is not None
-        shared = [name for name in ("ranks", "on_stand_in") if name in item.fixturenames]
-        group = shared[0] if shared else f"{item.path.relative_to(helpers.ROOT)}{' slow' if slow else ''}"
-        item.add_marker(pytest.mark.xdist_group(group))
-        order[item] = (not shared, not slow)
-    items.sort(key=order.get)
+    """Where several processes share the tests, the files with the most slow tests start first, so that no process is
+    left with one of them at the end."""
+    if PARALLEL:
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)
@@ -158,17 +155,17 @@ def finished_run(toy_data, made_once):
 
 
 @pytest.fixture(scope="session")
-def ranks(toy_data, tmp_path_factory):
-    """Two ranks, on which tests train one after another: ranks.train(*flags). The first command that they run is that
-    of `zero3_evaluation`, because it must run in new processes."""
-    from two_ranks import TwoRanks
+def one_process(toy_data, made_once) -> tuple[list[float], dict]:
+    """Losses and weights of six steps of SGD on four examples each, one example at a time. Any other division into
+    micro-batches, or among ranks, must give these numbers."""
 
-    folder = tmp_path_factory.mktemp("ranks")
-    flags = ["--evaluate_only", "--fp32", "--deepspeed", helpers.ROOT / "ds_config" / "zero3.json"]
-    with TwoRanks(folder, helpers.environment()) as ranks:
-        out = folder / "zero3_evaluation"
-        ranks.zero3_evaluation = ranks.train(*helpers.arguments(toy_data, out, *flags)), out
-        yield ranks
+    def make(folder):
+        flags = [*helpers.SIX_STEPS, "--deepspeed", "none", "--batch_size_per_gpu", "1"]
+        losses = helpers.train_losses(toy_data, folder / "out", *flags)
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+    folder = made_once("one_process", make)
+    return json.loads((folder / "losses.json").read_text()), load_file(folder / "out" / "model.safetensors")
 
 
 @pytest.fixture(scope="session")

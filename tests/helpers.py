@@ -8,12 +8,15 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from safetensors.torch import load_file
 from two_ranks import LAUNCH_TWO_RANKS
 
 from phi3v.arguments import parse_arguments
@@ -116,6 +119,16 @@ def digest_of_weights(out: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
+def assert_same_run(losses, out: Path, one_process):
+    """Compares the losses and the saved weights of a training with those of the fixture `one_process`."""
+    expected_losses, expected = one_process
+    assert len(losses) == 6 and losses == pytest.approx(expected_losses, rel=1e-5)
+    weights = load_file(out / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5)
+
+
 # ---- Processes
 
 
@@ -130,6 +143,25 @@ def torchrun(program, *flags) -> subprocess.CompletedProcess:
     """Runs a program on two ranks and waits for its end."""
     command = [sys.executable, *LAUNCH_TWO_RANKS, str(program), *map(str, flags)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+
+
+def start_training(program, *flags, **variables) -> subprocess.Popen:
+    """program: arguments of Python before the script's name. variables: added to the environment."""
+    command = [sys.executable, *program, ROOT / "finetune_hf_trainer_ucf101.py", *RESUMABLE, *flags]
+    return subprocess.Popen(
+        list(map(str, command)),
+        env=environment(**variables),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for_checkpoint(process: subprocess.Popen, out: Path):
+    end = time.monotonic() + 900
+    while not any(out.glob("checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0][-3000:]
+        time.sleep(0.005)
 
 
 # ---- Data

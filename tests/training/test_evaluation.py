@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from helpers import CHECKPOINT, SHORT, arguments, parse_command
 
@@ -25,14 +24,6 @@ def test_answers_come_in_order_whatever_the_batch(processor, toy_examples):
     assert len(set(wanted)) > 1
     for batch_size in (1, 4, 16):
         assert generate_answers(model, processor, data, batch_size, 12, disable_tqdm=True) == wanted
-
-
-@pytest.mark.slow
-def test_evaluation_alone_runs_under_zero_3(ranks):
-    """ZeRO-3 splits the model while it loads, so the process group must exist before."""
-    found, out = ranks.zero3_evaluation
-    assert found == [{"already_joined": False}] * 2
-    assert json.loads((out / "evaluation.json").read_text())["num_examples"] == 6
 
 
 def test_a_prediction_belongs_to_its_example_although_others_are_left_out(processor, toy_examples):

@@ -1,16 +1,11 @@
 """A signal stops a training with a checkpoint, and a killed training resumes."""
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from helpers import RESUMABLE, RESUMABLE_MODES, ROOT, digest_of_weights, environment, train_resumable
-from two_ranks import LAUNCH_TWO_RANKS
+from helpers import RESUMABLE_MODES, digest_of_weights, start_training, train_resumable, wait_for_checkpoint
 
 from phi3v.training import stopping
 from phi3v.training.checkpoints import damage
@@ -33,29 +28,11 @@ def test_two_signals_within_seconds_count_as_one(monkeypatch):
             signal.signal(number, handler)
 
 
-def start(program, *flags, **variables):
-    command = [sys.executable, *program, ROOT / "finetune_hf_trainer_ucf101.py", *RESUMABLE, *flags]
-    return subprocess.Popen(
-        list(map(str, command)),
-        env=environment(**variables),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def wait_for_checkpoint(process, out):
-    end = time.monotonic() + 900
-    while not any(out.glob("checkpoint-*")):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0][-3000:]
-        time.sleep(0.005)
-
-
 @pytest.mark.slow
 def test_a_signal_ends_a_run_with_a_checkpoint(toy_data, tmp_path, finished_run):
     out = tmp_path / "out"
     flags = ["--data_dir", toy_data, "--output_dir", out, *RESUMABLE_MODES["full"]]
-    process = start([], *flags, HF_TOKEN="hf_secret", WANDB_API_KEY="wandb_secret")
+    process = start_training([], *flags, HF_TOKEN="hf_secret", WANDB_API_KEY="wandb_secret")
     wait_for_checkpoint(process, out)
     process.send_signal(signal.SIGUSR1)
     output = process.communicate(timeout=900)[0]
@@ -67,34 +44,3 @@ def test_a_signal_ends_a_run_with_a_checkpoint(toy_data, tmp_path, finished_run)
     assert "_secret" not in output
     train_resumable(toy_data, out, *RESUMABLE_MODES["full"], "--resume_from_checkpoint", "auto")
     assert digest_of_weights(out) == digest_of_weights(finished_run("full"))
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_and_the_training_resumes_after_a_rank_was_killed(ranks, toy_data, tmp_path):
-    """Kills one of two ranks under ZeRO-2. After torchrun's restart the training resumes from the newest checkpoint."""
-    flags = ["--data_dir", toy_data, "--batch_size_per_gpu", "1", "--save_total_limit", "2"]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    ranks.train(*RESUMABLE, *flags, "--output_dir", whole)
-    process = start([*LAUNCH_TWO_RANKS, "--max-restarts=1"], *flags, "--output_dir", out)
-    wait_for_checkpoint(process, out)
-    (victim,) = [pid for pid, environment in descendants(process.pid) if "LOCAL_RANK=1" in environment]
-    os.kill(victim, signal.SIGKILL)
-    output = process.communicate(timeout=900)[0]
-    assert process.returncode == 0, output[-3000:]
-    assert "resuming from" in output and digest_of_weights(out) == digest_of_weights(whole)
-    curves = []
-    for folder in (whole, out):
-        history = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
-        curves.append([(entry["step"], entry["loss"]) for entry in history if "loss" in entry])
-    assert curves[0] == curves[1] and [step for step, _ in curves[1]] == list(range(1, 13))
-    assert len(list(out.glob("checkpoint-*"))) == 2 and not (out / "unfinished").exists()
-
-
-def descendants(parent: int) -> list[tuple[int, list[str]]]:
-    """The training processes that a torchrun has started, with their environments."""
-    import psutil
-
-    found = []
-    for child in psutil.Process(parent).children():
-        found.append((child.pid, [f"{k}={v}" for k, v in child.environ().items()]))
-    return found
