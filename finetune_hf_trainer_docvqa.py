@@ -23,9 +23,17 @@ trains on HuggingFaceM4/the_cauldron (docvqa), with several questions a page. Me
 distance how close an answer comes to the nearest right one.
 """
 
+import os
+import signal
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+
+# shared: ctrl-c. A block between "shared" and "end shared" is the same in every script that has it: edit it in
+# finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
+if __name__ == "__main__":  # Ctrl-C while the libraries load ends without a traceback, with the status of a stopped run
+    signal.signal(signal.SIGINT, lambda *_: os._exit(75))
+# end shared
 
 from datasets import Image
 from peft import LoraConfig
@@ -68,8 +76,7 @@ class RecipeArguments(RunArguments):
     full_train: bool = HfArg(default=False, help="train on all of the_cauldron's DocVQA, instead of 1,000 questions")
     eval_split: str = HfArg(default="test", help="split of docvqa_1200_examples to evaluate on")
     num_crops: int = HfArg(default=16, help="at most this many crops per image, 1 to 16: more detail takes more time")
-    # shared: flags. A block between "shared" and "end shared" is the same in every script that has it: edit it in
-    # finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
+    # shared: flags
     max_train_samples: int | None = HfArg(default=None, help="train on the first N examples only")
     max_eval_samples: int | None = HfArg(default=None, help="evaluate on the first N examples only")
     model_name_or_path: str = HfArg(default="microsoft/Phi-3.5-vision-instruct", help="a folder, or a name on the Hub")
@@ -84,7 +91,7 @@ class RecipeArguments(RunArguments):
     use_dora: bool = HfArg(default=False, help="with LoRA: DoRA, often a bit better, and slower")
     train_separators: bool = HfArg(default=False, help="with LoRA: train the separators of crop rows and images too")
     batch_size: int = HfArg(default=16, help="examples per optimizer step, over all processes")
-    batch_size_per_gpu: int = HfArg(default=1, help="micro-batch: examples that a process handles at once")
+    batch_size_per_gpu: int = HfArg(default=1, help="examples in a micro-batch; default: 1; on a GPU as many as fit")
     wd: float = HfArg(default=0.01, help="weight decay")
     vision_lr: float | None = HfArg(default=None, help="learning rate of the tower; default: --learning_rate")
     projector_lr: float | None = HfArg(default=None, help="for projector and separators; default: --learning_rate")

@@ -23,8 +23,16 @@ True or False. Its only split is train; the first statement of each of the first
 Metric: accuracy, the share of exact matches.
 """
 
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
+
+# shared: ctrl-c. A block between "shared" and "end shared" is the same in every script that has it: edit it in
+# finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
+if __name__ == "__main__":  # Ctrl-C while the libraries load ends without a traceback, with the status of a stopped run
+    signal.signal(signal.SIGINT, lambda *_: os._exit(75))
+# end shared
 
 from peft import LoraConfig
 from transformers import TrainingArguments
@@ -60,8 +68,7 @@ class RecipeArguments(RunArguments):
     eval_split: str | None = HfArg(default=None, help="split to evaluate on; default: the first 500 rows of train")
     as_turns: bool = HfArg(default=False, help="train on all statements of a pair as turns of one conversation")
     num_crops: int = HfArg(default=16, help="at most this many crops per image, 1 to 16: more detail takes more time")
-    # shared: flags. A block between "shared" and "end shared" is the same in every script that has it: edit it in
-    # finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
+    # shared: flags
     max_train_samples: int | None = HfArg(default=None, help="train on the first N examples only")
     max_eval_samples: int | None = HfArg(default=None, help="evaluate on the first N examples only")
     model_name_or_path: str = HfArg(default="microsoft/Phi-3.5-vision-instruct", help="a folder, or a name on the Hub")
@@ -76,7 +83,7 @@ class RecipeArguments(RunArguments):
     use_dora: bool = HfArg(default=False, help="with LoRA: DoRA, often a bit better, and slower")
     train_separators: bool = HfArg(default=False, help="with LoRA: train the separators of crop rows and images too")
     batch_size: int = HfArg(default=16, help="examples per optimizer step, over all processes")
-    batch_size_per_gpu: int = HfArg(default=1, help="micro-batch: examples that a process handles at once")
+    batch_size_per_gpu: int = HfArg(default=1, help="examples in a micro-batch; default: 1; on a GPU as many as fit")
     wd: float = HfArg(default=0.01, help="weight decay")
     vision_lr: float | None = HfArg(default=None, help="learning rate of the tower; default: --learning_rate")
     projector_lr: float | None = HfArg(default=None, help="for projector and separators; default: --learning_rate")

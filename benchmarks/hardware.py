@@ -23,9 +23,9 @@ with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints lines when it i
     from phi3v.arguments import parse_arguments
     from phi3v.data.conversations import ConversationDataset
     from phi3v.data.sizes import Size
-    from phi3v.run import estimate_run
     from phi3v.training.estimate import ASSUMED_MFU, Estimate
     from phi3v.training.hardware import GPUS, USABLE_SHARE, published_peak
+    from phi3v.training.outline import estimate_run
 
 QUESTION = "What is the total amount that is to be paid according to the second row of the table on this page?"
 ANSWER = "$1,234.50"
@@ -62,7 +62,7 @@ def estimate(model: str, flags: list[str], gpus: int, size: Size) -> Estimate:
 
 
 def cell(found: Estimate, gpu: str) -> str:
-    plan = found.plan(BATCH_SIZE, 1, "auto", None, USABLE_SHARE * GPUS[gpu] * 2**30)
+    plan = found.plan_to_fill(BATCH_SIZE, "auto", None, USABLE_SHARE * GPUS[gpu] * 2**30)
     if plan.memory.peak > plan.budget:
         return "–"
     rate = found.examples_per_second(plan.checkpointing, published_peak(gpu))

@@ -218,6 +218,8 @@ TABLE = {
     "1 page": {"micro_batch": 1},
     "16 small images": {"task": "images"},
     "16 small images, sdpa": {"task": "images", "attention": "sdpa"},
+    "2 small images, 16 a step": {"task": "images", "micro_batch": 2, "batch_size": 16},
+    "1 small image, 16 a step": {"task": "images", "micro_batch": 1, "batch_size": 16},
     "1 small image": {"task": "images", "micro_batch": 1, "batch_size": 128},
     "1 small image, ZeRO-1": {"task": "images", "micro_batch": 1, "batch_size": 128, "zero": 1},
     "1 small image, sdpa": {"task": "images", "micro_batch": 1, "batch_size": 128, "attention": "sdpa"},

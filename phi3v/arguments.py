@@ -22,10 +22,13 @@ from .flag_rules import check_flags
 from .hub_names import data_revisions, is_hub_name, model_and_revision
 from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
-from .training.checkpoints import MANIFEST, find_checkpoint, numbered, stored_settings
+from .signals import stop_signals
+from .training.adapter_rate import rate_of_adapters
+from .training.checkpoints import MANIFEST, find_checkpoint, stored_settings
 from .training.hardware import choose_attention, choose_precision, disable_direct_links
 from .training.optimizer import check_optimizer
-from .training.output_folder import BEST, BEST_EVALUATION, FINISHED
+from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, folder_for_evaluation, make_output_dir
+from .training.settings import fills_by_default
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
 LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
@@ -73,8 +76,8 @@ class RunArguments:
     fp32: bool = HfArg(default=False, help="full precision; default: fp16 on a GPU, fp32 on a CPU")
     max_tokens_per_gpu: str | None = HfArg(
         default=None,
-        help="in place of --batch_size_per_gpu: fill each micro-batch with examples up to this many tokens; auto: as "
-        "many as are expected to fit into memory",
+        help="in place of --batch_size_per_gpu: fill each micro-batch with examples up to this many tokens; auto, the "
+        "default on a GPU: as many as fit into memory",
     )
     no_fuse: bool = HfArg(
         default=False,
@@ -93,7 +96,9 @@ class RunArguments:
     )
     cache_vision_gib: float = HfArg(default=100.0, help="the most that this folder may hold, in GiB")
     evaluate_only: bool = HfArg(
-        default=False, help="evaluate --model_name_or_path, which may be a run's output with an adapter, and end"
+        default=False,
+        help="evaluate --model_name_or_path, which may be a run's output with an adapter, and end; writes "
+        "evaluation-SPLIT.json beside it, unless --output_dir is given",
     )
     keep_best: bool = HfArg(
         default=False, help="with --eval_steps: keep the model that evaluates best, in OUTPUT_DIR/best"
@@ -147,12 +152,13 @@ def trainer_defaults() -> dict:
 def parse_arguments(
     recipe_class: type, training: dict, presets: dict[str, dict], doc: str, argv: list[str] | None = None
 ):
-    """Reads, checks and resolves all flags before anything is loaded.
+    """Reads, checks and resolves all flags before anything is loaded. From now on, the process notices signals.
 
     recipe_class: a script's dataclass, which inherits RunArguments; training: its defaults for the Trainer's flags;
     presets: the flags that each --preset sets; doc: the script's docstring.
     Returns an instance of `recipe_class` and a TrainingArguments. Raises InputError.
     """
+    stop_signals.install()
     defaults = trainer_defaults() | training
     deepspeed = defaults.pop("deepspeed", None)
     args, trainer, given = parse_flags(recipe_class, defaults, presets, doc.splitlines()[0], argv)
@@ -161,13 +167,15 @@ def parse_arguments(
     if "deepspeed" not in given and not (args.use_lora or args.evaluate_only):
         trainer["deepspeed"] = deepspeed  # adapters are small, and an evaluation has no optimizer
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
+    if args.use_lora and "learning_rate" not in given and "learning_rate" not in presets.get(args.preset, {}):
+        trainer["learning_rate"] = rate_of_adapters(args, trainer)
     check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER, os.cpu_count())
-    return args, resolve(args, trainer, given)
+    return args, resolve(args, trainer, given | presets.get(args.preset, {}).keys())
 
 
 def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     """Decides what the flags leave open, changes `args` accordingly, and makes the output folder. After a restart by
-    torchrun, joins the other ranks.
+    torchrun, joins the other ranks. given: the flags on the command line and in the preset.
 
     Raises InputError for a model folder or an output folder that can't be used, and for a precision or an attention
     implementation that this machine lacks.
@@ -179,7 +187,9 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         raise InputError("--use_qlora needs the package bitsandbytes: install it, or use --use_lora")
     if args.max_tokens_per_gpu not in (None, "auto"):
         args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
-    trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])  # as TrainingArguments does
+    if args.evaluate_only and "output_dir" not in given:
+        trainer["output_dir"] = folder_for_evaluation(args.model_name_or_path) or trainer["output_dir"]
+    trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])
     restarted = join_after_restart(trainer["ddp_timeout"])
     if args.evaluate_only or args.dry_run:
         trainer["resume_from_checkpoint"] = None  # so that either flag can be added to the command of any run
@@ -200,13 +210,18 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         args.max_eval_samples = min(args.max_eval_samples or 4, 4)
     if not (args.estimate or args.check_data):
         may_hold_checkpoints = resume is not None or args.evaluate_only or args.dry_run
-        _make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints)
+        make_output_dir(Path(trainer["output_dir"]), may_hold_checkpoints, args)
 
     for_another_machine = args.estimate and not torch.accelerator.is_available()  # one with GPUs
     precision = choose_precision(trainer["bf16"], trainer["fp16"], args.fp32, for_another_machine)
     asked = args.attn_implementation
-    if not given & {"attn_implementation", "use_flash_attention"}:
-        asked = _sdpa_of_checkpoint(resume, Path(trainer["output_dir"]))
+    checkpoint = find_checkpoint(resume, Path(trainer["output_dir"]))[0]
+    stored = stored_settings(checkpoint)
+    if not given & {"attn_implementation", "use_flash_attention"} and stored.get("attn_implementation") == "sdpa":
+        asked = "sdpa"  # because flash attention may have been installed since
+    if args.max_tokens_per_gpu is None and (torch.accelerator.is_available() or args.estimate):
+        fills = fills_by_default(args, given, trainer["deepspeed"], checkpoint, stored)
+        args.max_tokens_per_gpu = "auto" if fills else None
     args.attn_implementation = choose_attention(asked, args.use_flash_attention, precision, for_another_machine)
     trainer.update(
         bf16=precision == "bf16",
@@ -227,16 +242,10 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         training_args = TrainingArguments(**trainer)
     except (ValueError, TypeError, ImportError, RecursionError) as e:
         raise InputError(" ".join(str(e).split())) from None
+    training_args.activation_checkpointing = trainer["activation_checkpointing"]  # None was made False
     if not args.evaluate_only:
         check_optimizer(training_args)
     return training_args
-
-
-def _sdpa_of_checkpoint(resume: str | None, output_dir: Path) -> str | None:
-    """If the resumed run was trained with "sdpa", that, because flash attention may have been installed since. None
-    otherwise."""
-    stored = stored_settings(find_checkpoint(resume, output_dir)[0])
-    return "sdpa" if stored.get("attn_implementation") == "sdpa" else None
 
 
 def _check_model(args, output_dir: str):
@@ -281,16 +290,3 @@ def num_crops_of_run(name: str | Path) -> int | None:
 
 def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
     return any((folder / name).is_file() for name in names)
-
-
-def _make_output_dir(folder: Path, may_hold_checkpoints: bool):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--output_dir {folder} is not writable")
-    if not may_hold_checkpoints and numbered(folder):
-        raise InputError(
-            f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
-        )

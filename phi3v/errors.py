@@ -2,17 +2,25 @@
 
 import argparse
 import contextlib
+import re
 import signal
 import sys
 import time
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from .console import begin_line, outlive_readers, say
 from .ranks import end_process, is_first
 from .secrets import guard_output_of_libraries, masked_command, safe_to_print
-from .workers import end_workers, explain, raise_file_limit
+from .workers import STOP_SIGNALS, end_workers, explain, raise_file_limit
+
+# What libraries raise as a RuntimeError when a device, or the host, has too little memory
+NO_MEMORY = re.compile(
+    r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory", re.IGNORECASE
+)
+NEEDS_LESS = 'docs/hardware.md, section "Which command", says what needs less'
 
 
 class InputError(ValueError):
@@ -150,6 +158,29 @@ def blaming(flag: str, value):
         raise InputError(f"--{flag} {value}: {' '.join(str(e).split())}") from None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the accelerator or of the host did not suffice for this process."""
+    if isinstance(error, InputError) or explain(error):  # such as a lack of memory in a process that prepares images
+        return False
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+    )
+
+
+@contextlib.contextmanager
+def lowering(what: str):
+    """Turns a lack of memory in the block into an InputError.
+
+    what: what was computed and what to lower, such as "generating answers: lower --max_new_tokens".
+    """
+    try:
+        yield
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        raise InputError(f"memory ran out while {what}") from None
+
+
 @contextlib.contextmanager
 def first_of_node(training_args, desc: str):
     """The first process of each node runs the block before the others, to fill caches that these read.
@@ -168,9 +199,9 @@ def first_of_node(training_args, desc: str):
 
 
 def exit_on_input_error(main):
-    """Calls `main` and ends the process with its status: 0, that of a SystemExit, or 2 after an InputError, the death
-    of a worker or a limit of the machine, which are printed as `error: …` without a traceback. Other exceptions are
-    raised."""
+    """Calls `main` and ends the process with its status: 0, that of a SystemExit, 130 after Ctrl-C in a tool, or 2
+    after an InputError, the death of a worker, a lack of memory or a limit of the machine, which are printed as
+    `error: …` without a traceback. Other exceptions are raised."""
     outlive_readers()
     guard_output_of_libraries()
     raise_file_limit()
@@ -181,13 +212,18 @@ def exit_on_input_error(main):
         if not isinstance(e.code, int | None):
             raise
         status = e.code or 0
+    except KeyboardInterrupt:  # in a tool: a run has handlers of its own
+        status = 128 + signal.SIGINT
     except Exception as e:
         message = e if isinstance(e, InputError) else explain(e)
+        if is_out_of_memory(e):
+            message = f"memory ran out ({' '.join(str(e).split())[:150] or type(e).__name__}): {NEEDS_LESS}"
         if message is None:
             raise
         if not is_first():
             # Most errors occur on rank 0 as well. It reports them, and torchrun ends this process while it sleeps.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
             time.sleep(20)
         begin_line()
         print(f"error: {InputError(str(message))}", file=sys.stderr, flush=True)

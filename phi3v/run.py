@@ -3,7 +3,6 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -23,22 +22,24 @@ from .files import write_json
 from .hub_names import check_data_revisions, data_commits
 from .model import fused
 from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
+from .model.processing_phi3v import changed_settings
 from .ranks import is_first
 from .report.card import write_model_card
 from .report.page import write_page
 from .report.summary import describe_run, describe_sizes, questionable_settings
+from .signals import stop_signals
 from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
-from .training.evaluation import Evaluation
+from .training.evaluation import Evaluation, new_evaluation, write_evaluation
 from .training.feature_cache import cache_features
-from .training.hardware import compute_dtype, describe_attention, device_memory, peak_flops, precision_of
+from .training.folder_lock import unlock_folder
+from .training.hardware import compute_dtype, describe_attention, peak_flops, precision_of
 from .training.meter import Meter
-from .training.outline import estimate_run
-from .training.output_folder import FINISHED, check_output, check_same_folder, is_finished, prepare_output
-from .training.own_files import claim, delete_own
+from .training.micro_batches import MicroBatches
+from .training.output_folder import ANEW, FINISHED, check_same_folder, enter_output, is_finished, prepare_output
 from .training.resuming import check_states
-from .training.steps import plan_steps, shares_images
-from .training.stopping import Interrupted, Preemption
+from .training.steps import shares_images
+from .training.stopping import AFTER_BATCH, AFTER_IMAGE, Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
 
 
@@ -47,7 +48,8 @@ class Run:
 
     checkpoint: the folder to resume from, or None; preemption: stops the run when a signal arrives; bad_examples:
     decides what happens to examples that can't be used, and remembers those that are left out.
-    After `prepare`: sampler (this rank's micro-batches), meter, settings (what the result depends on).
+    After `prepare`: micro_batches, settings (what the result depends on).
+    After `fit`: sampler (this rank's micro-batches), meter.
     After `begin`: facts (what the report and the model card say about the run).
     """
 
@@ -61,11 +63,11 @@ class Run:
         self.args, self.training_args = args, training_args
         self.output_dir = Path(training_args.output_dir)
         quiet_console(args.no_tqdm)
-        self.preemption = Preemption()
+        self.preemption = Preemption(args.dry_run)
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)
         if not (args.estimate or args.check_data):  # which write nothing
-            check_output(self.output_dir, args, training_args.report_to)
+            enter_output(self.output_dir, args, training_args.report_to)
         data_commits.clear()  # of an earlier run in this process
         with first_of_node(training_args, "model"):
             name, weights = args.model_name_or_path, not (args.estimate or args.check_data)
@@ -74,9 +76,6 @@ class Run:
         args.model_revision = self.saved.commits.get(name)
         if args.num_crops is None:
             args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
-        if args.dry_run and not (args.estimate or args.check_data) and is_first():
-            delete_own(self.output_dir)  # left by a dry run that was stopped
-            claim(self.output_dir)
         self.checkpoint, messages = find_checkpoint(training_args.resume_from_checkpoint, self.output_dir)
         say(*messages)
         check_same_folder(self.checkpoint, self.output_dir)
@@ -123,17 +122,20 @@ class Run:
             check_data(train, held_out, processor, self.max_length, workers, no_bars, self.bad_examples.skip)
 
     def evaluate_only(self, evaluation: Evaluation):
-        """For --evaluate_only: evaluates a saved model or adapter; writes evaluation.json and evaluation.html."""
-        commits = self.commits()
+        """For --evaluate_only: evaluates a saved model or adapter; writes evaluation-SPLIT.json and its page."""
+        commits, folder = self.commits(), self.saved.folder
+        if (folder / "preprocessor_config.json").is_file():
+            say(*changed_settings(folder, self.args.num_crops, self.args.exif_rotate))
         model = self.load_saved(self.saved)
-        report = evaluation.write(model, self.training_args, self.preemption.check)
+        with stop_signals.stopping(AFTER_BATCH):
+            report = evaluation.report(model, self.training_args, self.preemption.check)
         if is_first():
-            left_out = self.left_out(evaluation)
+            path = new_evaluation(self.output_dir, self.args.model_name_or_path, self.args.eval_split)
+            write_evaluation(path, report)
+            left_out, page = self.left_out(evaluation), path.with_suffix(".html").name
             say(*listing(left_out))
             about = {"model": self.args.model_name_or_path} | commits
-            write_page(
-                self.training_args, None, report, about, evaluation.example, name="evaluation.html", left_out=left_out
-            )
+            write_page(self.training_args, None, report, about, evaluation.example, name=page, left_out=left_out)
 
     def load_saved(self, saved: Saved):
         dtype = compute_dtype(self.training_args)
@@ -164,21 +166,16 @@ class Run:
         if args.dry_run:
             train_dataset.keep_largest(2 * args.batch_size)  # the examples that need most memory
             sizes = train_dataset.sizes
-        self.estimate = estimate_run(args, training_args, sizes, choose_trained)
-        self.plan = self.estimate.plan(
-            args.batch_size,
-            args.batch_size_per_gpu,
-            settings.micro_batch_tokens(args.max_tokens_per_gpu, self.checkpoint, self.stored_settings),
-            activation_checkpointing.kind_from_flag(training_args.activation_checkpointing),
-            device_memory(),
+        self.micro_batches = micro_batches = MicroBatches(
+            args, training_args, train_dataset, choose_trained, self.checkpoint, self.stored_settings
         )
         if args.estimate:
-            say(*self.estimate.describe(self.plan.workload, training_args.num_train_epochs).split("\n"))
+            say(*micro_batches.describe())
             return None
         self.settings = settings.settings_of(
             args,
             training_args,
-            tokens=self.plan.tokens,
+            tokens=micro_batches.plan.tokens,
             data=fingerprint(sizes),
             model=args.model_revision or settings.model_fingerprint(args.model_name_or_path),
             **({"data_commits": dict(sorted(data_commits.items()))} if data_commits else {}),
@@ -186,21 +183,15 @@ class Run:
             cached=self.stored_settings.get("cached", False) if args.cache_vision_features else False,
         )
         if is_finished(args, training_args, self.settings):
-            say(f"{self.output_dir} holds a finished run: there is nothing left to do")
+            say(f"{self.output_dir} holds a finished run: there is nothing left to do; {ANEW}")
             return None
-        model_bytes, checkpoint_bytes = self.estimate.saved_bytes(args.use_lora)
-        self.steps, self.sampler = plan_steps(
-            args, training_args, train_dataset, self.plan.tokens, self.config.original_max_position_embeddings
-        )
-        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes, self.steps)
+        model_bytes, checkpoint_bytes = micro_batches.estimate.saved_bytes(args.use_lora)
+        micro_batches.divide(self.config.original_max_position_embeddings)
+        steps = micro_batches.steps
+        prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes, steps)
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
-        self.meter = Meter(self.estimate.costs[self.plan.checkpointing], self.peak_flops)
-        self.training_args = replace(
-            training_args,
-            gradient_accumulation_steps=self.sampler.accumulation,
-            activation_checkpointing=activation_checkpointing.flag_for_trainer(self.plan.checkpointing),
-        )
-        check_agreement(self.training_args, self.config.hidden_size, self.steps)
+        self.training_args = micro_batches.training_arguments()
+        check_agreement(self.training_args, self.config.hidden_size, steps)
         return self.training_args
 
     @property
@@ -208,52 +199,58 @@ class Run:
         """As `steps.shares_images` decides, for the collator."""
         return shares_images(self.args)
 
-    def begin(self, trainer: RecipeTrainer):
-        """Fuses functions, says what will happen, shows an example, warns of settings, and caches vision features."""
-        args, training_args, estimate, plan = self.args, self.training_args, self.estimate, self.plan
+    def fit(self, model, collate: Callable) -> TrainingArguments:
+        """Fuses functions, and measures whether the planned micro-batches fit, as `MicroBatches.measure` says. The
+        trainer calls it before it takes the model. Returns the TrainingArguments to train with."""
+        args, micro_batches, device = self.args, self.micro_batches, self.training_args.device
         fused.turn_off()  # of an earlier run in this process
-        if not args.no_fuse and training_args.device.type != "cpu":
-            say(*fused.turn_on(training_args.device, compute_dtype(training_args)))
+        if not args.no_fuse and device.type != "cpu":
+            say(*fused.turn_on(device, compute_dtype(self.training_args)))
+        say(*micro_batches.measure(model, collate))
+        self.training_args = micro_batches.training_arguments()
+        self.settings["tokens"], self.sampler = micro_batches.plan.tokens, micro_batches.sampler
+        self.meter = Meter(micro_batches.estimate.costs[micro_batches.plan.checkpointing], self.peak_flops)
+        return self.training_args
+
+    def begin(self, trainer: RecipeTrainer):
+        """Says what will happen, shows an example, warns of settings, and caches vision features."""
+        args, training_args, micro_batches = self.args, self.training_args, self.micro_batches
+        plan, parameters, steps = micro_batches.plan, micro_batches.estimate.parameters, micro_batches.steps
         model, train_dataset = trainer.model, trainer.train_dataset
         activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
         data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))
         attention = describe_attention(args.attn_implementation, self.config.attention_dropout)
         self.facts = {"memory": str(plan), "attention": attention, "data": data} | self.hub_commits
         details = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
-        details |= {"steps": self.steps, "n_parameters": estimate.parameters}
+        details |= {"steps": steps, "n_parameters": parameters}
         if is_first():
             say(*render_example(train_dataset))
             say(*describe_run(model, args, training_args, self.facts, **details))
             say(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
-            say(*questionable_settings(args, training_args, estimate.parameters, train_dataset.sizes, self.steps))
+            say(*questionable_settings(args, training_args, parameters, train_dataset.sizes, steps))
         if args.cache_vision_features:
-            message = cache_features(
-                model,
-                train_dataset,
-                args.cache_vision_features,
-                args.cache_vision_gib * 2**30,
-                training_args.device,
-                compute_dtype(training_args),
-                training_args.dataloader_num_workers,
-                training_args.disable_tqdm,
-                earlier_choice=self.stored_settings.get("cached"),
-                is_stopped=self.preemption.has_signal,
-            )
+            options = {"earlier_choice": self.stored_settings.get("cached"), "is_stopped": self.preemption.has_signal}
+            options |= {"num_workers": training_args.dataloader_num_workers, "disable_tqdm": training_args.disable_tqdm}
+            limit, dtype = args.cache_vision_gib * 2**30, compute_dtype(training_args)
+            with stop_signals.stopping(AFTER_IMAGE):
+                message = cache_features(
+                    model, train_dataset, args.cache_vision_features, limit, training_args.device, dtype, **options
+                )
             self.settings["cached"] = train_dataset.feature_cache is not None
             say(message)
 
     @contextlib.contextmanager
     def recorded(self, trainer: RecipeTrainer, before: dict | None):
-        """Writes report.html when training ends, however it ends. Raises Interrupted if a signal has stopped it.
-
-        before: the report of the evaluation before training, or None.
-        """
+        """Writes report.html when training ends, however it ends. Raises Interrupted if a signal has stopped it, and
+        InputError if memory has run out. before: the report of the evaluation before training, or None."""
         try:
-            yield
+            with self.micro_batches.advising(trainer):
+                yield
         finally:
             self.write_page(trainer, before, None)
         if self.preemption.stopped:
             say(f"stopped by a signal at step {trainer.state.global_step}, with a checkpoint")
+            say(*self.preemption.advice)
             raise Interrupted
 
     def left_out(self, evaluation: Evaluation, of_training: Iterable[str] = ()) -> list[str]:
@@ -279,6 +276,7 @@ class Run:
             trainer.model.to(compute_dtype(self.training_args))  # so that the saved model is what is evaluated
         with disk_full_as_input_error(self.output_dir):
             trainer.save_model()
+        self.preemption.model_saved(self.output_dir, trainer.state.global_step)
 
     def finish(self, trainer: RecipeTrainer, before: dict | None, after: dict):
         """Writes the report and the model card, and lists the examples that were left out. With --dry_run, loads the
@@ -298,3 +296,4 @@ class Run:
         say(f"{name} {change}{where}")
         if self.args.dry_run:
             finish_dry_run(trainer, after, lambda: self.load_saved(find_saved(str(self.output_dir))))
+        unlock_folder()

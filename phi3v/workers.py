@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MOST_FILES = 65_536  # that a process of ours may have open, if the system allows it
 _DIED = re.compile(
     r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) "
@@ -28,6 +28,7 @@ def begin_worker(number: int):
     that can't send its batch ends: the main process would wait for this batch for ever."""
     for stop in STOP_SIGNALS:
         signal.signal(stop, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # of the process that trains
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
     show = sys.excepthook  # for a thread that sends what the main process no longer takes, because it ends
 

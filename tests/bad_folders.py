@@ -43,7 +43,7 @@ def model_with_an_own_evaluation(out: Path):
     """What --evaluate_only leaves in a folder does not make its model one of a run."""
     model_of_the_hub(out)
     report = {"metric": "accuracy", "accuracy": 0.5, "num_examples": 2, "predictions": []}
-    put(out / "evaluation.json", json.dumps(report, indent=2))
+    put(out / "evaluation-val.json", json.dumps(report, indent=2))
 
 
 # name: (makes the folder, more flags, what the message names). A run that would overwrite it is refused.
@@ -73,8 +73,6 @@ IN_THE_WAY = {
     "dry_run": (lambda out: put(out / "dry_run/thesis.txt"), "--dry_run", "dry_run/thesis.txt"),
     "dry_run holds a model": (lambda out: model_of_the_hub(out / "dry_run"), "--dry_run", "dry_run"),
     "dry_run is a link": (lambda out: link_to_folder(out / "dry_run"), "--dry_run", "dry_run"),
-    "evaluation": (lambda out: put(out / "evaluation.json"), "--evaluate_only", "evaluation.json"),
-    "page of an evaluation": (lambda out: put(out / "evaluation.html"), "--evaluate_only", "evaluation.html"),
     "another model": (model_of_the_hub, "", "config.json"),
     "another model, evaluated": (model_with_an_own_evaluation, "", "config.json"),
     "finished.json is a list": (lambda out: put(out / "finished.json", "[1]"), "", "finished.json"),
@@ -89,7 +87,7 @@ BESIDE_A_RUN = (
     "unfinished/thesis.txt", "unfinished/checkpoint-2-notes/thesis.txt", "abandoned-checkpoint-2/thesis.txt",
     "earlier-1/thesis.txt", "best/photo.txt", "demo/README.md", "checkpoint-notes/thesis.txt", "runs/thesis.txt",
     "my.safetensors", "report.html.partial", "eval_after.json.partial", "README.md.partial", "adapter_config.json",
-    "dry_run/thesis.txt", "evaluation.json",
+    "dry_run/thesis.txt", "evaluation.json", "evaluation-val.json",
 )  # fmt: skip
 
 

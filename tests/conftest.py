@@ -6,6 +6,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -39,8 +40,34 @@ def no_trace_of_a_training():
 def scripts_do_not_end_this_process(monkeypatch):
     """A script that a test calls in this process ends with SystemExit instead of ending the process at once."""
     from phi3v import errors
+    from phi3v.training.folder_lock import unlock_folder
 
-    monkeypatch.setattr(errors, "end_process", sys.exit)
+    def leave(status):
+        unlock_folder()  # as the end of the process would
+        sys.exit(status)
+
+    monkeypatch.setattr(errors, "end_process", leave)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A run takes over Ctrl-C and other signals for its whole process."""
+    from phi3v.workers import STOP_SIGNALS
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_folder_stays_locked():
+    """A run that ends with an error in this process would keep its lock."""
+    from phi3v.training.folder_lock import unlock_folder
+
+    yield
+    unlock_folder()
 
 
 @pytest.fixture(autouse=True)

@@ -145,8 +145,9 @@ def torchrun(program, *flags) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
 
 
-def start_training(program, *flags, **variables) -> subprocess.Popen:
-    """program: arguments of Python before the script's name. variables: added to the environment."""
+def start_training(program, *flags, group=None, **variables) -> subprocess.Popen:
+    """program: arguments of Python before the script's name. group: of processes, 0 for one of its own.
+    variables: added to the environment."""
     command = [sys.executable, *program, ROOT / "finetune_hf_trainer_ucf101.py", *RESUMABLE, *flags]
     return subprocess.Popen(
         list(map(str, command)),
@@ -154,6 +155,7 @@ def start_training(program, *flags, **variables) -> subprocess.Popen:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        process_group=group,
     )
 
 

@@ -4,10 +4,20 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import COMMON, ROOT, torchrun
 
 from phi3v import errors
-from phi3v.errors import BadExamples, InputError, Problems, exit_on_input_error, first_of_node, listing
+from phi3v.errors import (
+    BadExamples,
+    InputError,
+    Problems,
+    exit_on_input_error,
+    first_of_node,
+    is_out_of_memory,
+    listing,
+    lowering,
+)
 
 
 def test_problems_are_counted_and_the_first_shown():
@@ -62,6 +72,40 @@ def test_several_problems_end_the_process_with_all_their_lines(prefix, capsys):
     with pytest.raises(SystemExit) as status:
         exit_on_input_error(main)
     assert status.value.code == 2 and capsys.readouterr().err == "error: data: 2 problems\n  a\n  b\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as status:
+        exit_on_input_error(main)
+    printed = capsys.readouterr().err
+    assert status.value.code == 2 and printed.count("\n") == 1
+    assert printed.startswith("error: memory ran out (") and "docs/hardware.md" in printed
+    with pytest.raises(InputError, match="^memory ran out while answers were generated: lower --max_new_tokens$"):
+        with lowering("answers were generated: lower --max_new_tokens"):
+            main()
+
+
+def test_what_is_no_lack_of_memory():
+    of_a_worker = MemoryError("Caught MemoryError in DataLoader worker process 0.")  # which has its own line
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    for error in (RuntimeError("out of range"), ValueError("out of memory"), InputError("bad"), of_a_worker, killed):
+        assert not is_out_of_memory(error)
+        with pytest.raises(type(error)), lowering("answers were generated"):
+            raise error
+    with pytest.raises(RuntimeError, match="out of range"):
+        exit_on_input_error(lambda: (_ for _ in ()).throw(RuntimeError("out of range")))
 
 
 @pytest.mark.parametrize("failing", ["nobody", "this process", "another"])

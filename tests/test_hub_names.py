@@ -112,10 +112,10 @@ def test_commits_are_recorded_and_an_adapter_keeps_its_base(reachable, model, to
     flags = ["--model_name_or_path", str(out), "--evaluate_only"]
     script.main(arguments(toy_data, tmp_path / "evaluated", *flags, common=RUN))
     found, after = (
-        json.loads(p.read_text()) for p in (tmp_path / "evaluated" / "evaluation.json", out / "eval_after.json")
+        json.loads(p.read_text()) for p in (tmp_path / "evaluated" / "evaluation-val.json", out / "eval_after.json")
     )
     assert found == after
-    assert v1 in (tmp_path / "evaluated" / "evaluation.html").read_text()
+    assert v1 in (tmp_path / "evaluated" / "evaluation-val.html").read_text()
     merge_tool.main([str(out), str(tmp_path / "merged"), "--dtype", "fp32"])
     name = "model.embed_tokens.weight"  # no adapter changes it
     merged = load_file(tmp_path / "merged" / "model.safetensors")[name]
@@ -227,7 +227,7 @@ def test_an_adapter_of_the_hub_is_as_a_local_one(reachable, adapter, toy_data, t
     for number, name in enumerate((str(adapter), "me/adapter")):
         own = [*BASE, *"--max_new_tokens 4 --max_eval_samples 2 --evaluate_only".split(), "--model_name_or_path", name]
         script.main(arguments(toy_data, tmp_path / str(number), common=own))
-        results.append(json.loads((tmp_path / str(number) / "evaluation.json").read_text()))
+        results.append(json.loads((tmp_path / str(number) / "evaluation-val.json").read_text()))
     assert results[0] == results[1] == json.loads((adapter / "eval_after.json").read_text())
 
     answers = []
@@ -258,7 +258,7 @@ def test_the_output_of_a_full_run_on_the_hub_is_evaluated_with_its_own_num_crops
     own = [*BASE, *"--max_new_tokens 4 --max_eval_samples 2 --evaluate_only --model_name_or_path me/full".split()]
     script.main(arguments(toy_data, tmp_path / "evaluated", common=own))
     found, after = (
-        json.loads(p.read_text()) for p in (tmp_path / "evaluated" / "evaluation.json", out / "eval_after.json")
+        json.loads(p.read_text()) for p in (tmp_path / "evaluated" / "evaluation-val.json", out / "eval_after.json")
     )
     assert found == after
 

@@ -25,6 +25,8 @@ FOUNDATION = {
     "number_limits",
     "image_files",
     "inside",
+    "signals",
+    "launch",
 }
 # For each room, the other rooms that it may import.
 ARROWS = {"model": set(), "data": {"model"}, "training": {"model", "data"}, "report": set()}
@@ -36,6 +38,7 @@ WITHOUT_A_TEST_FILE = {
     "data.seen_images": "data/test_tables.py reads tables whose splits share images",
     "data.preview": "report/test_summary.py trains, and reads the example that is printed before the first step",
     "report.templates": "report/test_page.py and report/test_card.py read what the templates render",
+    "training.forecast": "training/test_estimate.py reads what it prints",
     "training.meter": "it measures speed; training/test_trackers.py checks that its numbers are logged",
     "training.outline": "training/test_estimate.py compares what it estimates",
     "training.peak": "nullgpu/test_live_bytes.py compares it with what lives on a stand-in for a GPU",

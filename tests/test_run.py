@@ -69,9 +69,10 @@ def test_examples_without_their_files_are_left_out_and_reported(toy_data, tmp_pa
     flags = ["--model_name_or_path", str(out), "--evaluate_only", "--on_bad_example", "skip", "--max_eval_samples", "4"]
     script.main(arguments(folder, tmp_path / "c", *flags))
     output = capfd.readouterr().out
-    assert json.loads((tmp_path / "c" / "evaluation.json").read_text())["num_examples"] == 3
+    assert json.loads((tmp_path / "c" / "evaluation-val.json").read_text())["num_examples"] == 3
     assert (
-        "4 examples were left out" in output and "Examples left out" in (tmp_path / "c" / "evaluation.html").read_text()
+        "4 examples were left out" in output
+        and "Examples left out" in (tmp_path / "c" / "evaluation-val.html").read_text()
     )
 
 
@@ -123,11 +124,15 @@ def test_a_saved_folder_is_evaluated_as_at_the_end_of_its_run(toy_data, saved_ru
         *(["--use_qlora"] if mode == "qlora" else []),
     ]
     assert script.main(arguments(toy_data, tmp_path, *flags)) is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.html", "evaluation.json"]
-    reports = [tmp_path / "evaluation.json", saved_run(mode) / "eval_after.json", saved_run(mode) / "eval_before.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation-val.html", "evaluation-val.json"]
+    reports = [
+        tmp_path / "evaluation-val.json",
+        saved_run(mode) / "eval_after.json",
+        saved_run(mode) / "eval_before.json",
+    ]
     found, after, before = (json.loads(path.read_text()) for path in reports)
     assert found == after and found["predictions"] != before["predictions"]
-    page = (tmp_path / "evaluation.html").read_text()
+    page = (tmp_path / "evaluation-val.html").read_text()
     assert "Before" not in page.split("<h2>Examples</h2>")[1] and "<h2>Training</h2>" not in page
 
 
@@ -138,7 +143,23 @@ def test_another_split_is_evaluated(toy_data, saved_run, tmp_path):
     (data / "ucf101_mine.jsonl").write_text("".join(lines[:2]))
     flags = ["--model_name_or_path", str(saved_run("full")), "--evaluate_only", "--eval_split", "mine"]
     script.main(arguments(data, tmp_path / "out", *flags))
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["num_examples"] == 2
+    assert json.loads((tmp_path / "out" / "evaluation-mine.json").read_text())["num_examples"] == 2
+
+
+def test_evaluations_lie_beside_the_model_and_never_over_another(toy_data, saved_run, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(saved_run("full"), model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    flags = arguments(toy_data, "", "--model_name_or_path", model, "--evaluate_only", "--max_eval_samples", 1)
+    del flags[flags.index("--output_dir") : flags.index("--output_dir") + 2]
+    (model / "evaluation-val.html").write_text("mine")
+    for crops, warns in (("4", False), ("1", True)):
+        script.main([*flags, "--num_crops", crops])
+        assert ("was saved with --num_crops 4 and is asked with --num_crops 1" in capsys.readouterr().out) == warns
+    new = {path.name for path in model.iterdir()} - before.keys()
+    assert new == {"evaluation-val.html", *(f"evaluation-val-{n}.{kind}" for n in (2, 3) for kind in ("json", "html"))}
+    assert (model / "evaluation-val.html").read_text() == "mine"
+    assert all((model / name).read_bytes() == content for name, content in before.items())
 
 
 def test_training_from_an_adapter_is_refused(toy_data, saved_run, tmp_path):

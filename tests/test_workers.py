@@ -14,6 +14,7 @@ from phi3v import workers
 from phi3v.data import loading
 from phi3v.data.loading import batches_of, make_loader
 from phi3v.errors import InputError, exit_on_input_error
+from phi3v.signals import stop_signals
 from phi3v.training.stopping import Interrupted, Preemption
 from phi3v.workers import explain
 
@@ -114,8 +115,8 @@ def test_a_batch_that_never_comes_is_an_error_and_a_signal_ends_the_wait(has_sig
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # how long torch waits at the end
     monkeypatch.setattr(loading, "LONGEST_WAIT", 0.5 if not has_signal else 50)
     monkeypatch.setattr("phi3v.training.stopping.LONGEST_WAIT", 0.3)
-    kept = {number: signal.getsignal(number) for number in workers.STOP_SIGNALS}
     Preemption()
+    stop_signals.until = "after this step"
     try:
         if has_signal:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -124,8 +125,6 @@ def test_a_batch_that_never_comes_is_an_error_and_a_signal_ends_the_wait(has_sig
             for _ in batches_of(loader("good", "sleeps")):
                 pass
     finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
         workers.end_workers()
         loading.on_long_wait.clear()
     assert ("stops waiting, as a signal has come" in capfd.readouterr().err) == has_signal

@@ -103,6 +103,7 @@ def train_and_report(module: str, flags: list[str]) -> dict:
     import torch.distributed as dist
 
     from phi3v.errors import InputError
+    from phi3v.training.folder_lock import unlock_folder
 
     all_reduce, sizes, about = dist.all_reduce, [], {"already_joined": dist.is_initialized()}
 
@@ -127,6 +128,7 @@ def train_and_report(module: str, flags: list[str]) -> dict:
         return about | {"failure": traceback.format_exc()}
     finally:
         dist.all_reduce = all_reduce
+        unlock_folder()  # as the end of the process would
 
 
 def answer_commands(folder: Path):

@@ -18,15 +18,16 @@ import torch
 from transformers import TextStreamer
 
 from phi3v import Phi3VProcessor
+from phi3v.console import tell
 from phi3v.data.annotations import check_text
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import encode_conversation
-from phi3v.errors import InputError, Parser, exit_on_input_error
+from phi3v.errors import InputError, Parser, exit_on_input_error, lowering
 from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import load_adapter
 from phi3v.model.generation import use_own_settings
 from phi3v.model.loading import find_saved, load_saved, nf4_config
-from phi3v.model.processing_phi3v import IMAGE_TAG
+from phi3v.model.processing_phi3v import IMAGE_TAG, changed_settings
 from phi3v.text import printable
 from phi3v.training.hardware import ATTENTION, DTYPES, choose_attention, choose_precision
 
@@ -84,6 +85,7 @@ def load(args: argparse.Namespace):
     try:
         own = saved.folder if (saved.folder / "preprocessor_config.json").is_file() else saved.base_folder
         processor = Phi3VProcessor.from_pretrained(own, num_crops=args.num_crops)
+        tell(*changed_settings(own, args.num_crops, None), to_stderr=True)
         encode(processor, [{"images": args.images, "user": "?", "assistant": ""}])
         model = load_saved(
             saved,
@@ -125,7 +127,8 @@ def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: 
     tokenizer = processor.tokenizer
     use_own_settings(model, processor)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
+    with lowering("an answer was generated: lower --num_crops or --max_new_tokens, or give --load_in_4bit"):
+        ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
     if not tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip():
         print("(the answer is empty)", file=sys.stderr)
     # If the answer has an image tag in it, the next turn would take it for an image.
@@ -145,8 +148,6 @@ def main(argv: list[str] | None = None):
             turns[-1]["assistant"] = answer(model, processor, turns, args.max_new_tokens)
     except EOFError:
         print()
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from phi3v import Phi3VProcessor
 from phi3v.console import tell
 from phi3v.errors import InputError, Parser, exit_on_input_error
+from phi3v.files import replacing_folder
 from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import merge_adapter
 from phi3v.model.generation import use_own_settings
@@ -60,16 +61,17 @@ def main(argv: list[str] | None = None):
     check = partial(check_adapter, args.adapter)
     saved = find_saved(args.adapter, revision, base=args.base, check=check, base_help=hint)
     own = saved.folder if (saved.folder / "preprocessor_config.json").is_file() else saved.base_folder
-    try:
-        processor = Phi3VProcessor.from_pretrained(own)
-        model = load_saved(saved, dtype=dtype, quantization=quantization, with_adapter=False)
-    except (OSError, ValueError) as e:
-        reason = " ".join(str(e).split())
-        raise InputError(f"the base model {saved.base} can't be loaded ({reason}){hint}") from None
-    merged = merge_adapter(model, saved.folder).to(DTYPES[args.dtype])
-    use_own_settings(merged, processor)
-    merged.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+    with replacing_folder(args.output_dir) as folder:
+        try:
+            processor = Phi3VProcessor.from_pretrained(own)
+            model = load_saved(saved, dtype=dtype, quantization=quantization, with_adapter=False)
+        except (OSError, ValueError) as e:
+            reason = " ".join(str(e).split())
+            raise InputError(f"the base model {saved.base} can't be loaded ({reason}){hint}") from None
+        merged = merge_adapter(model, saved.folder).to(DTYPES[args.dtype])
+        use_own_settings(merged, processor)
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
     n_parameters = sum(p.numel() for p in merged.parameters())
     tell(f"{args.output_dir}: {saved.base} merged with {args.adapter}, {n_parameters:,} parameters")
 

@@ -44,7 +44,7 @@ class StepSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.sizes, self.batch_size, self.seed, self.epoch = sizes, batch_size, seed, 0
+        self.sizes, self.batch_size, self.seed, self.epoch, self.epochs = sizes, batch_size, seed, 0, epochs
         self.rank, self.world_size = rank, world_size
         self.examples_per_gpu, self.max_tokens = examples_per_gpu, max_tokens
         self.share_images, self.original_length = share_images, original_length
@@ -103,15 +103,30 @@ class StepSampler(Sampler[list[int]]):
             last = key
         return total
 
-    def _micro_batches(self, step: list[int]) -> list[list[int]]:
-        """This rank's micro-batches of a step."""
+    def crops(self, examples: list[int]) -> int:
+        """How many crops a micro-batch has. Those of images that neighbours share count once."""
+        keys = [self.images_keys[i] for i in examples]
+        return sum(
+            self.sizes[i].crops for i, key, last in zip(examples, keys, [None, *keys], strict=False) if key != last
+        )
+
+    def every_micro_batch(self) -> Iterator[list[int]]:
+        """The micro-batches of all ranks in all epochs, without those that only fill up a step."""
+        for epoch in range(self.epochs):
+            for step in self._steps(epoch):
+                yield from (own for own in self._division(step) if own)
+
+    def _division(self, step: list[int]) -> list[list[int]]:
+        """The micro-batches of all ranks of a step; some may be empty."""
         n = self.accumulation if len(step) == self.batch_size else self.rest_accumulation
         if self.max_tokens is None:
             cuts = np.linspace(0, len(step), n * self.world_size + 1).round().astype(int)
-            bins = [step[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
-        else:
-            bins = self._bins(step, n)
-        bins = [own or [~self.shortest] for own in bins]
+            return [step[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        return self._bins(step, n)
+
+    def _micro_batches(self, step: list[int]) -> list[list[int]]:
+        """This rank's micro-batches of a step."""
+        bins = [own or [~self.shortest] for own in self._division(step)]
         # Ranks wait for one another after each micro-batch, so those that run at the same time should be equally long.
         bins.sort(key=lambda own: -self.tokens([i if i >= 0 else ~i for i in own]))
         return bins[self.rank :: self.world_size]

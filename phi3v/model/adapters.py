@@ -31,6 +31,9 @@ def add_adapter(model: Phi3VForCausalLM, config: LoraConfig, train_separators: b
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     adapted = get_peft_model(model, config)
+    if os.path.isdir(base := adapted.peft_config["default"].base_model_name_or_path or ""):
+        # So that the base is found from elsewhere too. PEFT takes what --model_name_or_path was.
+        adapted.peft_config["default"].base_model_name_or_path = os.path.abspath(base)
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             # Inputs in fp32 would take more memory, and autocast casts the adapter's weights anyway.

@@ -58,7 +58,8 @@ def base_and_adapter(name: str | Path) -> tuple[str, str | None, Path | None]:
     """(base model, its revision, folder of the adapter) if `name` is a folder with an adapter; (name, None, None) for
     anything else.
 
-    Raises InputError if the adapter does not name its base.
+    A folder that the adapter names is looked for as it is named, and then from the adapter's folder. Raises InputError
+    if the adapter does not name its base.
     """
     config = Path(name) / "adapter_config.json"
     if not config.exists():
@@ -71,6 +72,8 @@ def base_and_adapter(name: str | Path) -> tuple[str, str | None, Path | None]:
     if not (revision is None or isinstance(revision, str) and REVISION.fullmatch(revision)):
         raise InputError(f"{config}: revision is {revision!r:.80}, must be a branch, a tag or a commit of the base")
     try:
+        if not Path(base).is_dir() and (Path(name) / base).is_dir():
+            base = str(Path(name) / base)
         Path(base).exists()
     except (OSError, ValueError):  # a name with NUL, or one that is too long
         raise InputError(f"{config}: base_model_name_or_path is {base!r:.80}, which can't be a folder's name") from None

@@ -32,6 +32,20 @@ def image_tag(number: int) -> str:
     return f"<|image_{number}|>"
 
 
+def changed_settings(folder: str | Path, num_crops: int | None, exif_rotate: bool | None) -> list[str]:
+    """A warning if a model is asked with other settings of its processor than it was saved with; else an empty list.
+
+    folder: of the model; num_crops, exif_rotate: as `Phi3VProcessor.from_pretrained` takes them."""
+    saved = Phi3VImageProcessor.from_pretrained(folder)
+    given = {"num_crops": num_crops, "exif_rotate": exif_rotate}
+    changed = {name: value for name, value in given.items() if value is not None and value != getattr(saved, name)}
+    if not changed:
+        return []
+    now = " ".join(f"--{name} {value}" for name, value in changed.items())
+    then = " ".join(f"--{name} {getattr(saved, name)}" for name in changed)
+    return [f"warning: {folder} was saved with {then} and is asked with {now}, which can cost accuracy"]
+
+
 class Phi3VProcessor(ProcessorMixin):
     """The image processor and the tokenizer. The tag `<|image_k|>` in a prompt stands for its image k, counted from 1.
 

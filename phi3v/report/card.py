@@ -1,12 +1,14 @@
 """The model card of a run: README.md in its output folder."""
 
+import os
 import sys
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..files import write_text
-from ..secrets import masked_command, without_secrets
+from ..launch import command
+from ..secrets import without_secrets
 from ..text import printable
 from .statistics import result_of
 from .summary import describe_mode, versions
@@ -64,7 +66,7 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
     text = environment.get_template("card.md.jinja").render(
         metadata=metadata.to_yaml(),
         title=f"Phi-3.5-vision, {task}",
-        base=name,
+        base=os.path.abspath(name) if Path(name).is_dir() else name,
         revision=commits.get(name),
         mode=describe_mode(args),
         script=script,
@@ -72,7 +74,7 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         results={name: result_of(report) for name, report in reports.items() if report},
         data=about["data"],
         facts=facts,
-        command=masked_command([script, *sys.argv[1:]]),
+        command=command(),
         folder=str(folder),
         num_crops=args.num_crops,
         adapter=args.use_lora,

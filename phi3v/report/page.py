@@ -13,6 +13,7 @@ from PIL import Image
 from ..files import replacing
 from ..image_files import open_image_file
 from ..inside import open_file
+from ..launch import command
 from ..secrets import SECRET, masked_command, masked_rows
 from .charts import CHART_AREA, charts_of
 from .statistics import RIGHT_SCORE, paired_change, paired_rows, result_of
@@ -42,7 +43,7 @@ def write_page(
     left_out: a line about each example that could not be used.
     """
     summary = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command(),
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
         **({"steps": f"{state.global_step} of {state.max_steps}"} if state else {}),
         "processes": training_args.world_size,

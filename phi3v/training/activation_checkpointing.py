@@ -5,6 +5,8 @@ vision tower as well). The flag --activation_checkpointing is a bool or not give
 for the decoder alone. The functions here translate between these.
 """
 
+import contextlib
+
 from torch import nn
 
 from ..model.adapters import inner_model
@@ -25,6 +27,24 @@ def kind_from_flag(flag: bool | None) -> str | None:
 def flag_for_trainer(kind: str) -> bool:
     """The value of `TrainingArguments.activation_checkpointing` with which the Trainer switches on this kind."""
     return kind != "none"
+
+
+@contextlib.contextmanager
+def switched_on(model: nn.Module, kind: str):
+    """A context in which the model uses this kind. Before and after it the model uses none.
+
+    model: a Phi3VForCausalLM, or a PeftModel around one.
+    """
+    inner = inner_model(model)
+    set_tower_checkpointing(inner, kind)
+    if kind != "none":
+        inner.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        for module in inner.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
 
 
 def set_tower_checkpointing(model: nn.Module, kind: str):

@@ -11,17 +11,17 @@ import torch
 from ..deepspeed_config import zero_stage
 from .activation_checkpointing import DESCRIPTIONS, KINDS
 from .costs import Costs
-from .hardware import GPUS, USABLE_SHARE, device_memory, peak_flops, published_peak
+from .hardware import held_memory
 from .peak import peak_bytes
 from .workload import Workload, workload_of_example
 
 GPU_CONTEXT = 1.0 * 2**30  # bytes that the driver's context, cuBLAS and NCCL take on a GPU
 GPU_FRAGMENTATION = 0.05  # share of the tensors' memory that the allocator cannot use, in gaps between them
+UNMEASURED_SHARE = 0.85  # of the memory that is planned with, where micro-batches are filled and can't be measured
 ENOUGH_TOKENS = 8192  # in a micro-batch; more tokens than that make training hardly faster
 ASSUMED_MFU = 0.4
 # Bytes of a parameter: 4 bits; 64 parameters share a scale of 8 bits, and 256 of these scales share one of 32 bits.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-WIDEST = max(map(len, DESCRIPTIONS.values()))
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Estimate:
     deepspeed: the content of DeepSpeed's json; None for DistributedDataParallel, or for a single process.
     not_quantized: if linear layers are kept in NF4, patterns for the names of those that are not; else None.
     on_gpu: whether to add what a GPU's libraries and its allocator take.
+    correction: the factor by which a measured micro-batch takes more than is expected without it; at least 1.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Estimate:
         eager = model.config._attn_implementation == "eager"
         self.costs = {kind: Costs(model, kind, stream_bytes, compute_bytes, eager) for kind in KINDS}
         self.stream_bytes, self.compute_bytes = stream_bytes, compute_bytes
+        self.correction = 1.0
         self._count_parameters(model, not_quantized)
 
     def _count_parameters(self, model, not_quantized: list[str] | None):
@@ -104,10 +106,15 @@ class Estimate:
     def parameters(self) -> int:
         return self.trained + self.frozen + self.four_bit
 
+    def passes(self, workload: Workload, checkpointing: str) -> float:
+        """Bytes that the two passes of a micro-batch are expected to take, before `correction`, without gradients and
+        without the buffers of DeepSpeed."""
+        return peak_bytes(self.costs[checkpointing], workload, self.largest_four_bit * self.compute_bytes)
+
     def memory(self, workload: Workload, checkpointing: str) -> Memory:
         """Expected memory of a process whose micro-batches are at most as large as `workload`."""
         weights = self.four_bit * NF4_BYTES + self.frozen * self.stream_bytes
-        passes = peak_bytes(self.costs[checkpointing], workload, self.largest_four_bit * self.compute_bytes)
+        passes = self.correction * self.passes(workload, checkpointing)
         parts = self._with_deepspeed(weights, passes) if self.deepspeed else self._without_deepspeed(weights, passes)
         context = GPU_CONTEXT + GPU_FRAGMENTATION * sum(parts[:4]) if self.on_gpu else 0.0
         return Memory(*parts, context)
@@ -118,8 +125,9 @@ class Estimate:
         weights: bytes of the frozen weights.
         passes: bytes of activations and dequantised weights.
         """
-        # DistributedDataParallel has a second copy of the gradients, in buckets.
-        gradients = self.trained * 4 * (2 if self.world_size > 1 else 1)
+        # DistributedDataParallel has a second copy of the gradients, in buckets. On a CPU accelerate wraps it around a
+        # single process too.
+        gradients = self.trained * 4 * (2 if self.world_size > 1 or not self.on_gpu else 1)
         return weights + self.trained * 4, gradients, self.trained * 8, passes, 0.0
 
     def _with_deepspeed(self, weights: float, passes: float) -> tuple[float, ...]:
@@ -177,6 +185,19 @@ class Estimate:
         """The kind that recomputes least of those with which `workload` fits into `budget` bytes; None if none does."""
         return next((kind for kind in KINDS if self.memory(workload, kind).peak <= budget), None)
 
+    @property
+    def is_measurable(self) -> bool:
+        """Whether a micro-batch can be measured before training: on a GPU, unless ZeRO-3 has divided the weights."""
+        return self.on_gpu and zero_stage(self.deepspeed) < 3
+
+    def plan_to_fill(self, batch_size: int, tokens: int | str, checkpointing: str | None, budget: float) -> "Plan":
+        """As `plan`, but less memory is planned with if that suffices, where nothing can be measured on a GPU."""
+        if self.on_gpu and not self.is_measurable:
+            careful = self.plan(batch_size, 1, tokens, checkpointing, UNMEASURED_SHARE * budget)
+            if careful.memory.peak <= careful.budget:
+                return careful
+        return self.plan(batch_size, 1, tokens, checkpointing, budget)
+
     def plan(
         self, batch_size: int, examples: int, tokens: int | str | None, checkpointing: str | None, budget: float
     ) -> "Plan":
@@ -200,7 +221,7 @@ class Estimate:
             tokens = fits[-1] if fits else longest
         workload = self.workload_of_tokens(max(tokens, longest)) if tokens else self.largest_workload(examples)
         kind = checkpointing or self.least_checkpointing(workload, budget) or "all"
-        return Plan(tokens, kind, workload, self.memory(workload, kind), budget)
+        return Plan(tokens, kind, workload, self.memory(workload, kind), budget, held_memory())
 
     def _fits(self, tokens: int, kind: str, budget: float) -> bool:
         return self.memory(self.workload_of_tokens(tokens), kind).peak <= budget
@@ -214,44 +235,6 @@ class Estimate:
         """Speed of all devices together, if each computes at ASSUMED_MFU of `peak` FLOP/s."""
         return ASSUMED_MFU * peak * self.world_size / self.flops_per_example(checkpointing)
 
-    def describe(self, workload: Workload, epochs: float) -> str:
-        """What --estimate prints: parameters, data and FLOPs, the memory for micro-batches like `workload`, and the
-        time on the GPU of this machine, or on common GPUs if it has none."""
-        total, n = self.workload_of_examples(self.sizes), len(self.sizes)
-        parts = self.costs["none"].flops_by_part(total)
-        whole = sum(parts.values())
-        tokens, crops = (sorted(getattr(s, name) for s in self.sizes) for name in ("tokens", "crops"))
-        lines = [
-            f"parameters     {self.parameters:,}, of which {self.trained:,} train"
-            + (f" and {self.four_bit:,} are kept in 4 bits" if self.four_bit else ""),
-            f"examples       {n:,}, each of {tokens[0]:,} to {tokens[-1]:,} tokens (median {tokens[n // 2]:,}) and "
-            f"up to {crops[-1]} crops (median {crops[n // 2]})",
-            f"FLOPs          {whole / n / 1e12:.3g} TFLOP for the forward and backward pass of a mean example: "
-            + ", ".join(f"{name} {value / whole:.0%}" for name, value in parts.items()),
-            f"memory         expected peak on each of {self.world_size} devices, for micro-batches of up to "
-            f"{workload.tokens:,} tokens and {workload.crops} crops:",
-        ]
-        for kind in KINDS:
-            ratio = self.costs[kind].flops(total, with_recomputation=True) / whole
-            lines.append(f"  {DESCRIPTIONS[kind]:{WIDEST}}  {self.memory(workload, kind)}, {ratio:.2f} x the FLOPs")
-        lines.append(
-            f"time           if the devices compute at {ASSUMED_MFU:.0%} of their peak, which is an assumption:"
-        )
-        gpus = GPUS
-        if torch.cuda.is_available():
-            gpus = {torch.cuda.get_device_name(): device_memory() / USABLE_SHARE / 2**30}
-        lines += [f"  {name:24} {self._describe_time(name, gib, workload, epochs)}" for name, gib in gpus.items()]
-        return "\n".join(lines)
-
-    def _describe_time(self, gpu: str, gib: float, workload: Workload, epochs: float) -> str:
-        kind = self.least_checkpointing(workload, USABLE_SHARE * gib * 2**30)
-        if kind is None:
-            return "does not fit"
-        rate = self.examples_per_second(kind, published_peak(gpu) or peak_flops(torch.half)[0])
-        seconds = len(self.sizes) / rate
-        all_epochs = f", {_duration(seconds * epochs)} for {epochs:g} epochs" if epochs != 1 else ""
-        return f"{_duration(seconds)} for an epoch{all_epochs}, {rate:.3g} examples/s, {DESCRIPTIONS[kind]}"
-
 
 class Plan(NamedTuple):
     """How a run will use its memory.
@@ -261,6 +244,7 @@ class Plan(NamedTuple):
     workload: the largest micro-batch that can come.
     memory: what is expected with that one.
     budget: bytes that each process can have.
+    held: bytes that the process holds already, before it has a model.
     """
 
     tokens: int | None
@@ -268,15 +252,11 @@ class Plan(NamedTuple):
     workload: Workload
     memory: Memory
     budget: float
+    held: float = 0.0
 
     def __str__(self):
-        fit = f"expected peak memory {self.memory.peak / 2**30:.1f} of {self.budget / 2**30:.1f} GiB a process"
+        peak, limit = ((size + self.held) / 2**30 for size in (self.memory.peak, self.budget))
+        fit = f"expected peak memory {peak:.1f} of {limit:.1f} GiB a process"
         if self.memory.peak > self.budget:
             fit += ": MAY NOT FIT"
         return f"{DESCRIPTIONS[self.checkpointing]}; {fit}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

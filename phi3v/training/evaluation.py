@@ -1,7 +1,10 @@
 """Evaluation by generated answers: all ranks generate in batches, and every answer gets a score."""
 
 import contextlib
+import itertools
 import math
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +22,12 @@ from ..data.conversations import ConversationDataset
 from ..data.images import as_seen
 from ..data.loading import batches_of, largest_batch, make_loader
 from ..data.sizes import all_sizes
-from ..errors import InputError
+from ..errors import InputError, lowering
 from ..files import write_json
 from ..model.generation import use_own_settings
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from ..model.processing_phi3v import Phi3VProcessor
+from .own_files import is_best, is_checkpoint
 
 
 @torch.no_grad()
@@ -74,7 +78,11 @@ def generate_answers(
     model.eval()
     answers, problems = [], []
     autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
-    with _gathered_parameters(model, partitioned), autocast:
+    lower = (
+        f"--per_device_eval_batch_size, which is {batch_size}" if batch_size > 1 else "--num_crops or --max_new_tokens"
+    )
+    too_much = lowering(f"answers were generated: lower {lower}")
+    with too_much, _gathered_parameters(model, partitioned), autocast:
         batches = batches_of(loader)
         for batch in tqdm(batches, desc="generating", total=len(loader), disable=disable_tqdm or rank != 0):
             on_batch()
@@ -150,14 +158,6 @@ class Evaluation:
         mean = sum(row["score"] for row in rows) / len(rows)
         return {"metric": self.metric, self.metric: mean, "num_examples": len(rows), "predictions": rows}
 
-    def write(self, model, args: TrainingArguments, on_batch=lambda: None) -> dict:
-        """Evaluates a model that is not trained, writes evaluation.json to the output folder, and returns its content.
-        Every rank calls it."""
-        report = self.report(model, args, on_batch)
-        if ranks.is_first():
-            write_evaluation(Path(args.output_dir) / "evaluation.json", report)
-        return report
-
     def example(self, i: int) -> dict:
         """The images and the question of prediction i of a report, as `write_html_report` takes them."""
         for index in sorted(self.left_out):
@@ -166,6 +166,23 @@ class Evaluation:
         exif_rotate = self.dataset.processor.image_processor.exif_rotate
         images = [as_seen(image, exif_rotate) for turn in turns for image in turn["images"]]
         return {"images": images, "question": turns[-1]["user"]}
+
+
+def new_evaluation(output_dir: Path, model: str, split: str | None) -> Path:
+    """A new, empty file evaluation-SPLIT.json, with a number if there is one of that name or its page.
+
+    split: as --eval_split names it; a script without it holds examples out itself. For a checkpoint or a best model in
+    the output folder, its name stands before that of the split."""
+    folder = Path(model)
+    inside = folder.is_dir() and folder.resolve().parent == output_dir.resolve()
+    prefix = f"{folder.resolve().name}-" if inside and (is_checkpoint(folder) or is_best(folder)) else ""
+    name = f"evaluation-{prefix}{re.sub(r'[^A-Za-z0-9_.-]+', '-', split or 'held-out').strip('-.')[:100]}"
+    for number in itertools.count(1):
+        path = output_dir / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
+        with contextlib.suppress(FileExistsError):
+            if not os.path.lexists(path.with_suffix(".html")):
+                path.touch(exist_ok=False)
+                return path
 
 
 def write_evaluation(path: Path, report: dict):

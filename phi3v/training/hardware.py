@@ -227,6 +227,11 @@ def device_memory() -> float:
     return USABLE_SHARE * min(gather_object([own]))
 
 
+def held_memory() -> int:
+    """Bytes of main memory that this process holds; 0 on a GPU, which `device_memory` asks for what is free there."""
+    return 0 if torch.accelerator.is_available() else psutil.Process().memory_info().rss
+
+
 def _container_limit() -> float:
     """Bytes that the container's control group still allows; infinite if there is no limit."""
     try:

@@ -30,6 +30,11 @@ class Meter:
         self.images = self.tokens = self.flops = 0
         self.seconds = 0.0
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a micro-batch has been counted."""
+        return self.tokens > 0 or self.started is not None
+
     @contextlib.contextmanager
     def paused(self, is_read: bool):
         """The time within this context is not counted.

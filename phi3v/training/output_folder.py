@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..files import read_json
 from ..ranks import is_first
 from .checkpoints import being_written, checkpoints, clear_unfinished, file_sizes, numbered, step_of, stored_settings
+from .folder_lock import lock_folder
 from .own_files import (
     ADAPTER,
     EVALUATION,
@@ -22,6 +23,7 @@ from .own_files import (
     RECORDS,
     REPORTS,
     UNFINISHED,
+    claim,
     delete_own,
     free_name,
     has_record,
@@ -39,8 +41,26 @@ FINISHED = "finished.json"  # the settings of a run that has done everything ask
 BEST = "best"  # folder of the model that has evaluated best
 BEST_EVALUATION = "evaluation.json"  # in BEST: the step and the evaluation of that model
 REPLACED_BEST = "replaced-best"  # in UNFINISHED: the former BEST, while the new one takes its place
+ANEW = "without --resume_from_checkpoint, its results are moved to earlier-N and training begins anew"
 DISK_SPEED = 5e8  # bytes/s, a guess at how fast checkpoints are written
 TORCHRUN_PATIENCE = 25  # seconds: torchrun kills 30 s after it has passed on a signal
+
+
+def make_output_dir(folder: Path, may_hold_checkpoints: bool, args):
+    """Makes the output folder, and locks it unless --evaluate_only is given, which overwrites nothing. Raises
+    InputError if that can't be done, and if there are checkpoints that this run would neither resume nor evaluate."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--output_dir {folder} can't be made: {e.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output_dir {folder} is not writable")
+    if not args.evaluate_only:
+        lock_folder(folder, args.dry_run)
+    if not may_hold_checkpoints and numbered(folder) and not is_own_file(folder / FINISHED, False):
+        raise InputError(
+            f"--output_dir {folder} holds checkpoints: resume with --resume_from_checkpoint auto, or choose another"
+        )
 
 
 def check_output(output_dir: Path, args, report_to):
@@ -53,15 +73,33 @@ def check_output(output_dir: Path, args, report_to):
             inside = strangers(output_dir) if is_folder(output_dir) else []
             refuse_foreign(output_dir.parent, [str(Path(output_dir.name, name)) for name in inside or [""]])
         return
-    names = "|".join((REPORTS, PROCESSOR, ADAPTER if args.use_lora else FULL_MODEL))
-    foreign = _foreign_files(output_dir, EVALUATION if args.evaluate_only else names)
-    if not args.evaluate_only:
-        foreign += [path.name for path in numbered(output_dir) if not is_checkpoint(path)]
-        foreign += [str(path.relative_to(output_dir)) for path in being_written(output_dir) if not is_own_folder(path)]
-        best, runs = output_dir / BEST, output_dir / "runs"
-        foreign += [BEST] if args.keep_best and os.path.lexists(best) and not is_best(best) else []
-        foreign += ["runs"] if "tensorboard" in str(report_to) and os.path.lexists(runs) and not runs.is_dir() else []
+    if args.evaluate_only:  # its files have names that are free
+        return
+    foreign = _foreign_files(output_dir, "|".join((REPORTS, PROCESSOR, ADAPTER if args.use_lora else FULL_MODEL)))
+    foreign += [path.name for path in numbered(output_dir) if not is_checkpoint(path)]
+    foreign += [str(path.relative_to(output_dir)) for path in being_written(output_dir) if not is_own_folder(path)]
+    best, runs = output_dir / BEST, output_dir / "runs"
+    foreign += [BEST] if args.keep_best and os.path.lexists(best) and not is_best(best) else []
+    foreign += ["runs"] if "tensorboard" in str(report_to) and os.path.lexists(runs) and not runs.is_dir() else []
     refuse_foreign(output_dir, foreign)
+
+
+def enter_output(output_dir: Path, args, report_to):
+    """Raises InputError as `check_output` does. With --dry_run, empties the folder, in which a dry run may have been
+    stopped, and marks it as this run's."""
+    check_output(output_dir, args, report_to)
+    if args.dry_run and is_first():
+        delete_own(output_dir)
+        claim(output_dir)
+
+
+def folder_for_evaluation(model: str) -> str | None:
+    """Where --evaluate_only writes unless --output_dir is given: beside the model's files. Beside the folder for a
+    checkpoint and a best model, which a training may delete. None for a model on the Hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    return str(folder.parent if is_checkpoint(folder) or is_best(folder) else folder)
 
 
 def _foreign_files(output_dir: Path, names: str) -> list[str]:
@@ -84,6 +122,8 @@ def is_finished(args, training_args, settings: dict) -> bool:
     if problem := problem_of_settings(before):
         raise InputError(f"{finished} {problem}: delete it, or choose another --output_dir")
     now = settings | {"cached": before.get("cached")}  # known only once training has begun
+    if args.max_tokens_per_gpu == "auto":
+        now["tokens"] = before.get("tokens")  # likewise, because a micro-batch is measured
     before = with_defaults(before, now, args, training_args)
     if before != now and args.resume_anyway:
         return False
@@ -115,7 +155,7 @@ def prepare_output(
         return
     if not args.dry_run:
         check_output(output_dir, args, training_args.report_to)
-    check_space(output_dir, model_bytes, checkpoint_bytes, checkpoints_kept(training_args, steps))
+    check_space(output_dir, model_bytes, checkpoint_bytes, checkpoints_kept(training_args, steps), bool(checkpoint))
     best, replaced = output_dir / BEST, output_dir / UNFINISHED / REPLACED_BEST
     if is_best(replaced) and not os.path.lexists(best):  # an earlier run died in between
         os.replace(replaced, best)
@@ -154,19 +194,23 @@ def set_aside_later(output_dir: Path, step: int):
 
 
 def set_aside_results(output_dir: Path):
-    """Moves what an earlier run has left into a folder earlier-N, so that it is not lost."""
+    """Moves what an earlier run has left into a folder earlier-N, so that it is not lost, with the checkpoints of a run
+    that has finished."""
     names = "|".join((REPORTS, PROCESSOR, ADAPTER, FULL_MODEL, EVALUATION))
     recorded = has_record(output_dir)
     found = [path for path in output_dir.iterdir() if re.fullmatch(names, path.name) and is_own_file(path, recorded)]
     found += [output_dir / BEST] if is_best(output_dir / BEST) else []
     if not any(path.suffix == ".safetensors" or path.name in (BEST, FINISHED) for path in found):
         return
+    if any(path.name == FINISHED for path in found):
+        found += [path for path in numbered(output_dir) if is_checkpoint(path)]
     number = next(n for n in itertools.count(1) if not os.path.lexists(output_dir / f"earlier-{n}"))
-    (output_dir / f"earlier-{number}").mkdir()
+    target = output_dir / f"earlier-{number}"
+    target.mkdir()
     # The files that say what the others are go last, in case that this process is killed meanwhile.
     for path in sorted(found, key=lambda path: (path.name in RECORDS, path.name == FINISHED)):
-        os.replace(path, output_dir / f"earlier-{number}" / path.name)
-    say(f"{output_dir}: the model of an earlier run is in earlier-{number} now")
+        os.replace(path, target / path.name)
+    say(f"{output_dir}: what an earlier run has left is in earlier-{number} now")
 
 
 def check_same_folder(checkpoint: Path | None, output_dir: Path):
@@ -179,14 +223,16 @@ def check_same_folder(checkpoint: Path | None, output_dir: Path):
         )
 
 
-def check_space(output_dir: Path, model_bytes: float, checkpoint_bytes: float, kept: int):
+def check_space(output_dir: Path, model_bytes: float, checkpoint_bytes: float, kept: int, resumes: bool = True):
     """Raises InputError if the disk has no room for the model and the checkpoints.
+
+    resumes: whether the checkpoints that are there are this run's, and will be deleted. Those of a finished run stay.
 
     There must be room for one checkpoint more than are kept, because an old one is deleted only when the new one is
     whole.
     """
     needed = model_bytes + checkpoint_bytes * (kept + 1 if kept else 0)
-    present = sum(sum(file_sizes(path).values()) for path in checkpoints(output_dir)) if kept else 0
+    present = sum(sum(file_sizes(path).values()) for path in checkpoints(output_dir)) if kept and resumes else 0
     free = shutil.disk_usage(output_dir).free + present
     if needed > free:
         raise InputError(
@@ -197,11 +243,12 @@ def check_space(output_dir: Path, model_bytes: float, checkpoint_bytes: float, k
 
 
 def shutdown_hint(checkpoint_bytes: float) -> str | None:
-    """Advice if writing a checkpoint will take longer than torchrun waits after a SIGTERM; None if it will not."""
+    """Advice if writing a checkpoint will take longer than torchrun waits after a signal; None if it will not."""
     seconds = checkpoint_bytes / DISK_SPEED
     if seconds < TORCHRUN_PATIENCE:
         return None
     return (
         f"a checkpoint has about {checkpoint_bytes / 2**30:.0f} GiB: give torchrun --shutdown-timeout "
-        f"{math.ceil(seconds / 60) * 120}, because it kills 30 s after a SIGTERM, before the checkpoint is written"
+        f"{math.ceil(seconds / 60) * 120}, because it kills 30 s after Ctrl-C or a SIGTERM, before the checkpoint is "
+        "written"
     )

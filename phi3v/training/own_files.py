@@ -16,6 +16,7 @@ from ..files import open_regular, read_json
 
 MANIFEST = "complete.json"  # written last: a checkpoint without it is not whole
 UNFINISHED = "unfinished"  # in the output folder: what is being written
+LOCK = ".locked-by-a-run"  # folder_lock.py: there while a run is in the folder, and after one that was killed
 MARK = ".written-by-a-run"  # empty; first file in a folder that is filled or deleted step by step
 
 FULL_MODEL = r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
@@ -25,12 +26,12 @@ PROCESSOR = (
     r"|preprocessor_config\.json|processor_config\.json|training_args\.bin"
 )
 REPORTS = r"README\.md|report\.html|eval_before\.json|eval_after\.json|finished\.json"
-EVALUATION = r"evaluation\.json|evaluation\.html"
+EVALUATION = r"evaluation(-[\w.-]+)?\.(json|html)"  # with the split; without one by earlier versions, and in best/
 STATE = (
     r"trainer_state\.json|complete\.json|optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth|latest"
     r"|zero_to_fp32\.py|\w+_states\.pt"
 )
-HALF_WRITTEN = r"\.tmp\w{6}|.+\.[0-9a-f]{32}\.partial|\.written-by-a-run"  # the first: by safetensors
+HALF_WRITTEN = r"\.tmp\w{6}|.+\.[0-9a-f]{32}\.partial|\.written-by-a-run|\.locked-by-a-run"  # the first: by safetensors
 BY_THE_SYSTEM = r"\.nfs[0-9a-f]+|\.DS_Store"  # the first: what NFS makes of a deleted file that is still open
 WRITTEN = re.compile(
     "|".join((FULL_MODEL, ADAPTER, PROCESSOR, REPORTS, EVALUATION, STATE, HALF_WRITTEN, BY_THE_SYSTEM))
@@ -79,8 +80,6 @@ RECORDS = {
     "finished.json": _is_settings,
 }
 OTHERS = {
-    "evaluation.html": _is_page,
-    "evaluation.json": _is_report,
     "config.json": _says("model_type", "phi3_v"),
     "adapter_config.json": _says("peft_type"),
     "preprocessor_config.json": _says("image_processor_type", "Phi3VImageProcessor"),
@@ -105,9 +104,16 @@ def _passes(path: Path, check: Callable[[Path], bool]) -> bool:
         return False
 
 
+def _check_of(name: str) -> Callable[[Path], bool] | None:
+    """How a file of this name is recognised as a run's, if it says so itself."""
+    if re.fullmatch(EVALUATION, name):
+        return _is_page if name.endswith(".html") else _is_report
+    return RECORDS.get(name) or OTHERS.get(name)
+
+
 def _is_denied(path: Path) -> bool:
     """Whether a file with a name that runs use says that no run wrote it."""
-    check = RECORDS.get(path.name) or OTHERS.get(path.name)
+    check = _check_of(path.name)
     try:
         return check is not None and not check(path)
     except (OSError, InputError):  # it was being written when its run was killed; records appear whole
@@ -126,7 +132,7 @@ def is_own_file(path: Path, folder_has_record: bool) -> bool:
     if not is_regular(path) or not WRITTEN.fullmatch(path.name):
         return False
     if re.fullmatch(EVALUATION, path.name):
-        return _passes(path, OTHERS[path.name])
+        return _passes(path, _check_of(path.name))
     return folder_has_record and not _is_denied(path)
 
 

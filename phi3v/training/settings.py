@@ -12,6 +12,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from ..deepspeed_config import BATCHES
 from ..errors import InputError
 from ..secrets import without_secrets_in
 
@@ -230,6 +231,18 @@ def check_commits_equal_on_all_ranks(commits: dict[str, str]):
                 f"processes 0 and {rank} read different commits from the caches of their nodes: {found}; give "
                 "--model_revision or --data_revision"
             )
+
+
+def fills_by_default(args, given: set[str], deepspeed: dict | None, checkpoint: Path | None, stored: dict) -> bool:
+    """Whether micro-batches are filled by tokens on an accelerator although --max_tokens_per_gpu is not given. They
+    have a number of examples if anything asks for one, and in a run that resumes and had one.
+
+    args: a script's flags; given: those on the command line and in the preset; deepspeed: the content of its json.
+    checkpoint, stored: as in `micro_batch_tokens`.
+    """
+    asked = "batch_size_per_gpu" in given or args.batch_size_per_gpu != 1
+    asked |= any((deepspeed or {}).get(name, "auto") != "auto" for name in BATCHES)
+    return not asked and (checkpoint is None or bool(stored.get("tokens")))
 
 
 def micro_batch_tokens(asked: int | str | None, checkpoint: Path | None, stored: dict) -> int | str | None:

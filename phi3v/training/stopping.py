@@ -1,21 +1,25 @@
 """Stopping a run in time: a signal makes all ranks finish their step, write a checkpoint, and leave."""
 
-import os
-import signal
-import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from ..console import tell
+from ..console import say, tell
 from ..data.loading import on_long_wait
-from ..workers import STOP_SIGNALS
+from ..launch import command_to_evaluate, command_to_resume
+from ..signals import PREEMPTED, stop_signals
+from .checkpoints import newest_whole, step_of
 
-PREEMPTED = 75  # exit status of a run that was stopped by a signal: EX_TEMPFAIL of sysexits.h, "try again"
 LONGEST_WAIT = 20  # seconds for a batch after a signal; torchrun kills its processes after 30
-SAME_SIGNAL = 5.0  # seconds: torchrun passes on a signal that the whole job has received already
+# When a run stops after a signal.
+AFTER_STEP = "after this step, with a checkpoint"
+AFTER_BATCH = "after this batch of the evaluation; there is nothing new to save"
+AFTER_IMAGE = "after this image; the features that are written stay in the cache"
+AFTER_SAVING = "once the model is saved"
+AFTER_REPORTS = "once the reports are written"
 
 
 class Interrupted(SystemExit):
@@ -26,40 +30,29 @@ class Interrupted(SystemExit):
 
 
 class Preemption(TrainerCallback):
-    """Stops all ranks after their current step, with a checkpoint, when any rank receives SIGTERM or SIGUSR1.
+    """Stops all ranks after their current step, with a checkpoint, when any rank receives SIGINT, SIGTERM or SIGUSR1.
 
-    A second signal, SAME_SIGNAL seconds or more after the first, ends the process at once. Ranks tell one another once
-    a step, in the process group that they train with: torchrun cannot always set up another one after a restart.
+    Ranks tell one another once a step, in the process group that they train with: torchrun cannot always set up another
+    one after a restart. While a run has nothing to save, a signal ends the process at once.
+
+    advice: lines about how to go on after the run was stopped; none for a dry run.
     """
 
-    def __init__(self):
-        self.num_signals, self.last_signal, self.stopped, self.pid = 0, 0.0, False, os.getpid()
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+    def __init__(self, dry_run: bool = False):
+        self.stopped, self.dry_run, self.advice = False, dry_run, []
+        stop_signals.install()
         on_long_wait[:] = [self.give_up]
-
-    def _on_signal(self, number, frame):
-        if os.getpid() != self.pid:  # a DataLoader's process that does not ignore signals yet
-            return
-        name, now = signal.Signals(number).name, time.monotonic()
-        if self.num_signals and now - self.last_signal < SAME_SIGNAL:
-            return
-        self.num_signals += 1
-        self.last_signal = now
-        if self.num_signals > 1:
-            os.write(2, f"{name} again: leaving at once\n".encode())
-            os._exit(128 + number)
-        os.write(2, f"{name}: stopping after this step, with a checkpoint; another signal leaves at once\n".encode())
 
     def has_signal(self) -> bool:
         """Whether this rank has received a signal."""
-        return self.num_signals > 0
+        stop_signals.take()
+        return stop_signals.count > 0
 
     def requested(self) -> bool:
         """Whether any rank has received a signal. Every rank must call it equally often."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.has_signal()
-        flag = torch.full((1,), self.num_signals, device=PartialState().device)  # the host does not wait for this
+        flag = torch.full((1,), int(self.has_signal()), device=PartialState().device)  # the host does not wait for this
         dist.all_reduce(flag)
         return flag.item() > 0
 
@@ -72,20 +65,33 @@ class Preemption(TrainerCallback):
             raise Interrupted
 
     def check(self):
-        """Raises Interrupted if any rank has received a signal: for the time outside training, when there is nothing
-        to save."""
+        """Prints `advice` and raises Interrupted if any rank has received a signal: for evaluations outside training,
+        which leave nothing to save."""
         if self.requested():
+            say(*self.advice)
             raise Interrupted
 
     def on_train_begin(self, args, state, control, **kwargs):
+        stop_signals.until = AFTER_STEP
         # A checkpoint holds the logging and saving intervals of the run that wrote it; this run's flags decide.
         state.compute_steps(args, state.max_steps)
         # The Trainer would delete other checkpoints than the best; `publish` decides which are deleted.
         state.best_model_checkpoint = state.best_global_step = None
 
+    def model_saved(self, output_dir: Path, step: int):
+        """From now on there is nothing but the evaluation left to do. step: the last one of the training."""
+        newest = newest_whole(output_dir)
+        resumes = newest and step_of(newest) == step
+        rest = command_to_resume() if resumes else command_to_evaluate(output_dir)
+        self.advice = [] if self.dry_run else [f"the trained model is saved; evaluate it with: {rest}"]
+
     def stop_training(self, control):
+        self.advice = [] if self.dry_run else [f"resume with: {command_to_resume()}"]
         self.stopped = control.should_save = control.should_training_stop = True
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested():
             self.stop_training(control)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        stop_signals.until = AFTER_SAVING

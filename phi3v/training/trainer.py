@@ -22,6 +22,7 @@ from ..model.adapters import check_resumable, load_separators, save_separators
 from ..model.folder import check_files
 from ..model.generation import use_own_settings
 from ..ranks import is_first
+from ..signals import stop_signals
 from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
 from .health import TrainingHealth
@@ -29,7 +30,7 @@ from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
 from .own_files import MARK, UNFINISHED, claim, delete_own, free_name, is_best, strangers
 from .resuming import reading
-from .stopping import Interrupted
+from .stopping import AFTER_BATCH, AFTER_REPORTS, Interrupted
 from .trackers import Trackers
 
 
@@ -54,7 +55,8 @@ class RecipeTrainer(Trainer):
     """A Trainer that trains on packed micro-batches and evaluates by generating answers.
 
     evaluation: the questions to answer, and how answers are scored.
-    run: the parts of the run that training uses: `sampler` (this rank's micro-batches), `meter` (throughput and
+    run: the parts of the run that training uses: `fit`, which measures micro-batches before anything else holds the
+        model, and returns the arguments to train with; `sampler` (this rank's micro-batches), `meter` (throughput and
         memory), `preemption` (signals), and `settings` (kept in every checkpoint).
     vision_lr, projector_lr: learning rates of the tower and the projector, if they differ from the others'.
     keep_best: whether the model that evaluates best is kept, in the folder BEST.
@@ -70,6 +72,7 @@ class RecipeTrainer(Trainer):
         keep_best: bool = False,
         **kwargs,
     ):
+        kwargs["args"] = run.fit(kwargs["model"], kwargs["data_collator"])
         try:
             with blaming("report_to", kwargs["args"].report_to):
                 super().__init__(callbacks=[run.preemption], **kwargs)
@@ -167,7 +170,10 @@ class RecipeTrainer(Trainer):
     def evaluate_and_save(self, name: str, before: dict | None = None) -> dict:
         """Evaluates before or after training; returns the metric and all predictions. Writes them to the file `name` in
         the output folder and sends them to the trackers, beside those of `before`, an earlier report."""
-        report = self._report()
+        with stop_signals.stopping(AFTER_BATCH):
+            report = self._report()
+        if self.state.global_step:
+            stop_signals.until = AFTER_REPORTS
         if self.is_world_process_zero():
             write_evaluation(Path(self.args.output_dir) / name, report)
         self.trackers.log({f"eval_{report['metric']}": report[report["metric"]]})
@@ -260,6 +266,7 @@ def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
     after: the report of the evaluation before the model was saved; load_saved: returns the saved model.
     Raises InputError on rank 0 if the saved model gives other answers.
     """
+    stop_signals.until = None  # a dry run has nothing to save
     folder, args, evaluation = Path(trainer.args.output_dir), trainer.args, trainer.evaluation
     trainer.accelerator.free_memory()
     for holder in (trainer, trainer.callback_handler):

@@ -63,7 +63,7 @@ def test_an_evaluation_does_not_follow_it_either(toy_data, tmp_path, capfd):
     for folder in (str(CHECKPOINT), model):
         flags = ["--evaluate_only", "--max_eval_samples", "3", "--model_name_or_path", folder]
         script.main(arguments(toy_data, tmp_path / f"out of {len(folder)}", *flags))
-    first, second = (json.loads((path / "evaluation.json").read_text()) for path in tmp_path.glob("out of *"))
+    first, second = (json.loads((path / "evaluation-val.json").read_text()) for path in tmp_path.glob("out of *"))
     assert first == second
     assert capfd.readouterr().err.count("asks for min_new_tokens 8, suppress_tokens [270, 271,") == 1
 

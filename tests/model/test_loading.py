@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 from helpers import CHECKPOINT, RESUMABLE_MODES, train_losses, train_resumable
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.errors import InputError
 from phi3v.model import loading
+from phi3v.model.adapters import add_adapter
 
 
 def test_a_model_that_lacks_something_is_refused(toy_data, tmp_path):
@@ -88,6 +90,32 @@ def test_the_base_of_an_adapter_is_the_one_that_it_names(tmp_path):
         message = "is not valid JSON" if content == "{" else "does not name a base_model_name_or_path"
         with pytest.raises(InputError, match=message):
             loading.base_and_adapter(str(tmp_path))
+
+
+def test_a_relative_base_is_looked_for_from_here_and_from_the_adapter(tmp_path, monkeypatch):
+    adapter, elsewhere = tmp_path / "out" / "adapter", tmp_path / "elsewhere"
+    for folder in (adapter / "models" / "base", elsewhere / "models" / "base"):
+        folder.mkdir(parents=True)
+    config = adapter / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "models/base"}')
+    monkeypatch.chdir(tmp_path)
+    assert loading.base_and_adapter(adapter)[0] == str(adapter / "models/base")
+    monkeypatch.chdir(elsewhere)
+    assert loading.base_and_adapter(adapter)[0] == "models/base"
+    config.write_text('{"base_model_name_or_path": "../gone/base"}')
+    monkeypatch.setattr("phi3v.hub._fetch", lambda *_, **__: pytest.fail("the Hub was asked"))
+    with pytest.raises(InputError, match="can't be loaded"):
+        loading.find_saved(str(adapter))
+
+
+def test_an_adapter_names_its_base_by_an_absolute_path(monkeypatch):
+    monkeypatch.chdir(CHECKPOINT.parent)
+    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT.name)
+    config = add_adapter(model, LoraConfig(target_modules=["lm_head"])).peft_config["default"]
+    assert config.base_model_name_or_path == str(CHECKPOINT)
+    model.name_or_path = "owner/name"
+    config = add_adapter(model, LoraConfig(target_modules=["lm_head"])).peft_config["default"]
+    assert config.base_model_name_or_path == "owner/name"
 
 
 @pytest.mark.parametrize("quantize_vision", [False, True])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
+from phi3v.model.processing_phi3v import changed_settings
 
 OFFICIAL = json.loads((GOLDEN / "processor.json").read_text())
 # The real tokenizer is not part of the repository; its checks run where PHI3V_SNAPSHOT names a copy.
@@ -211,3 +212,12 @@ def test_there_is_no_other_medium(medium, processor):
     assert processor("a", **{medium: None})["input_ids"].shape[0] == 1
     with pytest.raises(ValueError, match="takes no video and no audio"):
         processor("a", **{medium: ["a.mp4"]})
+
+
+def test_other_settings_than_the_saved_ones_are_one_warning(tmp_path):
+    Phi3VProcessor.from_pretrained(CHECKPOINT, num_crops=4).save_pretrained(tmp_path)
+    assert changed_settings(tmp_path, None, None) == changed_settings(tmp_path, 4, False) == []
+    then, now = "--num_crops 4 --exif_rotate False", "--num_crops 16 --exif_rotate True"
+    said = f"warning: {tmp_path} was saved with {then} and is asked with {now}, which can cost accuracy"
+    assert changed_settings(tmp_path, 16, True) == [said]
+    assert "--num_crops 4 and is asked with --num_crops 1," in changed_settings(tmp_path, 1, None)[0]

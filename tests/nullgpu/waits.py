@@ -93,12 +93,16 @@ def train(folder: Path, name: str, trace: bool) -> dict:
     return found
 
 
-def train_all(folder: Path, modes=MODES, trace: bool = False) -> dict:
-    """What `train` returns for each mode. Ends this process's ability to train in any other way."""
+def prepare(folder: Path):
+    """Writes data, and lets this process train on the stand-in and in no other way."""
     write_toy_data(folder)
     torch.backends.cudnn.enabled = False  # it would look for a real GPU
     start_alone()
     dist.init_process_group("cpu:gloo,cuda:fake")  # NCCL would look for a real GPU; fake collectives do nothing
+
+
+def train_all(folder: Path, modes=MODES, trace: bool = False) -> dict:
+    """What `train` returns for each mode, after `prepare`."""
     # Ranks agree about stopping, which a single rank need not do. The sum is what it is if no signal has come. It is
     # copied, because copies do happen on the stand-in.
     no_signal = torch.zeros(1, dtype=torch.long)
@@ -116,6 +120,7 @@ def main():
     parser.add_argument("--mode", choices=MODES, help="only this one")
     parser.add_argument("--trace", action="store_true")
     args = parser.parse_args()
+    prepare(args.folder)
     print(json.dumps(train_all(args.folder, [args.mode] if args.mode else MODES, args.trace)))
 
 

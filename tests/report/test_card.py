@@ -68,6 +68,17 @@ def form(text: str) -> list[str]:
     return re.findall(r"<h\d>.*?</h\d>|<[^>]*>", html)
 
 
+def test_commands_with_spaces_and_the_torchrun_that_was_used(tmp_path, monkeypatch):
+    monkeypatch.setattr("phi3v.launch.launcher", lambda: ["torchrun", "--nproc_per_node=8", "--log-dir", "my logs"])
+    folder = tmp_path / "my out"
+    text = card(folder, monkeypatch, value="two words", script="my scripts/finetune.py")
+    assert (
+        "\n    torchrun --nproc_per_node=8 --log-dir 'my logs' 'my scripts/finetune.py' --prompt 'two words'\n" in text
+    )
+    for tool, rest in (("ask", "image.jpg"), ("merge_adapter", "merged/")):
+        assert f"`python tools/{tool}.py '{folder}' {rest}`" in text
+
+
 @pytest.mark.parametrize("bad", MARKDOWN, ids=ascii)
 def test_names_stay_in_their_place(bad, tmp_path, monkeypatch):
     good = card(tmp_path / "good", monkeypatch)

@@ -15,7 +15,7 @@ def test_shared_blocks_are_equal_in_all_scripts_that_have_them():
 
 def test_the_first_marker_says_what_the_blocks_are_for():
     first = next(line for line in SOURCES[0].splitlines() if "# shared:" in line)
-    assert first.strip().startswith("# shared: flags. A block between")
+    assert first.strip().startswith("# shared: ctrl-c. A block between")
 
 
 def test_a_changed_block_is_found_and_rewritten():

@@ -1,7 +1,9 @@
 """What --estimate prints, and the memory that it expects."""
 
 import json
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from helpers import ROOT, parse_command, real_size_model
@@ -9,8 +11,10 @@ from helpers import ROOT, parse_command, real_size_model
 import finetune_hf_trainer_ucf101 as ucf101
 from phi3v.data.sizes import Size
 from phi3v.errors import InputError
-from phi3v.run import estimate_run
-from phi3v.training.estimate import Estimate
+from phi3v.training.estimate import Estimate, Plan
+from phi3v.training.forecast import describe
+from phi3v.training.hardware import held_memory
+from phi3v.training.outline import estimate_run
 from phi3v.training.peak import peak_bytes
 
 
@@ -22,7 +26,7 @@ def test_an_estimate(capfd, tmp_path):
     workload = estimates[0].largest_workload(1)
     peaks = [estimates[1].memory(workload, kind).peak for kind in ("none", "decoder", "all")]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] < estimates[0].memory(workload, "none").peak
-    text = estimates[1].describe(workload, 2)
+    text = describe(estimates[1], workload, 2)
     assert "4,146,621,440, of which 4,134,023,168 train" in text and "V100 32 GB" in text
     assert estimates[1].flops_per_example("none") == pytest.approx(
         77.9e12, rel=0.1
@@ -75,3 +79,10 @@ def test_an_estimate_for_a_gpu_works_on_a_machine_without_one(tmp_path):
         estimate("--bf16", "--fp16")
     with pytest.raises(InputError, match="auto depends on a GPU's memory"):
         estimate("--max_tokens_per_gpu", "auto")
+
+
+def test_the_expected_peak_counts_what_the_process_holds_already():
+    memory = SimpleNamespace(peak=0.04 * 2**30)
+    plan = Plan(None, "none", None, memory, 6.0 * 2**30, held_memory())
+    resident = psutil.Process().memory_info().rss / 2**30
+    assert resident > 0.2 and f"expected peak memory {resident + 0.04:.1f} of {resident + 6:.1f} GiB" in str(plan)

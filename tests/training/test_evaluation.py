@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from helpers import CHECKPOINT, SHORT, arguments, parse_command
 
@@ -9,7 +10,9 @@ import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import ConversationDataset
-from phi3v.training.evaluation import Evaluation, generate_answers
+from phi3v.errors import InputError
+from phi3v.training.evaluation import Evaluation, generate_answers, new_evaluation
+from phi3v.training.output_folder import folder_for_evaluation
 
 
 def test_answers_come_in_order_whatever_the_batch(processor, toy_examples):
@@ -24,6 +27,20 @@ def test_answers_come_in_order_whatever_the_batch(processor, toy_examples):
     assert len(set(wanted)) > 1
     for batch_size in (1, 4, 16):
         assert generate_answers(model, processor, data, batch_size, 12, disable_tqdm=True) == wanted
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "lower"), [(4, "--per_device_eval_batch_size, which is 4"), (1, "--num_crops or")]
+)
+def test_memory_that_runs_out_names_what_to_lower(batch_size, lower, processor, toy_examples, monkeypatch):
+    def generate(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Phi3VForCausalLM, "generate", generate)
+    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    data = ConversationDataset(toy_examples[:4], processor, for_generation=True)
+    with pytest.raises(InputError, match=f"^memory ran out while answers were generated: lower {lower}"):
+        generate_answers(model, processor, data, batch_size, 12, disable_tqdm=True)
 
 
 def test_a_prediction_belongs_to_its_example_although_others_are_left_out(processor, toy_examples):
@@ -68,3 +85,17 @@ def test_a_kept_model_is_evaluated_with_its_own_crops(toy_data, tmp_path):
     best = ["--model_name_or_path", str(tmp_path / "out" / "best"), "--evaluate_only"]
     flags = [flag for flag in arguments(toy_data, tmp_path / "e", *best) if flag not in ("--num_crops", "4")]
     assert parse_command(script, flags)[0].num_crops == 2
+
+
+def test_the_name_of_an_evaluation(tmp_path):
+    for number, name in enumerate(("evaluation-train-500.json", "evaluation-train-500-2.json")):
+        assert new_evaluation(tmp_path, "owner/model", "train[:500]") == tmp_path / name, number
+    assert new_evaluation(tmp_path, str(tmp_path), None).name == "evaluation-held-out.json"
+    assert new_evaluation(tmp_path, str(tmp_path), "../../x").name == "evaluation-x.json"
+    checkpoint = tmp_path / "checkpoint-7"
+    checkpoint.mkdir()
+    (checkpoint / "complete.json").touch()
+    assert folder_for_evaluation(str(checkpoint)) == folder_for_evaluation(str(tmp_path)) == str(tmp_path)
+    assert folder_for_evaluation("owner/model") is None
+    assert new_evaluation(tmp_path, str(checkpoint), "val").name == "evaluation-checkpoint-7-val.json"
+    assert new_evaluation(tmp_path / "checkpoint-7", str(checkpoint), "val").name == "evaluation-val.json"

@@ -6,17 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 from bad_folders import change_json
-from helpers import (
-    RESUMABLE_MODES,
-    SHORT,
-    arguments,
-    copy_up_to_checkpoint,
-    train_resumable,
-)
+from helpers import RESUMABLE_MODES, SHORT, arguments, copy_up_to_checkpoint, digest_of_weights, train_resumable
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v.errors import InputError
 from phi3v.training import output_folder
+from phi3v.training.folder_lock import unlock_folder
 
 
 def test_a_finished_run_is_left_as_it_is(toy_data, finished_run, capfd):
@@ -26,6 +21,7 @@ def test_a_finished_run_is_left_as_it_is(toy_data, finished_run, capfd):
         is None
     )
     assert "finished run" in capfd.readouterr().out
+    unlock_folder()
     assert {path: path.stat().st_mtime_ns for path in finished_run("full").rglob("*")} == before
 
 
@@ -118,3 +114,21 @@ def test_a_base_is_not_moved_away_by_its_own_training(toy_data, saved_run, tmp_p
     with pytest.raises(InputError, match="choose another --output_dir"):
         script.main(arguments(toy_data, folder, "--model_name_or_path", str(folder)))
     assert (folder / "model.safetensors").is_file() and not (folder / "earlier-1").exists()
+
+
+def test_the_same_command_after_a_finished_run(toy_data, finished_run, tmp_path, capfd):
+    """Its results are set aside with their checkpoints; a run that has not finished is not touched."""
+    out = tmp_path / "out"
+    shutil.copytree(finished_run("full"), out)
+    left = {path.name for path in out.iterdir()}
+    flags = [*RESUMABLE_MODES["full"], "--max_steps", "2"]
+    train_resumable(toy_data, out, *flags)
+    assert f"{out}: what an earlier run has left is in earlier-1 now" in capfd.readouterr().out
+    train_resumable(toy_data, out, *flags, "--resume_from_checkpoint", "auto")
+    assert "nothing left to do; without --resume_from_checkpoint, its results are" in capfd.readouterr().out
+    assert {path.name for path in (out / "earlier-1").iterdir()} == left and "checkpoint-12" in left
+    assert digest_of_weights(out / "earlier-1") == digest_of_weights(finished_run("full"))
+    assert (out / "checkpoint-2").is_dir() and not (out / "checkpoint-12").exists()
+    (out / "finished.json").unlink()
+    with pytest.raises(InputError, match="holds checkpoints: resume with"):
+        train_resumable(toy_data, out, *flags)

@@ -13,6 +13,7 @@ from helpers import ROOT, SHORT, arguments, copy_up_to_checkpoint, train
 import finetune_hf_trainer_ucf101 as script
 from phi3v.errors import InputError
 from phi3v.training import checkpoints, output_folder, own_files
+from phi3v.training.folder_lock import unlock_folder
 
 
 def content_of(folder: Path) -> dict[str, bytes | None]:
@@ -34,6 +35,7 @@ def test_what_a_run_would_overwrite_is_refused_in_one_line(name, toy_data, tmp_p
     said = f"--output_dir {tmp_path / 'out'} holds "
     assert str(error.value).startswith(said) and named.split("/")[0] in str(error.value)
     assert "which no run of these scripts has written" in str(error.value) and "\n" not in str(error.value)
+    unlock_folder()
     assert content_of(tmp_path) == before
 
 

@@ -61,7 +61,7 @@ def test_evaluation_alone_runs_under_zero_3(ranks):
     """ZeRO-3 splits the model while it loads, so the process group must exist before."""
     found, out = ranks.zero3_evaluation
     assert found == [{"already_joined": False}] * 2
-    assert json.loads((out / "evaluation.json").read_text())["num_examples"] == 6
+    assert json.loads((out / "evaluation-val.json").read_text())["num_examples"] == 6
 
 
 # ---- One training
