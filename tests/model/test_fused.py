@@ -142,6 +142,8 @@ def test_errors_of_a_compiled_function_are_not_hidden():
 def test_the_compiler_of_a_device(tmp_path, monkeypatch):
     """Of the CPU here. The results are within two roundings of the exact ones."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # Compiling the headers once for all kernels pays only for many kernels.
+    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
     monkeypatch.setattr(fused.Fused, "every", [functional._swiglu_backward, functional._rotate_backward])
     assert fused.turn_on(CPU, torch.bfloat16) == []
 
