@@ -237,7 +237,8 @@ def test_every_stage_is_a_function_with_a_sentence():
         assert stage.proves[0].isupper() and not stage.proves.endswith(".") and stage.minutes > 0
     names = [stage.name for stage in report_plan.STAGES]
     assert len({*names, *report_plan.GROUPS}) == len(names) + len(report_plan.GROUPS)
-    assert sum(stage.minutes for stage in report_plan.STAGES) <= 25
+    on_one_gpu = [stage for stage in report_plan.STAGES if stage.group != "many"]  # which needs several GPUs
+    assert sum(stage.minutes for stage in on_one_gpu) <= 25
 
 
 @pytest.mark.slow
