@@ -35,13 +35,17 @@ if __name__ == "__main__":  # Ctrl-C while the libraries load ends without a tra
     signal.signal(signal.SIGINT, lambda *_: os._exit(75))
 # end shared
 
+# First, because they say in one line if an installed package is too old for the others, and load those quickly.
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
+from phi3v.run import Run
+
+# isort: split
 from datasets import Image
 from peft import LoraConfig
 from rapidfuzz.distance import Levenshtein
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.annotations import check_text, check_texts
 from phi3v.data.collate import PackingCollator
@@ -51,7 +55,6 @@ from phi3v.errors import BadExamples, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter
 from phi3v.model.loading import check_complete, nf4_config
 from phi3v.process_group import first_of_node
-from phi3v.run import Run
 from phi3v.training.evaluation import Evaluation
 from phi3v.training.hardware import compute_dtype, weights_dtype
 from phi3v.training.trainer import RecipeTrainer

@@ -1,18 +1,25 @@
 """Phi-3.5-vision as a library. Importing it registers its classes with transformers' Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoVideoProcessor,
-)
+from . import installed  # noqa: F401 (first, because it checks the versions of what the others import)
 
-from .model.configuration_phi3v import Phi3VConfig
-from .model.image_processing_phi3v import Phi3VImageProcessor
-from .model.modeling_phi3v import Phi3VForCausalLM
-from .model.processing_phi3v import Phi3VProcessor
+# isort: split
+from .libraries import hide_notices, quick_imports
+
+hide_notices()
+with quick_imports():
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoVideoProcessor,
+    )
+
+    from .model.configuration_phi3v import Phi3VConfig
+    from .model.image_processing_phi3v import Phi3VImageProcessor
+    from .model.modeling_phi3v import Phi3VForCausalLM
+    from .model.processing_phi3v import Phi3VProcessor
 
 AutoConfig.register("phi3_v", Phi3VConfig)
 AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM)

@@ -96,6 +96,48 @@ USUAL = {
 }
 
 
+# Names that flags have in other programs, where they differ much from the names here.
+OTHER_NAMES = {
+    "batch": "batch_size",
+    "bs": "batch_size",
+    "checkpoint": "resume_from_checkpoint",
+    "crops": "num_crops",
+    "data": "data_dir",
+    "data_path": "data_dir",
+    "dataset": "data_dir",
+    "epoch": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "flash_attn": "use_flash_attention",
+    "freeze_vision_tower": "freeze_vision_model",
+    "grad_clip": "max_grad_norm",
+    "half": "fp16",
+    "lora": "use_lora",
+    "lora_enable": "use_lora",
+    "lora_r": "lora_rank",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "max_seq_length": "max_length",
+    "micro_batch_size": "batch_size_per_gpu",
+    "model": "model_name_or_path",
+    "model_id": "model_name_or_path",
+    "model_max_length": "max_length",
+    "model_path": "model_name_or_path",
+    "num_workers": "dataloader_num_workers",
+    "optimizer": "optim",
+    "out_dir": "output_dir",
+    "qlora": "use_qlora",
+    "load_in_4bit": "use_qlora",
+    "resume": "resume_from_checkpoint",
+    "scheduler": "lr_scheduler_type",
+    "steps": "max_steps",
+    "vision_learning_rate": "vision_lr",
+    "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps",
+    "workers": "dataloader_num_workers",
+}
+
+
 class _Formatter(argparse.HelpFormatter):
     """Shows one spelling of each flag, and its default if that says something."""
 
@@ -113,6 +155,8 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class _Parser(HfArgumentParser, Parser):
+    other_names, never_meant = OTHER_NAMES, REFUSED
+
     def group(self, recipe_class: type):
         """Sorts the flags for --help under titles: the script's own first, then the Trainer's most used ones."""
         titles = titles_of(recipe_class)

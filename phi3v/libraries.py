@@ -8,8 +8,6 @@ import types
 import warnings
 from collections.abc import Iterator
 
-import torch
-
 # Notices that mean nothing here, by the logger that prints them.
 NOTICES = {
     # DeepSpeed's config takes the number of accumulated micro-batches from the Trainer, so the two can't differ.
@@ -39,30 +37,33 @@ def _is_other(text: str, record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def quick_imports() -> Iterator[None]:
+def quick_imports(for_good: bool = False) -> Iterator[None]:
     """Libraries that are imported in the block take about two thirds of the CPU time.
 
     Python's garbage collector would look through a million new objects again and again, none of which is garbage. And
-    bitsandbytes, which peft imports in every mode, calls torch.compile, which loads torch's compiler."""
+    bitsandbytes, which peft imports in every mode, calls torch.compile, which loads torch's compiler.
+
+    for_good: the collector never looks at any of the objects that exist now, as in a program that has just begun."""
     was_enabled = gc.isenabled()
     gc.disable()
-    compile_now, torch.compile = torch.compile, compile_later
+    import torch  # here, because it is one of the libraries that load more quickly
+
+    compile_now, torch.compile = torch.compile, functools.partial(_compile_later, torch.compile)
     try:
         yield
     finally:
         torch.compile = compile_now
+        if for_good:
+            gc.freeze()
         if was_enabled:
             gc.enable()
 
 
-_compile = torch.compile
-
-
-def compile_later(function=None, **options):
-    """torch.compile, except that it compiles a function when the function is first called."""
+def _compile_later(compile_now, function=None, **options):
+    """What torch.compile does, except that a function is compiled when it is first called."""
     if function is None:
-        return functools.partial(compile_later, **options)
+        return functools.partial(_compile_later, compile_now, **options)
     if not isinstance(function, types.FunctionType):
-        return _compile(function, **options)
-    compiled = functools.cache(lambda: _compile(function, **options))
+        return compile_now(function, **options)
+    compiled = functools.cache(lambda: compile_now(function, **options))
     return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))

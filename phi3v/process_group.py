@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 
+from . import phases
 from .errors import InputError
 from .ranks import rank, world_size
 
@@ -42,8 +43,9 @@ def join_after_restart(timeout: float) -> bool:
 def first_of_node(training_args, desc: str):
     """The first process of each node runs the block before the others, to fill caches that these read.
 
-    training_args: a TrainingArguments. If a process raises InputError in the block, all of them raise it: otherwise the
-    others would go on, and end with a traceback when they miss that process.
+    training_args: a TrainingArguments; desc: what is found in the block, such as "data". If a process raises InputError
+    in the block, all of them raise it: otherwise the others would go on, and end with a traceback when they miss that
+    process.
     """
     failure = None
     with training_args.main_process_first(desc=desc):
@@ -51,5 +53,6 @@ def first_of_node(training_args, desc: str):
             yield
         except InputError as e:
             failure = str(e)
+    phases.ended(f"finding the {desc}")
     if failures := [text for text in gather_object([failure]) if text]:
         raise InputError(failures[0])

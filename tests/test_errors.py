@@ -1,13 +1,9 @@
 """Messages about wrong input are collected and printed once, and the process ends with status 2."""
 
-from contextlib import nullcontext
-from types import SimpleNamespace
-
 import pytest
 import torch
 from helpers import COMMON, ROOT, torchrun
 
-from phi3v import errors
 from phi3v.errors import (
     BadExamples,
     InputError,

@@ -22,15 +22,23 @@ also in OUT_DIR/left_out.txt.
 import argparse
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from tqdm import tqdm
 
+# The package's __init__ registers the model with transformers, for which it loads torch, and that takes seconds. This
+# program needs modules that work without them, so it imports these from a package whose __init__ has not run.
+if "phi3v" not in sys.modules and (spec := importlib.util.find_spec("phi3v")):
+    sys.modules["phi3v"] = importlib.util.module_from_spec(spec)
+
+# isort: split
 from phi3v.data.annotations import read_conversations
 from phi3v.data.formats import Formats
 from phi3v.data.images import save_upright

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from .. import phases
 from ..console import say
 from ..data.loading import largest_batch, make_loader, next_batch
 from ..data.sampler import EpochLoader
@@ -21,10 +22,12 @@ from ..files import read_json, write_json
 from ..model.adapters import check_resumable, load_separators, save_separators
 from ..model.folder import check_files
 from ..model.generation import use_own_settings
+from ..old_versions import accelerator_memory
 from ..ranks import is_first
 from ..signals import stop_signals
 from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
+from .hardware import use_plain_cpu
 from .health import TrainingHealth
 from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
@@ -72,8 +75,10 @@ class RecipeTrainer(Trainer):
         keep_best: bool = False,
         **kwargs,
     ):
+        phases.ended("loading the model")
         kwargs["args"] = run.fit(kwargs["model"], kwargs["data_collator"])
         try:
+            use_plain_cpu(kwargs["args"])
             with blaming("report_to", kwargs["args"].report_to):
                 super().__init__(callbacks=[run.preemption], **kwargs)
         except RuntimeError as e:
@@ -87,6 +92,7 @@ class RecipeTrainer(Trainer):
         for usual, ours in ((ProgressCallback, LossOnBar), (PrinterCallback, OnePrinter)):
             if self.pop_callback(usual):
                 self.add_callback(ours)
+        phases.ended("measuring what fits, and moving the model to the device")
         self.evaluation = evaluation
         self.sampler = run.sampler
         self.meter = run.meter
@@ -275,7 +281,7 @@ def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
     unset_hf_deepspeed_config()  # under ZeRO-3 it would split the next model while it loads
     gc.collect()
     if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+        accelerator_memory().empty_cache()
     report = evaluation.report(load_saved(), args)
     if is_first():
         delete_own(folder)
