@@ -35,13 +35,16 @@ if __name__ == "__main__":  # Ctrl-C while the libraries load ends without a tra
     signal.signal(signal.SIGINT, lambda *_: os._exit(75))
 # end shared
 
+# First, because it says in one line if an installed package is too old for the others.
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
+
+# isort: split
 from datasets import Image
 from peft import LoraConfig
 from rapidfuzz.distance import Levenshtein
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.annotations import check_text, check_texts
 from phi3v.data.collate import PackingCollator

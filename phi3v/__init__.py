@@ -1,5 +1,8 @@
 """Phi-3.5-vision as a library. Importing it registers its classes with transformers' Auto classes."""
 
+from . import installed  # noqa: F401 (first, because it checks the versions of what the others import)
+
+# isort: split
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

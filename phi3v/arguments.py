@@ -25,7 +25,7 @@ from .ranks import join_after_restart, local_world_size, start_alone, world_size
 from .signals import stop_signals
 from .training.adapter_rate import rate_of_adapters
 from .training.checkpoints import MANIFEST, find_checkpoint, stored_settings
-from .training.hardware import choose_attention, choose_precision, disable_direct_links
+from .training.hardware import choose_attention, choose_precision, disable_direct_links, use_plain_cpu
 from .training.optimizer import check_optimizer
 from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, folder_for_evaluation, make_output_dir
 from .training.settings import fills_by_default
@@ -143,6 +143,7 @@ def trainer_defaults() -> dict:
         "dataloader_num_workers": workers_per_process(),
         "dataloader_prefetch_factor": 4,  # micro-batches a worker: tiles are small, but images differ much in size
         "activation_checkpointing": None,  # as memory requires
+        "optim": "adamw_torch_fused",  # also with torch before 2.8, for which the Trainer has another default
         "ddp_timeout": 7200,  # seconds: other ranks wait while rank 0 downloads the data and looks through them
         "logging_nan_inf_filter": False,  # it hides NaN losses, and waits for the device at every micro-batch
         "ddp_find_unused_parameters": False,  # no parameter is unused: see Phi3VModel._needs_vision_graph
@@ -242,6 +243,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         training_args = TrainingArguments(**trainer)
     except (ValueError, TypeError, ImportError, RecursionError) as e:
         raise InputError(" ".join(str(e).split())) from None
+    use_plain_cpu(training_args)
     training_args.activation_checkpointing = trainer["activation_checkpointing"]  # None was made False
     if not args.evaluate_only:
         check_optimizer(training_args)

@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest, sha1
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import constants, set_client_factory, snapshot_download
 from huggingface_hub.utils import filter_repo_objects, logging
 from huggingface_hub.utils._http import default_client_factory
@@ -29,6 +28,7 @@ from .errors import InputError
 from .files import read_json, replacing
 from .hub_faults import TIMEOUT, Fault, explain, refused, without_password
 from .hub_names import Wanted, data_commits, is_hub_name
+from .old_versions import httpx
 from .ranks import is_first_of_node
 
 CONFIGS = ["config.json", "adapter_config.json"]  # a model has the one, an adapter the other
@@ -221,7 +221,7 @@ def _online(shown: Wanted):
         go_offline()
 
 
-def _send(send: Callable, shown: Wanted, asked: Counter, request: httpx2.Request, **options) -> httpx2.Response:
+def _send(send: Callable, shown: Wanted, asked: Counter, request: httpx.Request, **options) -> httpx.Response:
     """Sends a request. Raises Fault at once where huggingface_hub would retry for minutes, or read the cache, in
     silence. asked: how often each download was begun in this attempt."""
     limits = request.extensions.get("timeout", {})
@@ -231,7 +231,7 @@ def _send(send: Callable, shown: Wanted, asked: Counter, request: httpx2.Request
         tell(f"{shown}: the connection broke off; resumes the download")
     try:
         response = send(request, **options)
-    except (httpx2.RequestError, httpx2.InvalidURL) as e:
+    except (httpx.RequestError, httpx.InvalidURL) as e:
         if asked[request.url] > 1:
             raise  # huggingface_hub resumes a broken download five times; a new attempt starts anew
         raise explain(e) from e

@@ -8,10 +8,11 @@ import urllib.request
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-import httpx2
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
+
+from .old_versions import httpx
 
 TIMEOUT = 10.0  # seconds to wait for an answer
 
@@ -35,7 +36,7 @@ def without_password(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else url
 
 
-def refused(response: httpx2.Response) -> Fault:
+def refused(response: httpx.Response) -> Fault:
     """For an answer whose status is an error."""
     status, host = response.status_code, response.request.url.host
     if status == 429:
@@ -69,13 +70,13 @@ def explain(error: BaseException) -> Fault:
     causes = list(_causes(error))
     is_tls = any(isinstance(cause, ssl.SSLError) for cause in causes)
     # huggingface_hub often raises an error of its own, which says less than its cause.
-    error = next((cause for cause in causes if isinstance(cause, (Fault, httpx2.RequestError, HfHubHTTPError))), error)
+    error = next((cause for cause in causes if isinstance(cause, (Fault, httpx.RequestError, HfHubHTTPError))), error)
     if isinstance(error, Fault):
         return error
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, HfHubHTTPError):
         return _explain_answer(error)
-    if isinstance(error, (httpx2.RequestError, httpx2.InvalidURL)):
+    if isinstance(error, (httpx.RequestError, httpx.InvalidURL)):
         return _explain_network(error, text, is_tls)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "enough free disk space" in text:
         return Fault(f"the disk is full ({text})", f"free some space, or set HF_HOME, now {constants.HF_HOME}")
@@ -115,21 +116,21 @@ def _explain_answer(error: HfHubHTTPError) -> Fault:
     return Fault(f"{host} answered {status} {said}".strip(), "check HF_ENDPOINT, and whether a proxy is in between")
 
 
-def _explain_network(error: httpx2.RequestError | httpx2.InvalidURL, text: str, is_tls: bool) -> Fault:
+def _explain_network(error: httpx.RequestError | httpx.InvalidURL, text: str, is_tls: bool) -> Fault:
     """For a request that had no answer."""
     try:
         url = error.request.url
     except (RuntimeError, AttributeError):
-        url = httpx2.URL(constants.ENDPOINT)
+        url = httpx.URL(constants.ENDPOINT)
     place, proxy_help = url.host or str(url), "check HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
     proxy = urllib.request.getproxies().get(url.scheme)
     if proxy and not urllib.request.proxy_bypass(url.host):
         place = f"{place} through the proxy {without_password(proxy)}"
     else:
         proxy = None
-    if isinstance(error, httpx2.LocalProtocolError) and "header" in text:
+    if isinstance(error, httpx.LocalProtocolError) and "header" in text:
         return Fault("the token can't be sent", "check HF_TOKEN: it holds characters that no token has")
-    if isinstance(error, (httpx2.UnsupportedProtocol, httpx2.InvalidURL)):
+    if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
         return Fault(
             f"{without_password(constants.ENDPOINT)} is no address", "check HF_ENDPOINT and the proxy variables"
         )
@@ -138,11 +139,11 @@ def _explain_network(error: httpx2.RequestError | httpx2.InvalidURL, text: str, 
         if "CERTIFICATE" in text:
             help = "if your network has its own certificate, set SSL_CERT_FILE to it; also check HF_ENDPOINT"
         return Fault(f"no encrypted connection to {place} ({text})", help)
-    if isinstance(error, httpx2.ProxyError):
+    if isinstance(error, httpx.ProxyError):
         return Fault(f"no connection to {place} ({text})", proxy_help)
-    if isinstance(error, httpx2.TimeoutException):
+    if isinstance(error, httpx.TimeoutException):
         seconds = error.request.extensions.get("timeout", {}).get("read") or TIMEOUT
         return Fault(f"no answer from {place} within {seconds:g} s", proxy_help if proxy else "", passes=True)
-    if isinstance(error, httpx2.ConnectError):
+    if isinstance(error, httpx.ConnectError):
         return Fault(f"no connection to {place} ({text})", proxy_help if proxy else "", passes=True)
     return Fault(f"the connection to {place} broke off ({text})", passes=True)

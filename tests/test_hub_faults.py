@@ -5,42 +5,42 @@ import ssl
 import time
 from email.utils import formatdate
 
-import httpx2
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from phi3v.hub_faults import Fault, explain, refused, retry_after, without_password
+from phi3v.old_versions import httpx
 
-REQUEST = httpx2.Request("GET", "https://hub.example/api/models/a/b")
+REQUEST = httpx.Request("GET", "https://hub.example/api/models/a/b")
 
 
 @pytest.mark.parametrize(
     ("error", "what", "help", "passes"),
     [
         (
-            httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate", request=REQUEST),
+            httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate", request=REQUEST),
             "no encrypted connection to hub.example ([SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate)",
             "set SSL_CERT_FILE",
             False,
         ),
-        (httpx2.ConnectError("record layer failure", request=REQUEST), "no connection to hub.example", "", True),
+        (httpx.ConnectError("record layer failure", request=REQUEST), "no connection to hub.example", "", True),
         (
-            httpx2.ProxyError("407 Log in", request=REQUEST),
+            httpx.ProxyError("407 Log in", request=REQUEST),
             "no connection to hub.example (407",
             "check HTTPS_PROXY",
             False,
         ),
-        (httpx2.ConnectTimeout("", request=REQUEST), "no answer from hub.example within 10 s", "", True),
-        (httpx2.ReadTimeout("", request=REQUEST), "no answer from hub.example within 10 s", "", True),
-        (httpx2.ReadError("[Errno 104] reset", request=REQUEST), "connection to hub.example broke off ([Err", "", True),
+        (httpx.ConnectTimeout("", request=REQUEST), "no answer from hub.example within 10 s", "", True),
+        (httpx.ReadTimeout("", request=REQUEST), "no answer from hub.example within 10 s", "", True),
+        (httpx.ReadError("[Errno 104] reset", request=REQUEST), "connection to hub.example broke off ([Err", "", True),
         (
-            httpx2.RemoteProtocolError("peer closed connection", request=REQUEST),
+            httpx.RemoteProtocolError("peer closed connection", request=REQUEST),
             "the connection to hub.example broke off (peer closed connection)",
             "",
             True,
         ),
         (
-            httpx2.LocalProtocolError("Illegal header value b'Bearer hf_x'"),
+            httpx.LocalProtocolError("Illegal header value b'Bearer hf_x'"),
             "the token can't be sent",
             "HF_TOKEN",
             False,
@@ -67,7 +67,7 @@ def test_what_is_said_about_an_error(error, what, help, passes):
 
 def test_the_cause_of_an_error_is_what_counts():
     outer = LocalEntryNotFoundError("We cannot find the requested files.")
-    outer.__cause__ = httpx2.ConnectError("Connection refused", request=REQUEST)
+    outer.__cause__ = httpx.ConnectError("Connection refused", request=REQUEST)
     assert "Connection refused" in str(explain(outer))
     outer.__cause__.__cause__ = ssl.SSLError("wrong version number")
     assert "no encrypted connection" in str(explain(outer))
@@ -88,7 +88,7 @@ def test_the_cause_of_an_error_is_what_counts():
     ],
 )
 def test_when_a_server_wants_to_be_asked_again(headers, seconds):
-    assert retry_after(httpx2.Headers(headers)) == seconds
+    assert retry_after(httpx.Headers(headers)) == seconds
 
 
 def test_a_server_may_give_a_date():
@@ -99,9 +99,9 @@ def test_a_server_may_give_a_date():
 
 def test_a_wait_is_taken_from_429_and_503_alone():
     for status, wait in ((429, 9), (503, 9), (500, None), (408, None)):
-        fault = refused(httpx2.Response(status, headers={"Retry-After": "9"}, request=REQUEST))
+        fault = refused(httpx.Response(status, headers={"Retry-After": "9"}, request=REQUEST))
         assert fault.wait == wait and fault.passes and f"hub.example answered {status}" in str(fault)
-    assert not refused(httpx2.Response(418, request=REQUEST)).passes
+    assert not refused(httpx.Response(418, request=REQUEST)).passes
 
 
 def test_addresses_are_shown_without_passwords():

@@ -29,7 +29,7 @@ from phi3v.model.generation import use_own_settings
 from phi3v.model.loading import find_saved, load_saved, nf4_config
 from phi3v.model.processing_phi3v import IMAGE_TAG, changed_settings
 from phi3v.text import printable
-from phi3v.training.hardware import ATTENTION, DTYPES, choose_attention, choose_precision
+from phi3v.training.hardware import ATTENTION, DTYPES, best_device, choose_attention, choose_precision
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -92,7 +92,7 @@ def load(args: argparse.Namespace):
             dtype=dtype,
             attn_implementation=args.attn_implementation,
             quantization=nf4_config(dtype) if args.load_in_4bit else None,
-            device=torch.accelerator.current_accelerator(check_available=True) or "cpu",
+            device=best_device(),
             with_adapter=False,
         )
         place = args.folder

@@ -6,6 +6,7 @@ import gc
 import torch
 
 from ..errors import is_out_of_memory
+from ..old_versions import accelerator_memory
 from .activation_checkpointing import switched_on
 
 
@@ -70,17 +71,17 @@ def _drop_gradient(parameter: torch.Tensor):
 
 def memory_in_use() -> int:
     """Bytes that tensors take on the accelerator now."""
-    return torch.accelerator.memory_allocated()
+    return accelerator_memory().memory_allocated()
 
 
 def peak_memory_since_release() -> int:
     """Bytes: the most that tensors have taken on the accelerator since `release` was called."""
-    return torch.accelerator.max_memory_allocated()
+    return accelerator_memory().max_memory_allocated()
 
 
 def release():
     """Gives memory that no tensor uses back to the device, and begins to look for the peak anew."""
     gc.collect()
     if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats()
+        accelerator_memory().empty_cache()
+        accelerator_memory().reset_peak_memory_stats()

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..model.packing import Packing
+from ..old_versions import accelerator_memory
 from .costs import Costs
 from .hardware import peak_memory, wait_for_device
 from .workload import workload_of_packing
@@ -48,7 +49,7 @@ class Meter:
         if self.started is None:
             self._clear()
             if torch.accelerator.is_available():
-                torch.accelerator.reset_peak_memory_stats()
+                accelerator_memory().reset_peak_memory_stats()
         else:
             self.seconds += time.perf_counter() - self.started
         yield

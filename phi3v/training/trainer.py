@@ -21,10 +21,12 @@ from ..files import read_json, write_json
 from ..model.adapters import check_resumable, load_separators, save_separators
 from ..model.folder import check_files
 from ..model.generation import use_own_settings
+from ..old_versions import accelerator_memory
 from ..ranks import is_first
 from ..signals import stop_signals
 from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
+from .hardware import use_plain_cpu
 from .health import TrainingHealth
 from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
@@ -74,6 +76,7 @@ class RecipeTrainer(Trainer):
     ):
         kwargs["args"] = run.fit(kwargs["model"], kwargs["data_collator"])
         try:
+            use_plain_cpu(kwargs["args"])
             with blaming("report_to", kwargs["args"].report_to):
                 super().__init__(callbacks=[run.preemption], **kwargs)
         except RuntimeError as e:
@@ -275,7 +278,7 @@ def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
     unset_hf_deepspeed_config()  # under ZeRO-3 it would split the next model while it loads
     gc.collect()
     if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+        accelerator_memory().empty_cache()
     report = evaluation.report(load_saved(), args)
     if is_first():
         delete_own(folder)

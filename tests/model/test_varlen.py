@@ -6,6 +6,7 @@ import torch
 from golden_cases import SUMMARY, case_inputs
 from golden_cases import load as load_golden
 from helpers import TINY_MODEL
+from packaging.version import Version
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model import varlen
@@ -14,6 +15,9 @@ from phi3v.model.packing import IGNORE_INDEX, pack
 from phi3v.model.varlen import KERNELS, _aligned, _torch_backward, _torch_forward, layout_of, varlen_attention
 
 FLASH = list(KERNELS)
+torchs_kernel = pytest.mark.skipif(
+    Version(torch.__version__).release < (2, 10), reason="flash attention of torch needs torch 2.10 or newer"
+)
 ORIGINAL = 90  # tokens from which the long rotary factors are taken, in the rows of this file
 
 
@@ -272,6 +276,7 @@ def test_states_begin_at_multiples_of_16_bytes():
         _aligned(torch.zeros(10, 4, 20, dtype=torch.float16))
 
 
+@torchs_kernel
 @pytest.mark.parametrize("dtype", flash_kernels.HALF, ids=str)
 def test_the_operations_of_the_installed_torch(dtype):
     """On the meta device torch checks the arguments and gives the shapes and dtypes of the results."""
@@ -287,6 +292,7 @@ def test_the_operations_of_the_installed_torch(dtype):
         assert [(x.shape, x.dtype) for x in grads] == [(x.shape, dtype) for x in (query, key, value)]
 
 
+@torchs_kernel
 def test_flash_attention_3_that_cannot_be_loaded_leaves_torchs_kernel(monkeypatch):
     monkeypatch.setattr(varlen, "_has_flash_attention_3", lambda: True)
     monkeypatch.setattr(varlen, "_flash_attention_3", varlen._flash_attention_3.__wrapped__)  # without its cache

