@@ -565,13 +565,11 @@ def test_resuming(fault, message, setting, trainings):
     assert any(message in line for line in found) if message else not found, found
 
 
-def test_the_real_trainings_flags_are_known(setting):
+def test_the_real_trainings_flags_are_known(tmp_path):
     """Those of the stage `resume`, which is too slow for a test."""
     from helpers import arguments, parse_command
 
     import finetune_hf_trainer_hateful_memes as script
 
-    args, training_args = parse_command(
-        script, arguments("data", setting.folder / "out", *report_trained.FLAGS.split())
-    )
+    args, training_args = parse_command(script, arguments("data", tmp_path / "out", *report_trained.FLAGS.split()))
     assert (args.batch_size, training_args.max_steps, training_args.save_steps) == (4, 12, 4)
