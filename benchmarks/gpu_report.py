@@ -147,7 +147,7 @@ def start(args: argparse.Namespace, name: str, facts: dict, minutes: float, log:
             try:
                 process.wait(minutes * 60)
             except subprocess.TimeoutExpired:
-                return {"error": f"it was stopped after its time limit of {minutes:.1f} minutes"}
+                return {"error": f"it was stopped after its time limit of {minutes:.1f} minutes", "timed_out": True}
             finally:
                 end_all(process.pid, token)
                 process.wait()
@@ -209,12 +209,16 @@ def passed(result: dict) -> bool:
 
 
 def earlier(path: Path, key: dict) -> dict:
-    """The results by stage that an earlier run left for the same code, machine and settings."""
+    """The results by stage that an earlier run left for the same code, machine and settings; none if the file is not
+    what a run writes."""
     try:
         content = json.loads(path.read_text())
-        return content["stages"] if content["key"] == key else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        if content["key"] == key:
+            page(content)  # raises an error if anything is missing
+            return content["stages"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -256,6 +260,9 @@ def run(args: argparse.Namespace) -> int:
                 keep(stage, status="left out", why=f"it needs {what}")
             elif left < stage.expected(args.tiny):
                 why = f"it takes about {stage.expected(args.tiny):g} minutes, which --minutes did not leave"
+                if stage.name in stages and stages[stage.name]["status"] != "left out":
+                    print(f"{head}: what an earlier run found stays, because {why}", flush=True)
+                    continue
                 keep(stage, status="left out", why=why)
             else:
                 print(f"{head}: {stage.proves}", flush=True)
@@ -266,6 +273,8 @@ def run(args: argparse.Namespace) -> int:
                 seconds = round(time.monotonic() - started, 1)
                 today = datetime.date.today().isoformat()
                 status = {"status": "failed", "why": result["error"]} if "error" in result else {"status": "done"}
+                if "timed_out" in result and limit == left:
+                    status = {"status": "left out", "why": f"it takes more than the {left:.1f} minutes that were left"}
                 keep(stage, **status, found=result.get("found", []), seconds=seconds, date=today)
             _say(head, stages[stage.name])
     finally:
@@ -277,7 +286,9 @@ def run(args: argparse.Namespace) -> int:
     results = [stages[stage.name] for stage in args.chosen]
     ran = [result for result in results if result["status"] != "left out"]
     wrong = [result for result in ran if not passed(result)]
-    print(f"{args.output_dir / 'report.md'}: {len(ran)} stages ran, {len(wrong)} of them found something wrong")
+    print(
+        f"{args.output_dir / 'report.md'}: stages that ran: {len(ran)}; of these, found something wrong: {len(wrong)}"
+    )
     return 0 if ran and not wrong else 1
 
 

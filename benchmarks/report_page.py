@@ -17,9 +17,10 @@ def page(report: dict) -> str:
     wrong = {stage: problems for stage, result in ran.items() if (problems := problems_of(result))}
     checks = [x for result in ran.values() for x in result.get("found", []) if x["kind"] == "Check"]
     lines = [f"# GPU report: {facts['device_name']}", ""]
-    verdict = "Nothing is wrong" if not wrong else f"{len(wrong)} stages found something wrong"
+    verdict = "Nothing is wrong" if not wrong else f"{_stages(len(wrong))} found something wrong"
+    passed = f"{sum(c['passed'] for c in checks)} of {len(checks)} checks passed, in {_stages(len(ran))}."
     lines += [
-        f"{verdict}: {sum(c['passed'] for c in checks)} of {len(checks)} checks passed, in {len(ran)} stages.",
+        f"{verdict}: {passed}" if ran else "No stage ran.",
         "",
     ]
     if report["key"]["tiny"]:
@@ -40,6 +41,10 @@ def page(report: dict) -> str:
     unproven = [stage for stage in STAGES if stage not in ran or stage in wrong]
     lines += [f"- {stage.group}/{stage.name}: that {stage.proves[0].lower()}{stage.proves[1:]}." for stage in unproven]
     return "\n".join(lines) + "\n"
+
+
+def _stages(n: int) -> str:
+    return f"{n} stage" if n == 1 else f"{n} stages"
 
 
 def _machine(report, facts, code) -> list[str]:

@@ -487,6 +487,7 @@ def memory_to_use(setting: Setting) -> float:
     """Bytes that a training may plan with: as for the recipe, what is free, less a tenth."""
     if setting.device == "cpu":
         return 8.0 * GIB
+    empty_cache()  # an earlier training may have left memory, if it ran out of it
     module = torch.get_device_module(setting.device)
     free = module.mem_get_info()[0] if hasattr(module, "mem_get_info") else 16 * GIB
     return USABLE_SHARE * min(gather_object([free]))
@@ -502,6 +503,11 @@ def release(trainer: RecipeTrainer | None):
     unset_hf_deepspeed_config()
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]  # with these the next training would run under DeepSpeed too
+    empty_cache()
+
+
+def empty_cache():
+    """Gives memory that no tensor uses back to the device."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()

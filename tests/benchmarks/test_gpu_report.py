@@ -160,6 +160,26 @@ def test_minutes_leave_out_what_matters_least(stages):
     assert 2.9 < given[-1] <= 3  # a stage gets no more than what is left
 
 
+def test_minutes_that_end_while_a_stage_runs_are_no_fault(stages):
+    stages.results["first"] = {"error": "it was stopped after its time limit of 3.0 minutes", "timed_out": True}
+    assert stages.report("--stages", "first") == 1  # its own limit
+    assert stages.report("--stages", "first", "--minutes", "0.1") == 1  # what was found wrong stays
+    assert "**right/first**: the stage failed" in stages.page and stages.called == []
+    stages.report("--stages", "first", "--minutes", "3")
+    assert "- right/first, because it takes more than the 3.0 minutes that were left" in stages.page
+    assert "No stage ran." in stages.page and "## Wrong" not in stages.page
+
+
+@pytest.mark.parametrize("broken", ["[]", "{", {}, [1], {"status": "done", "found": [{"kind": "Check"}]}])
+def test_broken_results_of_an_earlier_run_do_not_count(stages, broken):
+    assert stages.report("--stages", "first") == 0
+    path = stages.folder / "results.json"
+    content = json.loads(path.read_text())
+    content["stages"]["first"] = broken
+    path.write_text(broken if isinstance(broken, str) else json.dumps(content))
+    assert stages.report("--stages", "first") == 0 and stages.called == ["first"]
+
+
 def test_stages_that_were_not_asked_for_are_named(stages):
     assert stages.report("--stages", "first") == 0
     assert "- right/second, because it is not among --stages" in stages.page
@@ -245,7 +265,7 @@ def test_every_stage_is_a_function_with_a_sentence():
 def test_a_stage_is_a_process_with_a_time_limit(tmp_path, capsys):
     args = gpu_report.parse(["--device", "cpu", "--tiny"])
     stopped = gpu_report.start(args, "machine", {}, 0.003, tmp_path / "logs" / "machine.log")
-    assert stopped == {"error": "it was stopped after its time limit of 0.0 minutes"}
+    assert stopped == {"error": "it was stopped after its time limit of 0.0 minutes", "timed_out": True}
     assert gpu_report.main(["--device", "cpu", "--tiny", "--stages", "crops", "--output_dir", str(tmp_path)]) == 0
     assert "right/crops: 9 of 9 checks passed" in capsys.readouterr().out
     assert (tmp_path / "logs" / "crops.log").exists() and "| crops |" in (tmp_path / "report.md").read_text()
@@ -545,13 +565,11 @@ def test_resuming(fault, message, setting, trainings):
     assert any(message in line for line in found) if message else not found, found
 
 
-def test_the_real_trainings_flags_are_known(setting):
+def test_the_real_trainings_flags_are_known(tmp_path):
     """Those of the stage `resume`, which is too slow for a test."""
     from helpers import arguments, parse_command
 
     import finetune_hf_trainer_hateful_memes as script
 
-    args, training_args = parse_command(
-        script, arguments("data", setting.folder / "out", *report_trained.FLAGS.split())
-    )
+    args, training_args = parse_command(script, arguments("data", tmp_path / "out", *report_trained.FLAGS.split()))
     assert (args.batch_size, training_args.max_steps, training_args.save_steps) == (4, 12, 4)

@@ -80,6 +80,8 @@ def test_out_of_memory_is_a_row(setting, monkeypatch):
         monkeypatch.setattr(module, "train", fails)
     assert rows(report_fast.lora(setting))[0]["images/s"].startswith("out of memory")
     assert "estimate" in wrong(report_memory.lora(setting))[0]
+    monkeypatch.setattr(report_profile, "train", fails)
+    assert "does not fit" in report_profile.lora(setting)[0].why
 
 
 def test_a_step_that_computes_nothing_right_is_named(setting, monkeypatch):
@@ -162,16 +164,17 @@ def test_a_profile_finds_every_predicted_part_and_one_that_is_not_is_named(setti
     expected = {"decoder attention", "decoder MLP", "norms", "head and loss", "vision tower", "projector", "optimizer"}
     assert expected <= parts and "the step, wall-clock" in parts
     assert any(cells.get("profile") for cells in rows(found))  # the part that differs most
-    ((title, about, measured, predicted, wall),) = given
+    ((title, about, measured, predicted, wall, allowed),) = given
     del predicted["vision tower"]
     assert any(
-        "lacks the part 'vision tower'" in line for line in wrong(compared(title, about, measured, predicted, wall))
+        "lacks the part 'vision tower'" in line
+        for line in wrong(compared(title, about, measured, predicted, wall, allowed))
     )
 
 
 def test_what_differs_most_and_what_is_lost_are_named():
     predicted = {"norms": 0.1, "decoder MLP": 0.5, "head and loss": 0.2, "step": 0.8}
-    found = report_profile.compared("x", "y", {"norms": 0.4, "decoder MLP": 0.5, "other": 0.3}, predicted, 1.3)
+    found = report_profile.compared("x", "y", {"norms": 0.4, "decoder MLP": 0.5, "other": 0.3}, predicted, 1.3, 0.15)
     assert rows(found)[-1]["part"] == "norms, by +300.0 ms"
     lines = wrong(found)
     assert "lacks the part 'head and loss'" in lines[0] and "25% of the device time of x" in lines[1]
