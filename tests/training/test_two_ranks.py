@@ -7,6 +7,7 @@ their own.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -54,6 +55,7 @@ def ranks(toy_data, tmp_path_factory):
     with TwoRanks(folder, environment()) as ranks:
         out = folder / "zero3_evaluation"
         ranks.zero3_evaluation = ranks.train(*arguments(toy_data, out, *flags)), out
+        ranks.said_at_first = ranks.log.read_text()
         yield ranks
 
 
@@ -65,6 +67,23 @@ def test_evaluation_alone_runs_under_zero_3(ranks):
 
 
 # ---- One training
+
+# What a run prints, without bars: the example, the plan, evaluations, logged losses, the end, and long phases.
+OURS = re.compile(
+    r"example .*|  .*|(trains|data|steps|optimizer|memory|attention|output|MFU) {2,}.*|warning: .*|"
+    r".*/eval(uation-val|_before|_after)\.json: accuracy .*|\{'.*\}|accuracy .* -> .*; the model, .*|[a-z, ]+: \d+ s|"
+)
+
+
+def test_a_good_run_prints_nothing_but_its_own_lines(ranks, toy_data, tmp_path):
+    """From the start of torchrun to the end of a training under DeepSpeed, on both ranks and both streams."""
+    begin = len(ranks.log.read_text())
+    flags = ["--max_steps", "2", "--batch_size", "4", "--learning_rate", "1e-3", "--save_steps", "1"]
+    first, _ = ranks.train(*arguments(toy_data, tmp_path / "out", *flags))
+    assert first["engine"] == "DeepSpeedEngine"
+    said = ranks.said_at_first + ranks.log.read_text()[begin:]
+    assert "eval_after.json" in said and said.count("example ") == 1
+    assert [line for line in re.split(r"[\n\r]", said) if not OURS.fullmatch(line)] == []
 
 
 @pytest.mark.parametrize("config", ["zero1", "zero2", "zero2_offload", "zero3"])
