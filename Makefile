@@ -1,7 +1,10 @@
 # make install   creates .venv and installs this package and what it needs (requirements.txt) into it
 # make demo      installs, draws small data, fine-tunes the demo's checkpoint on a GPU or a CPU, and evaluates it before
 #                and after; choose with TASK=ucf101|docvqa|hateful_memes|nlvr2 and MODE=full|frozen|lora|qlora
-# make test      installs what the tests need, checks style and format, and runs the tests, on a CPU and offline
+# make test      installs what the tests need, checks style and format, and runs the tests in two processes, on a CPU and
+#                offline; WORKERS=4 takes four processes, and WORKERS=0 one
+# make gpu-report  proves on this machine's GPU what the documentation says, and writes output/gpu-report/report.md; give
+#                flags with FLAGS="--stages right --minutes 10"
 # make shared    copies the blocks between `# shared:` and `# end shared` from finetune_hf_trainer_docvqa.py to the other
 #                training scripts
 # make test-oldest   installs the lower bounds of requirements.txt into .venv-oldest (about 6 GB), and runs the tests of
@@ -12,6 +15,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TASK ?= ucf101
 MODE ?= full
+WORKERS ?= 2
 DATA := output/demo/data/$(TASK)
 OUT := output/demo/$(TASK)-$(MODE)
 
@@ -24,7 +28,7 @@ FLAGS_frozen := --freeze_vision_model
 FLAGS_lora := --use_lora --learning_rate 2e-3
 FLAGS_qlora := --use_qlora --learning_rate 2e-3
 
-.PHONY: demo check-demo install test test-oldest shared
+.PHONY: demo check-demo install test test-oldest gpu-report shared
 
 demo: check-demo .venv/installed $(DATA)/made
 	@echo "== fine-tuning demo/base_checkpoint: TASK=$(TASK) MODE=$(MODE), one process per GPU or two on a CPU"
@@ -70,7 +74,11 @@ install: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=10 \
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+gpu-report: .venv/installed
+	$(BIN)/python benchmarks/gpu_report.py $(FLAGS)
 
 .venv-oldest/installed: requirements.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

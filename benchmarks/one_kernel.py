@@ -19,6 +19,8 @@ import torch.nn.functional as F
 import transformers.modeling_flash_attention_utils as flash_utils
 from tracer import NORM_GRADIENTS, Tracer, size, tensors
 
+ROWS_OF_A_PART = 16  # that torch 2.14's compiler adds up within a kernel that also computes something for each row
+
 
 @contextlib.contextmanager
 def replaced():
@@ -65,7 +67,15 @@ def _run_as_one(name: str, function: Callable, args: tuple, kwargs: dict):
     changed = [t for t, version in zip(given, versions, strict=True) if t._version != version]
     results = [t for t in tensors(out) if all(t is not c for c in changed)]
     tracer.operations[tracer._place()[1]] += 1
-    tracer.count("memory", name, 0.0, sum(map(size, given + changed + results)))
+    # A sum over all rows, such as the gradient of a norm's weight, leaves the kernel as sums over some rows each, in
+    # fp32. Two more kernels, of which torch's compiler has made the code, add these up and round the result.
+    sums = [t for t in results if t.dim() == 1 and any(g.dim() > 1 for g in given)]
+    rows = max((g.shape[:-1].numel() for g in given if g.dim() > 1), default=0)
+    parts = [-(-rows // ROWS_OF_A_PART) * len(t) * 4 for t in sums]
+    tracer.count("memory", name, 0.0, sum(map(size, given + changed + results)) + sum(parts))
+    for t, part in zip(sums, parts, strict=True):
+        tracer.count("memory", f"{name}_sum", 0.0, part + 4 * len(t))
+        tracer.count("memory", f"{name}_sum", 0.0, 4 * len(t) + size(t))
     return out
 
 

@@ -25,7 +25,7 @@ from .ranks import join_after_restart, local_world_size, start_alone, world_size
 from .signals import stop_signals
 from .training.adapter_rate import rate_of_adapters
 from .training.checkpoints import MANIFEST, find_checkpoint, stored_settings
-from .training.hardware import choose_attention, choose_precision, disable_direct_links
+from .training.hardware import choose_attention, choose_precision, disable_direct_links, use_plain_cpu
 from .training.optimizer import check_optimizer
 from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, folder_for_evaluation, make_output_dir
 from .training.settings import fills_by_default
@@ -243,6 +243,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         training_args = TrainingArguments(**trainer)
     except (ValueError, TypeError, ImportError, RecursionError) as e:
         raise InputError(" ".join(str(e).split())) from None
+    use_plain_cpu(training_args)
     training_args.activation_checkpointing = trainer["activation_checkpointing"]  # None was made False
     if not args.evaluate_only:
         check_optimizer(training_args)

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 
-import datasets
 from transformers.utils import logging
 
 from .ranks import is_first
@@ -40,6 +39,8 @@ def quiet_console(no_bars: bool):
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        import datasets  # here, because whoever uses the model alone need not load it, and pandas with it
+
         datasets.disable_progress_bars()  # a bar would share its line with what rank 0 says
 
 

@@ -20,7 +20,6 @@ from .deepspeed_config import check_agreement
 from .errors import BadExamples, blaming, first_of_node, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
-from .model import fused
 from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
 from .model.processing_phi3v import changed_settings
 from .ranks import is_first
@@ -34,6 +33,7 @@ from .training.evaluation import Evaluation, new_evaluation, write_evaluation
 from .training.feature_cache import cache_features
 from .training.folder_lock import unlock_folder
 from .training.hardware import compute_dtype, describe_attention, peak_flops, precision_of
+from .training.kernels import check_kernels
 from .training.meter import Meter
 from .training.micro_batches import MicroBatches
 from .training.output_folder import ANEW, FINISHED, check_same_folder, enter_output, is_finished, prepare_output
@@ -200,12 +200,11 @@ class Run:
         return shares_images(self.args)
 
     def fit(self, model, collate: Callable) -> TrainingArguments:
-        """Fuses functions, and measures whether the planned micro-batches fit, as `MicroBatches.measure` says. The
-        trainer calls it before it takes the model. Returns the TrainingArguments to train with."""
+        """Fuses functions, compares kernels, and measures whether the planned micro-batches fit, as
+        `MicroBatches.measure` says. The trainer calls it before it takes the model. Returns the TrainingArguments to
+        train with."""
         args, micro_batches, device = self.args, self.micro_batches, self.training_args.device
-        fused.turn_off()  # of an earlier run in this process
-        if not args.no_fuse and device.type != "cpu":
-            say(*fused.turn_on(device, compute_dtype(self.training_args)))
+        check_kernels(self.config, args, device, compute_dtype(self.training_args))
         say(*micro_batches.measure(model, collate))
         self.training_args = micro_batches.training_arguments()
         self.settings["tokens"], self.sampler = micro_batches.plan.tokens, micro_batches.sampler

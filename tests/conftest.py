@@ -1,12 +1,30 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use.
 
+`make test` lets several processes share the tests, file by file. What takes long to make is made once for all of them.
+"""
+
+import json
 import os
+import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import helpers
 import pytest
+from filelock import FileLock
+from safetensors.torch import load_file
+
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ  # whether this is one of several processes that share the tests
+
+
+def pytest_collection_modifyitems(items):
+    """Where several processes share the tests, the files with the most slow tests start first, so that no process is
+    left with one of them at the end."""
+    if PARALLEL:
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)
@@ -81,18 +99,34 @@ def only_slow_tests_start_processes(request):
 
 
 @pytest.fixture(scope="session")
-def toy_data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    helpers.write_toy_data(folder)
-    return folder
+def made_once(tmp_path_factory):
+    """made_once(name, make): a folder that `make(folder)` has filled, once for all processes that share the tests.
+    Tests must not change it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if PARALLEL else base
+
+    def get(name, make) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # left by a test that failed in `make`
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def toy_tables(tmp_path_factory) -> Path:
+def toy_data(made_once) -> Path:
+    return made_once("toy", helpers.write_toy_data)
+
+
+@pytest.fixture(scope="session")
+def toy_tables(made_once) -> Path:
     """A --data_dir for the three tasks whose data are tables."""
-    folder = tmp_path_factory.mktemp("tables")
-    helpers.write_toy_tables(folder)
-    return folder
+    return made_once("tables", helpers.write_toy_tables)
 
 
 @pytest.fixture(scope="session")
@@ -123,43 +157,50 @@ def toy_batch(toy_data, toy_examples):
 
 
 @pytest.fixture(scope="session")
-def saved_run(toy_data, tmp_path_factory):
+def saved_run(toy_data, made_once):
     """saved_run(mode): the output folder of a short training, which is made when a test first asks for it. Tests must
     not change it."""
-    made = {}
 
     def get(mode) -> Path:
-        if mode not in made:
-            made[mode] = tmp_path_factory.mktemp(mode)
-            helpers.train(toy_data, made[mode], *helpers.FAR, *helpers.SAVED_MODES[mode])
-        return made[mode]
+        flags = [*helpers.FAR, *helpers.SAVED_MODES[mode]]
+        return made_once(f"saved-{mode}", lambda folder: helpers.train(toy_data, folder, *flags))
 
     return get
 
 
 @pytest.fixture(scope="session")
-def finished_run(toy_data, tmp_path_factory):
+def finished_run(toy_data, made_once):
     """finished_run(mode): the output folder of a finished training with checkpoints, which is made when a test first
     asks for it. Tests must not change it."""
-    made = {}
 
     def get(mode) -> Path:
-        if mode not in made:
-            made[mode] = tmp_path_factory.mktemp("finished") / "out"
-            helpers.train_resumable(toy_data, made[mode], *helpers.RESUMABLE_MODES[mode])
-        return made[mode]
+        flags = helpers.RESUMABLE_MODES[mode]
+        number = list(helpers.RESUMABLE_MODES).index(mode)
+        return made_once(f"finished-{number}", lambda folder: helpers.train_resumable(toy_data, folder, *flags))
 
     return get
 
 
 @pytest.fixture(scope="session")
-def hub_repositories(tmp_path_factory) -> Path:
+def one_process(toy_data, made_once) -> tuple[list[float], dict]:
+    """Losses and weights of six steps of SGD on four examples each, one example at a time. Any other division into
+    micro-batches, or among ranks, must give these numbers."""
+
+    def make(folder):
+        flags = [*helpers.SIX_STEPS, "--deepspeed", "none", "--batch_size_per_gpu", "1"]
+        losses = helpers.train_losses(toy_data, folder / "out", *flags)
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+    folder = made_once("one_process", make)
+    return json.loads((folder / "losses.json").read_text()), load_file(folder / "out" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def hub_repositories(made_once) -> Path:
     """Small models and data sets with the Hub's names and layouts. Tests must not change them."""
     from hub_repositories import write_repositories
 
-    folder = tmp_path_factory.mktemp("hub")
-    write_repositories(folder)
-    return folder
+    return made_once("hub", write_repositories)
 
 
 @pytest.fixture

@@ -8,12 +8,16 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from safetensors.torch import load_file
+from two_ranks import LAUNCH_TWO_RANKS
 
 from phi3v.arguments import parse_arguments
 
@@ -115,40 +119,17 @@ def digest_of_weights(out: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
+def assert_same_run(losses, out: Path, one_process):
+    """Compares the losses and the saved weights of a training with those of the fixture `one_process`."""
+    expected_losses, expected = one_process
+    assert len(losses) == 6 and losses == pytest.approx(expected_losses, rel=1e-5)
+    weights = load_file(out / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5)
+
+
 # ---- Processes
-
-# Started by torchrun: the script, and a file with the weights' hash, losses and engine of every rank.
-DRIVER = """
-import hashlib, json, os, sys
-import torch.distributed
-import finetune_hf_trainer_ucf101 as script
-from phi3v.errors import exit_on_input_error
-
-all_reduce, sizes = torch.distributed.all_reduce, []
-
-
-def counted_all_reduce(tensor, *args, **kwargs):
-    sizes.append(tensor.numel())
-    return all_reduce(tensor, *args, **kwargs)
-
-
-def run():
-    torch.distributed.all_reduce = counted_all_reduce
-    trainer = script.main(sys.argv[1:])
-    digest = hashlib.sha256()
-    for name, tensor in sorted(trainer.accelerator.unwrap_model(trainer.model).state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().numpy().tobytes())
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    engine = type(trainer.model_wrapped).__name__
-    path = os.path.join(trainer.args.output_dir, f"rank{os.environ['RANK']}.json")
-    with open(path, "w") as file:
-        found = {"weights": digest.hexdigest(), "losses": losses, "engine": engine}
-        json.dump(found | {"gradients_sent": sum(n > 10_000 for n in sizes)}, file)
-
-
-exit_on_input_error(run)
-"""
-LAUNCH_TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def environment(**more) -> dict[str, str]:
@@ -161,15 +142,28 @@ def environment(**more) -> dict[str, str]:
 def torchrun(program, *flags) -> subprocess.CompletedProcess:
     """Runs a program on two ranks and waits for its end."""
     command = [sys.executable, *LAUNCH_TWO_RANKS, str(program), *map(str, flags)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
 
 
-def two_ranks(data, folder, *flags) -> list[dict]:
-    """Trains on two ranks, with the output in `folder`/out; returns what DRIVER writes about each rank."""
-    (folder / "driver.py").write_text(DRIVER)
-    run = torchrun(folder / "driver.py", *arguments(data, folder / "out", *flags))
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads((folder / "out" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+def start_training(program, *flags, group=None, **variables) -> subprocess.Popen:
+    """program: arguments of Python before the script's name. group: of processes, 0 for one of its own.
+    variables: added to the environment."""
+    command = [sys.executable, *program, ROOT / "finetune_hf_trainer_ucf101.py", *RESUMABLE, *flags]
+    return subprocess.Popen(
+        list(map(str, command)),
+        env=environment(**variables),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        process_group=group,
+    )
+
+
+def wait_for_checkpoint(process: subprocess.Popen, out: Path):
+    end = time.monotonic() + 900
+    while not any(out.glob("checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0][-3000:]
+        time.sleep(0.005)
 
 
 # ---- Data

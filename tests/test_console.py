@@ -109,7 +109,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "saved")]
     shell = ["bash", "-c", 'PYTHONIOENCODING=ascii "$@" | head -1; exit ${PIPESTATUS[0]}', "bash", *command]
-    run = subprocess.run(shell, env=environment(), capture_output=True, text=True, timeout=120)
+    run = subprocess.run(shell, env=environment(), capture_output=True, text=True, timeout=900)
     assert run.returncode == 0 and "Traceback" not in run.stderr
     assert run.stdout == "line 0 of a long run, which nobody reads \\u2192 \\u2603\n"
     assert run.stderr.count("nobody reads the standard output any more") == 1
@@ -129,3 +129,13 @@ def test_what_can_not_be_written_is_dropped(fault):
                 print("a line", file=stream, flush=True)
     finally:
         os.close(number)
+
+
+@pytest.mark.slow
+def test_the_model_alone_does_not_load_what_reads_tables():
+    """They take 80 MB."""
+    code = (
+        "import sys, phi3v; print([name for name in ('datasets', 'torch._inductor.compile_fx') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]

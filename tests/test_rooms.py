@@ -48,7 +48,7 @@ WITHOUT_A_TEST_FILE = {
 }
 TESTS_OF_SEVERAL_MODULES = {
     "tests/test_rooms.py": "it looks at the code of all modules",
-    "tests/training/test_nodes.py": "it runs the whole script on two nodes",
+    "tests/training/test_two_ranks.py": "ranks and nodes as users start them; they share a launch",
     "tests/training/test_checkpoint_of_801afc1.py": "it runs the whole script",
 }
 

@@ -99,9 +99,9 @@ def test_values_are_masked_by_their_names():
 
 @pytest.mark.parametrize("text", LONG)
 def test_masking_takes_time_in_proportion_to_the_length(text):
-    start = time.perf_counter()
+    start = time.process_time()
     masked_command(LONG[text])
-    assert time.perf_counter() - start < 3  # 0.1 s on a free machine
+    assert time.process_time() - start < 3  # 0.1 s of a processor's time, whatever else it does
 
 
 def test_passwords_in_netrc_are_masked(tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ exit_on_input_error(main)
 def test_logs_warnings_and_tracebacks_are_masked(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py")]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert run.returncode == 1 and "sent ••• to the Hub" in run.stderr and "UserWarning: ••• is old" in run.stderr
     assert "Traceback" in run.stderr and run.stderr.endswith("ValueError: ••• is wrong\n")
     # A traceback shows lines of the program, so the program's own text is masked there too.

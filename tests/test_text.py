@@ -32,7 +32,7 @@ def test_line_breaks_stay_where_they_are_asked_for():
 
 
 def test_a_long_text_takes_no_long_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (
         "\x1b" * 300_000,
         "\u200d" * 300_000,
@@ -40,4 +40,4 @@ def test_a_long_text_takes_no_long_time():
         "\U0001f3f4" + "\U000e0067" * 300_000,
     ):
         printable(text)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

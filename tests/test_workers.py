@@ -85,7 +85,7 @@ class Items:
         if item == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if item == "sleeps":
-            time.sleep(60)
+            time.sleep(600)
         return Unsendable() if item == "can not be sent" else item
 
 
@@ -105,7 +105,7 @@ def test_a_worker_that_dies_ends_the_program_in_one_line(item, said, capfd):
         exit_on_input_error(main)
     err = capfd.readouterr().err
     assert status.value.code == 2 and err.startswith("error: a process that prepares images") and said in err
-    assert err.count("\n") == 1 and time.monotonic() - start < 20 and not multiprocessing.active_children()
+    assert err.count("\n") == 1 and time.monotonic() - start < 200 and not multiprocessing.active_children()
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_a_batch_that_never_comes_is_an_error_and_a_signal_ends_the_wait(has_sig
         if has_signal:
             os.kill(os.getpid(), signal.SIGTERM)
         wanted = Interrupted if has_signal else InputError
-        with pytest.raises(wanted, match=None if has_signal else "made no batch for [01] s: .*_workers"):
+        with pytest.raises(wanted, match=None if has_signal else "made no batch for [0-9]+ s: .*_workers"):
             for _ in batches_of(loader("good", "sleeps")):
                 pass
     finally:

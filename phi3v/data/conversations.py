@@ -16,8 +16,8 @@ from ..model.image_processing_phi3v import num_image_tokens
 from ..model.packing import IGNORE_INDEX
 from ..model.processing_phi3v import Phi3VProcessor, image_tag
 from ..model.tokenizer import ASSISTANT, END_OF_CONVERSATION, ROLE_TOKENS
-from .images import image_name, image_size, read_image
-from .sizes import Size, digest
+from .images import State, image_name, image_size, read_image
+from .measuring import Size, measure
 
 
 def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> dict:
@@ -135,12 +135,12 @@ class ConversationDataset(Dataset):
         examples, last_key, encoded, grids, problem = [], None, None, None, None
         for i in indices:
             index = i if i >= 0 else ~i
-            text, images = self._chat(index)
+            text, images = self.chat(index)
             key = self.images_key(index)
             if key is None or key != last_key:
                 encoded, grids, problem = self._read_images(images)
                 last_key = key
-            example = self._encode_text(index, text, grids)
+            example = self.encode_text(index, text, grids)
             if i < 0 or problem:
                 example["labels"] = torch.full_like(example["labels"], IGNORE_INDEX)
             examples.append({**example, form: encoded, "grids": grids, "images_key": key})
@@ -159,30 +159,37 @@ class ConversationDataset(Dataset):
         except InputError as e:
             if not self.skip_bad:
                 raise
-            blanks = [Image.new("RGB", self._size_or_square(image)) for image in images]
+            blanks = [Image.new("RGB", self._size_or_square(image)[0]) for image in images]
             tiles, grids = encode_images(self.processor, blanks)
             return cache.blank(grids) if cache else tiles, grids, str(e)
 
-    def _chat(self, index: int) -> tuple[str, list]:
+    def chat(self, index: int) -> tuple[str, list]:
+        """The text of an example and its images, as `chat_text` makes them."""
         return chat_text(self.processor, self.conversations[index]["conversations"], self.for_generation)
 
-    def _size_or_square(self, image) -> tuple[int, int]:
-        """(width, height) of an image in pixels; those of a single crop if they can't be read or used."""
+    def _size_or_square(self, image, state: State = None) -> tuple[tuple[int, int], bool]:
+        """(width, height) of an image in pixels; those of a single crop, and False, if they can't be read or used."""
         try:
-            size = self._image_size(image)
+            size = self._image_size(image, state)
             self.processor.image_processor.crop_grid(*size)
-            return size
+            return size, True
         except ValueError:  # InputError is one
-            return (self.processor.image_processor.image_size,) * 2
+            return (self.processor.image_processor.image_size,) * 2, False
 
     def grids(self, images: list) -> list[tuple[int, int]]:
         """The sub-crops (down, across) of each image, from its header alone. Raises InputError as items do."""
         return [_grid(self.processor.image_processor, image, self._image_size(image)) for image in images]
 
-    def _image_size(self, image) -> tuple[int, int]:
-        return image_size(image, self.processor.image_processor.exif_rotate)
+    def grid(self, image, state: State) -> tuple[tuple[int, int], bool]:
+        """The same for one image, and whether it could be read. state: what `state_of_image` says of it."""
+        size, is_good = self._size_or_square(image, state) if self.skip_bad else (self._image_size(image, state), True)
+        return _grid(self.processor.image_processor, image, size), is_good
 
-    def _encode_text(self, index: int, text: str, grids) -> dict:
+    def _image_size(self, image, state: State = None) -> tuple[int, int]:
+        return image_size(image, self.processor.image_processor.exif_rotate, state)
+
+    def encode_text(self, index: int, text: str, grids) -> dict:
+        """Ids and labels of an example, cut off as `truncate` says."""
         example = _encode_text(self.processor, text, grids)
         ids, labels, limit = example["input_ids"], example["labels"], self.max_length
         if limit is None or len(ids) <= limit:
@@ -221,10 +228,5 @@ class ConversationDataset(Dataset):
 
     def size(self, index: int) -> Size:
         """The example's Size, from its text and the headers of its images. Raises InputError as items do."""
-        text, images = self._chat(index)
-        sizes = [self._size_or_square(image) if self.skip_bad else self._image_size(image) for image in images]
-        grids = [_grid(self.processor.image_processor, image, size) for image, size in zip(images, sizes, strict=True)]
-        encoded = self._encode_text(index, text, grids)
-        ids, targets = encoded["input_ids"], encoded["labels"] != IGNORE_INDEX
-        crops = sum(h * w + 1 for h, w in grids)
-        return Size(len(ids), int((ids < 0).sum()), crops, int(targets.sum()), digest(text, images))
+        ((size, _),) = measure(self, [index])
+        return size

@@ -1,8 +1,11 @@
 """Opens images and converts them to RGB. Whatever is wrong with an image becomes an InputError that names it."""
 
 import contextlib
+import functools
 import io
 import os
+import stat
+import zlib
 from collections.abc import Iterator
 
 from PIL import Image
@@ -11,6 +14,8 @@ from ..errors import InputError
 from ..image_files import open_image_file
 from ..inside import open_file
 from ..model.rgb import TURNS, exif_orientation, to_rgb, upright_size
+
+State = tuple[int, ...] | None
 
 
 def image_name(image) -> str:
@@ -66,15 +71,38 @@ def read_bytes(image) -> bytes:
         raise InputError(f"{image_name(image)} can't be read ({' '.join(str(e).split())})") from None
 
 
-def image_size(image, exif_rotate: bool = False) -> tuple[int, int]:
+def state_of_image(image) -> State:
+    """What says that an image's file, or its content in memory, is still the same, without reading the file: its size
+    and its times, or a checksum. None for an image that is neither, such as a PIL image or a missing file."""
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return len(image["bytes"]), zlib.crc32(image["bytes"])
+    path = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(path, (str, os.PathLike)):
+        return None
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (found.st_size, found.st_mtime_ns, found.st_ctime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
+def image_size(image, exif_rotate: bool = False, state: State = None) -> tuple[int, int]:
     """(width, height) in pixels, from the image's header alone. Raises InputError as `open_image` does.
 
     exif_rotate: of the image turned upright, as `to_rgb` does it.
+    state: of the image, as `state_of_image` has just returned it; then a file's size that was read before is returned.
     """
     if isinstance(image, Image.Image):
         return upright_size(image, exif_rotate)
+    if state is not None and isinstance(image, (str, os.PathLike)):
+        return _size_in_file(image, getattr(image, "folders", None), state, exif_rotate)
     with open_image(image, header_only=True) as opened:
         return upright_size(opened, exif_rotate)
+
+
+@functools.lru_cache(maxsize=2**16)  # about 25 MB
+def _size_in_file(path, folders, state: State, exif_rotate: bool) -> tuple[int, int]:
+    return image_size(path, exif_rotate)
 
 
 def read_image(image, name: str | None = None, exif_rotate: bool = False) -> Image.Image:

@@ -1,46 +1,23 @@
 """Measures all examples before training, and recognises a data set that has changed."""
 
 import hashlib
-import os
-import zlib
-from typing import NamedTuple
 
+import numpy as np
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..ranks import is_first, rank, world_size
+from ..ranks import is_first, is_first_of_node, rank, world_size
+from .kept_sizes import KeptSizes
+from .measuring import Size, measure
 
-
-class Size(NamedTuple):
-    """How large an example is, and a checksum by which a changed example is noticed."""
-
-    tokens: int
-    image_tokens: int  # of these tokens
-    crops: int  # sub-crops and global crops of all its images
-    targets: int  # supervised tokens
-    digest: int  # as `digest` computes it
-
-
-def digest(text: str, images: list) -> int:
-    """A checksum of an example's text and of its images, without reading an image's file."""
-    return zlib.crc32(repr([text, *map(_file_size_or_checksum, images)]).encode())
-
-
-def _file_size_or_checksum(image) -> int | None:
-    """The size of an image's file in bytes, or a checksum of a file's content that is in memory; None for others."""
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        return zlib.crc32(image["bytes"])
-    path = image.get("path") if isinstance(image, dict) else image
-    if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
-        return os.path.getsize(path)
-    return None
+NO_KEY = (0, 0)  # of a size that is not kept
 
 
 def all_sizes(dataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
     """The `Size` of every example of a `ConversationDataset`, on every rank. All ranks call it and share the work.
 
-    The sizes are kept in `dataset.sizes`. desc: what the progress bar says.
+    The sizes are kept in `dataset.sizes`, and for later runs as `KeptSizes` says. desc: what the progress bar says.
     Raises InputError if ranks have different data, or as `ConversationDataset.size` does.
     """
     if dataset.sizes is not None:
@@ -54,9 +31,17 @@ def all_sizes(dataset, desc: str, disable_tqdm: bool = False) -> list[Size]:
             if first[0] == found[0]:
                 numbers = f"both have {first[0]:,} examples, but not the same ones"
             raise InputError(f"processes 0 and {other} have different data ({numbers}): give every node the same files")
-    own = range(rank(), len(dataset), world_size())
-    sizes = [(i, dataset.size(i)) for i in tqdm(own, desc=desc, disable=disable_tqdm or not is_first())]
-    dataset.sizes = [size for _, size in sorted(gather_object(sizes))]
+    # Each rank measures neighbours, which often have the same images.
+    first, end = (len(dataset) * n // world_size() for n in (rank(), rank() + 1))
+    kept, no_bar = KeptSizes(dataset.processor), disable_tqdm or not is_first()
+    found = tqdm(measure(dataset, range(first, end), kept), total=end - first, desc=desc, disable=no_bar)
+    own = np.zeros((end - first, len(kept.rows)), np.uint64)
+    for row, (size, key) in zip(own, found, strict=True):
+        row[:] = *(key or NO_KEY), *size
+    sizes = np.concatenate(gather_object([own]))
+    if is_first_of_node():
+        kept.add(sizes[sizes[:, :2].any(1)])
+    dataset.sizes = [Size(*row) for row in sizes[:, 2:].tolist()]
     return dataset.sizes
 
 

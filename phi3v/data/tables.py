@@ -132,12 +132,13 @@ def _cache_dir(folder: Path, files: list[Path]) -> str:
     and would keep returning the old content."""
     states = [(str(path.relative_to(folder)), path.stat()) for path in files]
     content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in states])
-    return str(_writable_cache() / f"local-{hashlib.sha1(content.encode()).hexdigest()}")
+    return str(writable_cache() / f"local-{hashlib.sha1(content.encode()).hexdigest()}")
 
 
 @cache
-def _writable_cache() -> Path:
-    """The folder in which `datasets` keeps tables; a temporary one if that can't be written to."""
+def writable_cache() -> Path:
+    """The folder for tables and for the sizes of examples: that of `datasets`, or a temporary one if that can't
+    be written to."""
     wanted = Path(datasets.config.HF_DATASETS_CACHE)
     try:
         wanted.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,10 @@ def _writable_cache() -> Path:
     except OSError:
         other = Path(tempfile.gettempdir()) / f"datasets-of-{os.getuid()}"
         if is_first_of_node():
-            tell(f"{wanted} can't be written to: tables are kept in {other}; HF_DATASETS_CACHE chooses another folder")
+            tell(
+                f"{wanted} can't be written to: tables and sizes are kept in {other}; "
+                "HF_DATASETS_CACHE chooses another folder"
+            )
         return other
 
 
@@ -188,6 +192,7 @@ class Conversations(Sequence):
 
     def __init__(self, table: datasets.Dataset, keys: list[tuple[int, int]], build: Callable):
         self.table, self.keys, self.build = table, keys, build
+        self._row = None, None  # the number and the content of the row that was read last
 
     def __len__(self):
         return len(self.keys)
@@ -196,7 +201,9 @@ class Conversations(Sequence):
         if isinstance(i, slice):
             return self.select(range(*i.indices(len(self))))
         index, item = self.keys[i]
-        return self.build(undecoded(self.table, index), item)
+        if self._row[0] != index:  # questions about the same row follow one another
+            self._row = index, undecoded(self.table, index)
+        return self.build(self._row[1], item)
 
     def select(self, indices: Iterable[int]) -> "Conversations":
         return Conversations(self.table, [self.keys[i] for i in indices], self.build)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import InputError
 from ..files import let_others_read
+from .lora import use_less_traffic
 from .lora_config import PREFIX, adapter_shapes, lora_config
 from .modeling_phi3v import Phi3VForCausalLM
 from .weights import check_shapes, shapes_in, weight_files
@@ -38,6 +39,7 @@ def add_adapter(model: Phi3VForCausalLM, config: LoraConfig, train_separators: b
         if isinstance(module, BaseTunerLayer):
             # Inputs in fp32 would take more memory, and autocast casts the adapter's weights anyway.
             module.cast_input_dtype_enabled = False
+    use_less_traffic(adapted)
     adapted.save_pretrained = partial(_save_pretrained, adapted)
     adapted.create_or_update_model_card = lambda folder: None  # a run writes its own; PEFT's is an empty form
     for name in SEPARATORS if train_separators else ():
@@ -93,6 +95,7 @@ def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> PeftModel:
     config = lora_config(Path(folder), model)
     load_separators(model, Path(folder))
     adapted = PeftModel.from_pretrained(model, folder, config=config)
+    use_less_traffic(adapted)
     for name, parameter in adapted.named_parameters():
         if ("lora_" in name or name.endswith(SEPARATORS)) and not parameter.isfinite().all():
             raise InputError(f"{folder}: the adapter's weights {name} hold NaN or infinity")

@@ -3,13 +3,15 @@
 `varlen.py` has flash attention, for which a row is one call; this module has the two kinds that go group by group.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .packing import Packing
+from .packing import Group, Packing
 from .varlen import KERNELS, varlen_attention
 
 # transformers computes padded batches and the tower. With "varlen" it does so as with "sdpa".
@@ -53,6 +55,27 @@ def packed_attention(module, query, key, value, packing: Packing, trimmed: bool,
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
 
 
+@torch.enable_grad()
+def difference_from_sdpa(config, device: torch.device, dtype: torch.dtype) -> float:
+    """How much the attention of `config` and SDPA attention differ on a small packed row, with branches, in the output
+    or in a gradient: the largest difference, as a share of the largest number."""
+    groups = (Group(40, tail=40), Group(17, branches=(3, 9), tail=17), Group(70, tail=70))
+    packing = Packing(groups, torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long))
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim, random = config.hidden_size // heads, torch.Generator().manual_seed(0)
+    shapes = [(1, sum(group.size for group in groups), n, head_dim) for n in (heads, key_heads, key_heads, heads)]
+    *states, grad = (torch.randn(shape, generator=random).to(device, dtype) for shape in shapes)
+    found = []
+    for kind in (config._attn_implementation, "sdpa"):
+        own = SimpleNamespace(_attn_implementation=kind)
+        module = SimpleNamespace(config=own, scaling=head_dim**-0.5)
+        leaves = [x.clone().requires_grad_() for x in states]
+        output = packed_attention(module, *leaves, packing, trimmed=False, dropout=0.0)
+        found.append([output.detach(), *torch.autograd.grad(output, leaves, grad.to(output.dtype))])
+    pairs = zip(*found, strict=True)
+    return max(((one.float() - other.float()).abs().max() / other.float().abs().max()).item() for one, other in pairs)
+
+
 def _split(states: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, ...]:
     """(1, sum of lengths, heads, head_dim) → (1, heads, length, head_dim) for each length. Their gradients are joined
     in one step. The gradient of a slice would be a tensor of the whole row's size, for each group."""
@@ -77,7 +100,10 @@ def _eager(query, key, value, mask, is_causal, dropout, scaling, enable_gqa):
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if is_causal:
         mask = _tail_mask(query.shape[2], key.shape[2], query.device)
-    scores = (query @ key.transpose(2, 3) * scaling).float()
+    if query.dtype == torch.float16:  # the product with keys could overflow before it is scaled
+        scores = (query * scaling @ key.transpose(2, 3)).float()
+    else:
+        scores = (query @ key.transpose(2, 3) * scaling).float()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return F.dropout(scores.softmax(-1).to(query.dtype), dropout) @ value

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .fused import fused
+from .fused import fused, is_worth_fusing
 
 LOSS_CHUNK = 512  # rows of logits that exist at the same time: 66 MB in fp32 for a vocabulary of 32,064
 
@@ -178,6 +178,45 @@ def rotate(
     heads: how many heads query, key and value have.
     """
     return _Rotate.apply(qkv, cos, sin, heads, head_dim)
+
+
+class _Projections(torch.autograd.Function):
+    """Linear layers of one input. In the backward pass each matrix product adds to the one before, so that the gradient
+    of the input is written once for each layer. Autograd would also read and add up the gradients."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.save_for_backward(x, *parameters)
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(parameters[::2], parameters[1::2], strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, *parameters = ctx.saved_tensors
+        rows, grad_x, found = x.flatten(0, -2), None, []
+        for grad, weight in zip(grads, parameters[::2], strict=True):
+            grad = grad.flatten(0, -2)
+            grad_x = add_product(grad_x, grad, weight.to(grad.dtype))
+            found += [grad.T @ rows.to(grad.dtype), grad.sum(0)]
+        found = [own.to(p.dtype) for own, p in zip(found, parameters, strict=True)]
+        return grad_x.view_as(x).to(x.dtype), *found
+
+
+def project_to_heads(x: torch.Tensor, layers: tuple[nn.Module, ...], head_dim: int) -> list[torch.Tensor]:
+    """Linear layers of (n, length, width), each as (n, heads, length, head_dim)."""
+    parameters = [p for layer in layers for p in layer.parameters()]
+    trained = torch.is_grad_enabled() and x.requires_grad and all(p.requires_grad for p in parameters)
+    # ZeRO-3 gathers parameters when their module is called.
+    plain = any(type(layer) is not nn.Linear for layer in layers) or any(hasattr(p, "ds_id") for p in parameters)
+    if trained and not plain and is_worth_fusing(x):
+        outputs = _Projections.apply(x, *parameters)
+    else:
+        outputs = [layer(x) for layer in layers]
+    return [output.unflatten(-1, (-1, head_dim)).transpose(1, 2) for output in outputs]
+
+
+def add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b in one matrix product, in place; without `total`, a @ b. All are matrices of one dtype."""
+    return a @ b if total is None else torch.addmm(total, a, b, out=total)
 
 
 class _CrossEntropySum(torch.autograd.Function):

@@ -18,8 +18,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer, eager_attention_forward
 from transformers.models.phi3.modeling_phi3 import (
     Phi3Attention,
     Phi3DecoderLayer,
@@ -33,9 +33,10 @@ from transformers.utils import logging
 from ..files import let_others_read
 from .attention import packed_attention
 from .configuration_phi3v import Phi3VConfig
-from .functional import QuickGELU, cross_entropy, rotate, swiglu
+from .functional import QuickGELU, cross_entropy, project_to_heads, rotate, swiglu
+from .fused import is_worth_fusing
 from .image_processing_phi3v import crops_of_tiles, num_image_tokens
-from .norms import layer_norm, rms_norm
+from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .packing import IGNORE_INDEX, Packing
 
 logger = logging.get_logger(__name__)
@@ -115,8 +116,45 @@ class Phi3VLayerNorm(nn.LayerNorm):
         super().__init__(config.hidden_size, eps=config.layer_norm_eps)
         self.before_products = before_products
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps, self.before_products)
+    def forward(self, x: torch.Tensor, added: torch.Tensor | None = None):
+        """The norm of x, or with `added` (x + added, its norm)."""
+        if added is None:
+            return layer_norm(x, self.weight, self.bias, self.eps, self.before_products)
+        return add_layer_norm(x, added, self.weight, self.bias, self.eps, self.before_products)
+
+
+def _norm_of_sum(norm, x, added):
+    """(x + added, its norm), where `added` may be None."""
+    return (x, norm(x)) if added is None else norm(x, added)
+
+
+def _sum_or_parts(layer, x, added):
+    """What a layer returns, and the next one begins with: (x, added), which the next norm adds in one kernel; or
+    (x + added, None), where no function is fused, or where activation checkpointing would keep both parts."""
+    fuses = is_worth_fusing(x) and not layer.gradient_checkpointing
+    return (x, added) if fuses else (x + added, None)
+
+
+class Phi3VVisionAttention(CLIPAttention):
+    """As `CLIPAttention`, with less memory traffic in the backward pass."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask=None, **kwargs):
+        # (n_crops, heads, tokens, head_dim) each
+        query, key, value = project_to_heads(hidden_states, (self.q_proj, self.k_proj, self.v_proj), self.head_dim)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scale, dropout=dropout, **kwargs)
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+
+class Phi3VVisionLayer(CLIPEncoderLayer):
+    """As `CLIPEncoderLayer`. Takes and returns the residual stream as `_sum_or_parts` says."""
+
+    def forward(self, hidden_states, added=None):
+        hidden, x = _norm_of_sum(self.layer_norm1, hidden_states, added)
+        x, _ = self.self_attn(x)
+        hidden, x = self.layer_norm2(hidden, x)
+        return _sum_or_parts(self, hidden, self.mlp(x))
 
 
 class _ImageProcessorModule(nn.Module):
@@ -127,6 +165,8 @@ class _ImageProcessorModule(nn.Module):
         self.vision_model = CLIPVisionModel(config)
         self.vision_model.pre_layrnorm = Phi3VLayerNorm(config, before_products=False)
         for layer in self.vision_model.encoder.layers:
+            # Only `forward` differs. A layer of our own would draw other random numbers for its first weights.
+            layer.__class__, layer.self_attn.__class__ = Phi3VVisionLayer, Phi3VVisionAttention
             layer.layer_norm1, layer.layer_norm2 = (Phi3VLayerNorm(config, before_products=True) for _ in range(2))
 
 
@@ -168,9 +208,10 @@ class Phi3VImageEmbedding(nn.Module):
         # Without autograd, a frozen tower keeps nothing for the backward pass and activation checkpointing recomputes
         # nothing.
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
-            hidden = tower.pre_layrnorm(tower.embeddings(crops))
+            hidden, added = tower.pre_layrnorm(tower.embeddings(crops)), None
             for layer in tower.encoder.layers[:-1]:
-                hidden = layer(hidden, None)
+                hidden, added = layer(hidden, added)
+            hidden = hidden if added is None else hidden + added
         patches = hidden[:, 1:].unflatten(1, (self.grid, 2, self.grid, 2))  # (n_crops, g, 2, g, 2, width)
         return patches.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(0, 2)
 
@@ -225,7 +266,7 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
     """What the classes of the model have in common: initialisation and activation checkpointing."""
 
     config: Phi3VConfig
-    _no_split_modules = ["Phi3VDecoderLayer", "CLIPEncoderLayer"]
+    _no_split_modules = ["Phi3VDecoderLayer", "Phi3VVisionLayer"]
     _supports_flex_attn = False
     # Some checkpoints have a second copy of the text embedding in the image embedding.
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\."]
@@ -236,7 +277,7 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
         super().activation_checkpointing_enable(*args, **kwargs)
         if not self.checkpoint_tower:
             for module in self.modules():
-                if isinstance(module, CLIPEncoderLayer):
+                if isinstance(module, Phi3VVisionLayer):
                     module.gradient_checkpointing = False
 
     def enable_input_require_grads(self):
@@ -271,8 +312,11 @@ class Phi3VAttention(Phi3Attention):
 class Phi3VRMSNorm(Phi3RMSNorm):
     """As `Phi3RMSNorm`, with less memory for the backward pass."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    def forward(self, hidden_states: torch.Tensor, added: torch.Tensor | None = None):
+        """The norm of `hidden_states`, or with `added` (their sum, its norm)."""
+        if added is None:
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return add_rms_norm(hidden_states, added, self.weight, self.variance_epsilon)
 
 
 class Phi3VMLP(Phi3MLP):
@@ -285,7 +329,8 @@ class Phi3VMLP(Phi3MLP):
 
 
 class Phi3VDecoderLayer(Phi3DecoderLayer):
-    """As `Phi3DecoderLayer`. With `kept_rows` (n_kept,), only these rows are computed after attention, and returned."""
+    """As `Phi3DecoderLayer`. With `packing`, takes and returns the residual stream as `_sum_or_parts` says; and with
+    `kept_rows` (n_kept,), only these rows are computed after attention, and returned."""
 
     def __init__(self, config: Phi3VConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -294,12 +339,15 @@ class Phi3VDecoderLayer(Phi3DecoderLayer):
         self.input_layernorm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, *args, kept_rows=None, **kwargs):
-        if kept_rows is None:
+    def forward(self, hidden_states, *args, packing=None, added=None, kept_rows=None, **kwargs):
+        if packing is None:
             return super().forward(hidden_states, *args, **kwargs)
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), kept_rows=kept_rows, **kwargs)
-        hidden_states = hidden_states[:, kept_rows] + self.resid_attn_dropout(attended)
-        return hidden_states + self.resid_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        hidden, x = _norm_of_sum(self.input_layernorm, hidden_states, added)
+        x, _ = self.self_attn(x, packing=packing, kept_rows=kept_rows, **kwargs)
+        if kept_rows is not None:
+            hidden = hidden[:, kept_rows]
+        hidden, x = self.post_attention_layernorm(hidden, self.resid_attn_dropout(x))
+        return _sum_or_parts(self, hidden, self.resid_mlp_dropout(self.mlp(x)))
 
 
 class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
@@ -435,11 +483,11 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
 
     def _forward_packed(self, hidden, position_ids, packing: Packing) -> BaseModelOutputWithPast:
         rotary = self.rotary_emb(hidden, position_ids, packing)
-        for layer in self.layers[:-1]:
-            hidden = layer(hidden, position_embeddings=rotary, packing=packing)
-        kept_rows = packing.kept_rows.to(hidden.device, non_blocking=True)
-        hidden = self.layers[-1](hidden, position_embeddings=rotary, packing=packing, kept_rows=kept_rows)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+        kept_rows, added = packing.kept_rows.to(hidden.device, non_blocking=True), None
+        for layer in self.layers:
+            kept = kept_rows if layer is self.layers[-1] else None
+            hidden, added = layer(hidden, added=added, position_embeddings=rotary, packing=packing, kept_rows=kept)
+        return BaseModelOutputWithPast(last_hidden_state=_norm_of_sum(self.norm, hidden, added)[1])
 
 
 def _real_crops(pixel_values: torch.Tensor, crops_per_image: torch.Tensor) -> torch.Tensor:

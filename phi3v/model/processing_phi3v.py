@@ -119,19 +119,28 @@ class Phi3VProcessor(ProcessorMixin):
         processor and in model servers. The `num_img_tokens[k - 1]` tokens of image k have the id `-k`.
         Raises ValueError if tags and images do not match.
         """
-        pieces = IMAGE_TAG.split(text)
-        tags = [int(tag) for tag in pieces[1::2]]
-        if set(tags) != set(range(1, len(num_img_tokens) + 1)):
-            found = ", ".join(map(image_tag, sorted(set(tags)))) or "none"
-            wanted = f"{image_tag(1)} to {image_tag(len(num_img_tokens))}" if num_img_tokens else "no tags"
-            raise ValueError(
-                f"image tags do not match the {len(num_img_tokens)} images given: found {found}, expected {wanted}"
-            )
-        chunks = self.tokenizer(pieces[0::2]).input_ids
+        ((chunks, tags),) = self.chunks_of([text])
+        self.check_tags(tags, len(num_img_tokens))
         ids = list(chunks[0])
         for tag, chunk in zip(tags, chunks[1:], strict=True):
             ids += [-tag] * num_img_tokens[tag - 1] + chunk
         return ids, [tag - 1 for tag in tags]
+
+    def chunks_of(self, texts: list[str]) -> list[tuple[list[list[int]], list[int]]]:
+        """For each prompt the ids of the pieces of text between its tags, and the numbers in the tags. The tokenizer is
+        called once, for each different piece."""
+        split = [IMAGE_TAG.split(text) for text in texts]
+        pieces = list(dict.fromkeys(piece for own in split for piece in own[0::2]))
+        ids = dict(zip(pieces, self.tokenizer(pieces).input_ids, strict=True))
+        return [([ids[piece] for piece in own[0::2]], [int(tag) for tag in own[1::2]]) for own in split]
+
+    @staticmethod
+    def check_tags(tags: list[int], n_images: int):
+        """Raises ValueError unless the numbers in a prompt's tags are those of its images."""
+        if set(tags) != set(range(1, n_images + 1)):
+            found = ", ".join(map(image_tag, sorted(set(tags)))) or "none"
+            wanted = f"{image_tag(1)} to {image_tag(n_images)}" if n_images else "no tags"
+            raise ValueError(f"image tags do not match the {n_images} images given: found {found}, expected {wanted}")
 
     def __call__(
         self,

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -125,8 +126,9 @@ class Estimate:
         weights: bytes of the frozen weights.
         passes: bytes of activations and dequantised weights.
         """
-        # DistributedDataParallel has a second copy of the gradients, in buckets.
-        gradients = self.trained * 4 * (2 if self.world_size > 1 else 1)
+        # DistributedDataParallel has a second copy of the gradients, in buckets. On a CPU accelerate wraps it around a
+        # single process too.
+        gradients = self.trained * 4 * (2 if self.world_size > 1 or not self.on_gpu else 1)
         return weights + self.trained * 4, gradients, self.trained * 8, passes, 0.0
 
     def _with_deepspeed(self, weights: float, passes: float) -> tuple[float, ...]:
@@ -176,9 +178,14 @@ class Estimate:
 
     def workload_of_tokens(self, tokens: int) -> Workload:
         """A micro-batch filled up to `tokens` with examples like the one that has the most crops for each token."""
-        densest = max(self.sizes, key=lambda s: (s.crops / s.tokens, s.targets))
+        densest = self._densest
         one = workload_of_example(densest.tokens, densest.crops, densest.targets)
         return Workload(*(math.ceil(value * tokens / densest.tokens) for value in vars(one).values()))
+
+    @cached_property
+    def _densest(self):
+        """The example that has the most crops for each token, looked for once among what may be millions."""
+        return max(self.sizes, key=lambda s: (s.crops / s.tokens, s.targets))
 
     def least_checkpointing(self, workload: Workload, budget: float) -> str | None:
         """The kind that recomputes least of those with which `workload` fits into `budget` bytes; None if none does."""
@@ -214,13 +221,18 @@ class Estimate:
         if tokens == "auto":
             share = math.ceil(batch_size / self.world_size) * longest
             for kind in [checkpointing] if checkpointing else KINDS:
-                fits = [n for n in range(longest, max(share, longest) + 256, 256) if self._fits(n, kind, budget)]
-                if fits and (kind == "all" or fits[-1] >= min(ENOUGH_TOKENS, share)):
+                most = self._most_tokens(range(longest, max(share, longest) + 256, 256), kind, budget)
+                if most and (kind == "all" or most >= min(ENOUGH_TOKENS, share)):
                     break
-            tokens = fits[-1] if fits else longest
+            tokens = most or longest
         workload = self.workload_of_tokens(max(tokens, longest)) if tokens else self.largest_workload(examples)
         kind = checkpointing or self.least_checkpointing(workload, budget) or "all"
         return Plan(tokens, kind, workload, self.memory(workload, kind), budget, held_memory())
+
+    def _most_tokens(self, candidates: range, kind: str, budget: float) -> int | None:
+        """The largest of these numbers of tokens that fits; None if none does. Each is looked at, because with eager
+        attention more tokens can take a little less memory."""
+        return next((n for n in reversed(candidates) if self._fits(n, kind, budget)), None)
 
     def _fits(self, tokens: int, kind: str, budget: float) -> bool:
         return self.memory(self.workload_of_tokens(tokens), kind).peak <= budget

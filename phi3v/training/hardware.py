@@ -41,6 +41,7 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+LONGEST_MEASUREMENT = 0.8  # seconds, of the speed of a device
 USABLE_SHARE = 0.9  # of a device's memory; the rest is left free in every plan
 # Common GPUs and their GiB, for estimates on a machine without a GPU. Each name contains a name from PEAK_FLOPS.
 GPUS = {
@@ -195,14 +196,26 @@ def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
     if torch.cuda.is_available() and (peak := published_peak(torch.cuda.get_device_name())):
         return peak, "published"
     device = best_device()
-    n = 8192 if device.type != "cpu" else 1536
-    square, best = torch.ones(n, n, dtype=dtype, device=device), float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        square @ square
-        wait_for_device()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, "measured with a matrix product"
+    sizes = (256, 512, 1024, 1536) if device.type == "cpu" else (1024, 4096, 8192)
+    best, end = 0.0, time.perf_counter() + LONGEST_MEASUREMENT
+    for n in sizes:
+        rows, weight = torch.ones(2, n, n, dtype=dtype, device=device)
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.nn.functional.linear(rows, weight)  # the layout of the model's layers; others can be slower
+            wait_for_device()
+            seconds = time.perf_counter() - start
+            best = max(best, 2 * n**3 / seconds)
+            if time.perf_counter() + 8 * seconds > end:  # the next one, of up to twice the size, may take too long
+                return best, "measured with a matrix product"
+    return best, "measured with a matrix product"
+
+
+def use_plain_cpu(training_args):
+    """Makes a TrainingArguments and accelerate call a CPU "cpu". accelerate calls it "cpu:0", and torch copies every
+    weight and every batch that is moved from "cpu" to "cpu:0"."""
+    if training_args.device.type == "cpu":
+        vars(training_args)["_setup_devices"] = training_args.distributed_state.device = torch.device("cpu")
 
 
 def best_device() -> torch.device:

@@ -26,6 +26,7 @@ from ..ranks import is_first
 from ..signals import stop_signals
 from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
+from .hardware import use_plain_cpu
 from .health import TrainingHealth
 from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
@@ -75,6 +76,7 @@ class RecipeTrainer(Trainer):
     ):
         kwargs["args"] = run.fit(kwargs["model"], kwargs["data_collator"])
         try:
+            use_plain_cpu(kwargs["args"])
             with blaming("report_to", kwargs["args"].report_to):
                 super().__init__(callbacks=[run.preemption], **kwargs)
         except RuntimeError as e:

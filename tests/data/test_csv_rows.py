@@ -155,18 +155,18 @@ def test_quotes_that_swallow_all_rows_take_linear_time(tmp_path):
     """Each row opens a quote, as it closes the one before, so that every record goes on to the end of the file."""
     path = tmp_path / "a.csv"
     path.write_text("image,question,answer\n" + '1.png",q,"y\n' * 30_000)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError, match=r"a.csv:\d+: the quotes of this row and of many before it are wrong"):
         list(csv_rows.rows(path, BadExamples(), lambda name: False))
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_many_columns_take_linear_time(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("image,question,answer," + ",".join(f"c{i}" for i in range(100_000)) + "\n")
-    started = time.monotonic()
+    started = time.process_time()
     assert list(csv_rows.rows(path, BadExamples(), lambda name: False)) == []
     path.write_text(f"a,{'x' * 5000}\n")
     with pytest.raises(InputError, match="there is no column image, question, answer, only ") as error:
         list(csv_rows.rows(path, BadExamples(), lambda name: False))
-    assert len(str(error.value)) < 1000 and time.monotonic() - started < 10
+    assert len(str(error.value)) < 1000 and time.process_time() - started < 10

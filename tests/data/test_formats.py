@@ -283,7 +283,7 @@ def test_tags_of_the_chat_format_are_never_text(tmp_path):
 
 
 def test_a_long_row_of_spaces_takes_linear_time():
-    started = time.monotonic()
+    started = time.process_time()
     for text in (
         " " * 200_000 + "x",
         " <image>" * 30_000,
@@ -292,7 +292,7 @@ def test_a_long_row_of_spaces_takes_linear_time():
         " \t" * 100_000 + "<imag",
     ):
         IMAGE_PLACE.split(text)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_the_spaces_around_the_place_of_an_image_belong_to_it():

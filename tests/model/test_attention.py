@@ -10,6 +10,7 @@ import torch
 from golden_cases import case_inputs, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from phi3v.model import attention
 from phi3v.model.attention import packed_attention
 from phi3v.model.functional import rotate
 from phi3v.model.packing import Group, Packing
@@ -58,3 +59,15 @@ def test_padded_batches_with_varlen_are_computed_as_with_sdpa(tmp_path):
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     model.save_pretrained(tmp_path)
     assert "varlen" not in (tmp_path / "config.json").read_text()
+
+
+def test_eager_attention_in_fp16_does_not_overflow():
+    """The product of large queries and keys is infinite in fp16 before it is scaled, and fits afterwards."""
+    random = torch.Generator().manual_seed(0)
+    query, key = (30 * torch.randn(1, 2, 8, 96, generator=random) + 25 for _ in range(2))
+    value = torch.randn(1, 2, 8, 96, generator=random)
+    assert (query.half() @ key.half().transpose(2, 3)).isinf().any()
+    options = {"mask": None, "is_causal": True, "dropout": 0.0, "scaling": 96**-0.5, "enable_gqa": False}
+    found = attention._eager(query.half(), key.half(), value.half(), **options)
+    exact = attention._eager(*(x.half().double() for x in (query, key, value)), **options)
+    assert found.isfinite().all() and (found - exact).abs().max() < 0.01 * exact.abs().max()

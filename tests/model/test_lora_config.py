@@ -206,7 +206,7 @@ def test_a_checkpoint_without_half_of_its_adapter_is_not_resumed(finished_run, t
 def test_a_pattern_that_takes_for_ever(copy, monkeypatch):
     monkeypatch.setattr(lora_config, "SECONDS", 0.1)
     edit(CONFIG, target_modules=r"(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)\1\2\3\4\5[A-Z]")(copy)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(InputError, match="takes longer than 0.1 s"):
         find_saved(str(copy))
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30

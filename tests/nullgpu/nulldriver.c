@@ -1,7 +1,14 @@
-/* libcuda.so.1 without a driver: the functions that torch looks up in it. All succeed, and nearly all do nothing. */
+/* libcuda.so.1 without a driver: the functions that torch and Triton look up in it. All succeed, and nearly all do nothing. */
 #define DOES_NOTHING(name) int name(void) { return 0; }
 DOES_NOTHING(cuInit)
 DOES_NOTHING(cuCtxGetCurrent)
+DOES_NOTHING(cuCtxGetLimit)
+DOES_NOTHING(cuCtxSetLimit)
+DOES_NOTHING(cuCtxGetDevice)
+DOES_NOTHING(cuLaunchKernelEx)
+DOES_NOTHING(cuLaunchKernelExHandle)
+DOES_NOTHING(cuOccupancyMaxActiveClusters)
+DOES_NOTHING(cuTensorMapEncodeIm2col)
 DOES_NOTHING(cuCtxSetCurrent)
 DOES_NOTHING(cuDeviceGet)
 DOES_NOTHING(cuDeviceGetAttribute)

@@ -51,8 +51,10 @@ def build(folder: Path) -> dict[str, str]:
 def run(folder: Path, program: str, *arguments, **variables) -> dict:
     """Runs a program of this folder on the stand-in, which is compiled into `folder`. Returns the JSON object that the
     program's last line is. variables: added to its environment."""
-    command, environment = [sys.executable, HERE / program, *map(str, arguments)], os.environ | build(folder)
-    done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, cwd=folder, timeout=600)
+    from helpers import environment  # without the variables of a training in this process, whose port is taken
+
+    command, own = [sys.executable, HERE / program, *map(str, arguments)], build(folder) | variables
+    done = subprocess.run(command, env=environment(**own), capture_output=True, text=True, cwd=folder, timeout=1200)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

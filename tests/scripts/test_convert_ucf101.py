@@ -77,7 +77,7 @@ def start(*args, **kwargs):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -348,7 +348,7 @@ def test_a_failed_write_ends_the_run(packed, source, tmp_path):
     given = pack(source, tmp_path / "source.tar.gz") if packed else source
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))  # noqa: E731
     process = start("--source", given, "--out_dir", tmp_path / "new" / "out", preexec_fn=limit)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 2, error
     assert error.startswith("error: --out_dir ") and "File too large" in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == (["source.tar.gz"] if packed else [])
@@ -382,14 +382,14 @@ def test_a_worker_that_dies(source, tmp_path, capfd, monkeypatch):
 def test_a_busy_worker_is_not_waited_for(source, tmp_path, monkeypatch):
     def sample_jpegs(video, *_):
         if "train/Jump" not in str(video):
-            time.sleep(30)
+            time.sleep(300)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(convert_ucf101, "sample_jpegs", sample_jpegs)
     before = time.monotonic()
     flags = ["--source", str(source), "--out_dir", str(tmp_path / "out"), "--num_workers", "15"]
     assert convert_ucf101.main(flags) == 130
-    assert time.monotonic() - before < 20 and not list(tmp_path.iterdir())
+    assert time.monotonic() - before < 200 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -411,7 +411,7 @@ def test_a_stopped_run_leaves_nothing_behind(number, send, packed, long_source, 
     send(process.pid, number)
     with suppress(ProcessLookupError):
         send(process.pid, number)  # an impatient user
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert (process.returncode, error) == (128 + number, f"error: stopped by {number.name}\n")
     assert not alive(process.pid)
     assert sorted(p.name for p in tmp_path.rglob("*")) == (["source.tar.gz", "tmp"] if packed else ["tmp"])
@@ -423,7 +423,7 @@ def test_after_a_killed_run_the_next_one_starts_clean(source, long_source, tmp_p
     process = start("--source", pack(long_source, tmp_path / "long.tar.gz"), *flags)
     wait_for_frames(process, tmp_path / ".out.partial")
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     wait_for(lambda: not alive(process.pid))
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", ".out.partial", "long.tar.gz", "tmp"]
     assert convert("--source", source, *flags) == 0
@@ -442,7 +442,7 @@ def test_two_conversions_at_once(source, long_source, tmp_path, capfd):
     assert convert("--source", source, "--out_dir", tmp_path / "other") == 0
     assert process.poll() is None and (tmp_path / ".out.partial" / "images" / "train" / "Run" / "v_000.0.jpg").exists()
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert convert("--source", source, "--out_dir", tmp_path / "out") == 0
 
 

@@ -42,11 +42,11 @@ def unpacked(content, place, **limits):
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_a_bad_archive_is_one_line(name, place):
     content, message = ARCHIVES[name]
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError) as error:
         unpacked(content, place)
     assert message in convert_ucf101.printable(str(error.value)) and len(str(error.value)) < 600
-    assert str(error.value).startswith(f"{place}/archive") and time.monotonic() - started < 20
+    assert str(error.value).startswith(f"{place}/archive") and time.process_time() - started < 20
 
 
 @pytest.mark.parametrize("name", GOOD_ARCHIVES)

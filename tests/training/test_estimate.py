@@ -1,6 +1,8 @@
 """What --estimate prints, and the memory that it expects."""
 
+import itertools
 import json
+import random
 from types import SimpleNamespace
 
 import psutil
@@ -33,6 +35,52 @@ def test_an_estimate(capfd, tmp_path):
     )  # the recipe's own count is 77.9 TFLOP
     plan = estimates[1].plan(64, 1, "auto", None, 72e9)
     assert plan.tokens >= 2443 and plan.memory.peak <= 72e9
+
+
+def test_the_plan_is_that_of_a_search_through_all_candidates():
+    """Random sizes, budgets and kinds of training; each kind of plan occurs."""
+    rng, found = random.Random(0), set()
+    models = [real_size_model("full", torch.bfloat16, attention=a, num_hidden_layers=2) for a in ("sdpa", "eager")]
+    for model, stage in itertools.product(models, (None, 2, 3)):
+        sizes = [
+            Size(rng.randint(30, 9000), 20, rng.randint(0, 80), rng.randint(0, 30), 0) for _ in range(rng.randint(1, 9))
+        ]
+        config = stage and {"zero_optimization": {"stage": stage}}
+        estimate = Estimate(model, sizes, rng.choice([1, 8]), 2, config)
+        base = estimate.memory(estimate.workload_of_tokens(1), "all").peak
+        for _ in range(5):
+            batch_size, budget, kind = rng.randint(1, 24), base + 2 ** rng.uniform(31, 44), rng.choice([None, "all"])
+            plan = estimate.plan(batch_size, 1, "auto", kind, budget)
+            longest = max(s.tokens for s in sizes)
+            share = -(-batch_size // estimate.world_size) * longest
+
+            def fits(tokens, kind, estimate=estimate, budget=budget):
+                return estimate.memory(estimate.workload_of_tokens(tokens), kind).peak <= budget
+
+            for of in [kind] if kind else ("none", "decoder", "all"):
+                fitting = [n for n in range(longest, max(share, longest) + 256, 256) if fits(n, of)]
+                if fitting and (of == "all" or fitting[-1] >= min(8192, share)):
+                    break
+            assert plan.tokens == (fitting[-1] if fitting else longest)
+            found.add((plan.checkpointing, bool(fitting), plan.tokens > longest))
+    assert len(found) >= 4
+
+
+def test_planning_looks_at_each_example_a_few_times():
+    """And not once for each number of tokens that a micro-batch may have."""
+    looked_at = 0
+
+    class Counted(Size):
+        @property
+        def crops(self):
+            nonlocal looked_at
+            looked_at += 1
+            return self[2]
+
+    sizes = [Counted(2443, 2400, 17, 10, 0)] * 1000
+    estimate = Estimate(real_size_model("lora", torch.bfloat16, num_hidden_layers=4), sizes, 1, 2)
+    assert estimate.plan(64, 1, "auto", None, 72e9).tokens > 4 * 2443
+    assert 1000 <= looked_at <= 2010
 
 
 def test_memory_under_deepspeed():

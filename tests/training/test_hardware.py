@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from phi3v.errors import InputError
 from phi3v.model import varlen
@@ -48,6 +49,28 @@ def test_cards_that_can_not_be_connected_directly(gpus, driver, already_set, cha
     now = {name: value for name, value in os.environ.items() if name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")}
     assert now == already_set | changed
     assert len(lines) == bool(changed) and all(f"{name}=1" in lines[0] for name in changed)
+
+
+def test_the_speed_is_measured_in_the_dtype_and_in_less_than_a_second(monkeypatch):
+    """On a CPU without bf16, its matrix product is so slow that a large one takes many seconds."""
+    seconds, used, linear = 0.0, [], torch.nn.functional.linear
+
+    def product(flops_per_second):
+        def run(rows, weight):
+            nonlocal seconds
+            used.append((rows.dtype, len(rows)))
+            seconds += 2 * len(rows) ** 3 / flops_per_second
+            return linear(rows[:1], weight)
+
+        return run
+
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: seconds)
+    for speed, largest in ((2e8, 256), (1e10, 1024), (1e11, 1536)):
+        seconds, used[:] = 0.0, []
+        monkeypatch.setattr(torch.nn.functional, "linear", product(speed))
+        peak, source = hardware.peak_flops(torch.bfloat16)
+        assert peak == pytest.approx(speed) and source.startswith("measured") and seconds < 1
+        assert used[-1] == (torch.bfloat16, largest)
 
 
 def test_without_a_gpu_nothing_is_set(monkeypatch):
