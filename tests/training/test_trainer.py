@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 import torch
 from helpers import CHECKPOINT, SHORT, SIX_STEPS, arguments, assert_same_run, train_losses, train_resumable
 
