@@ -83,7 +83,7 @@ gpu-report: .venv/installed
 .venv-oldest/installed: requirements.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	sed -nE 's/^([a-z_]+)>=([^,]+).*/\1==\2/p' requirements.txt > .venv-oldest/requirements.txt
-	.venv-oldest/bin/pip install -q -r .venv-oldest/requirements.txt 'pytest>=9' hypothesis jsonschema
+	.venv-oldest/bin/pip install -q -r .venv-oldest/requirements.txt 'pytest>=9' pytest-xdist hypothesis jsonschema
 	touch $@
 
 test-oldest: .venv-oldest/installed

@@ -33,7 +33,7 @@ def test_unusable_weights_are_found(dtype):
     assert unusable_weight(model) is None
     for value in (float("nan"), float("inf"), -float("inf"), -1e6):
         with torch.no_grad():
-            model.weight[1, 2] = value
+            model.weight[1, 2] = torch.tensor(value)  # which becomes infinite in fp16, also with torch 2.6
         assert unusable_weight(model) == "weight"
     model.weight.requires_grad_(False)
     assert unusable_weight(model) is None
