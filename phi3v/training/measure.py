@@ -38,7 +38,6 @@ def measured_passes(model, batch: dict, device: torch.device, dtype: torch.dtype
         failed = True
     finally:
         loss = inputs = None
-        release()  # so that libraries with memory of their own, as NCCL, find what this has taken
     assert failed
     release()  # after the exception, which has held the tensors of the forward pass
     return float("inf")
