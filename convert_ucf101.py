@@ -26,8 +26,8 @@ bad: many old XviD clips have such damage, and any player shows them. A truncate
 Archives and videos may come from strangers. Of an archive, only regular files and folders are unpacked, below a new
 folder and up to a limit; FFmpeg gets an open file and can open no other.
 
-This file needs only the packages av, pillow and tqdm, and huggingface_hub for a download. It imports nothing of phi3v,
-because that would load torch and transformers, which takes seconds, and a machine that converts may not have them.
+This file needs only the packages av, pillow and tqdm, and huggingface_hub for a download. It also works alone, on a
+machine without the other files of this repository.
 """
 
 import argparse
@@ -37,6 +37,7 @@ import fcntl
 import gc
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import lzma
@@ -65,6 +66,15 @@ import av
 from av.stream import Disposition
 from PIL.Image import Transpose
 from tqdm import tqdm
+
+# The package's __init__ loads torch and transformers, which takes seconds, and a machine that converts may not have
+# them. So this module is imported from a package whose __init__ has not run.
+if "phi3v" not in sys.modules and (spec := importlib.util.find_spec("phi3v")):
+    sys.modules["phi3v"] = importlib.util.module_from_spec(spec)
+try:
+    from phi3v.flag_hints import HintingParser
+except ImportError:  # this file is alone, and has no hints
+    HintingParser = argparse.ArgumentParser
 
 HUB_DATASET, HUB_ARCHIVE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 ATTEMPTS, LONGEST_WAIT = 3, 900  # downloads that are tried, and seconds between two of them
@@ -491,6 +501,7 @@ def write_conversion(
     """Converts the videos into the empty folder `out`; returns the counts, the bad videos, and the lists of NOTES that
     are not empty. Raises InputError if a class would lose all videos of a split."""
     jobs = [(split, path, f"{split}/{path.parent.name}/{path.stem}") for split in videos for path in videos[split]]
+    gc.collect()  # a frame in a reference cycle must be freed here: a new process would wait for its threads for ever
     for folder in dict.fromkeys((split, path.parent.name) for split, path, _ in jobs):
         out.joinpath("images", *folder).mkdir(parents=True)  # fails for two names that are one on this file system
     with worker_pool(min(num_workers, len(jobs))) as pool:
@@ -914,9 +925,9 @@ def positive_number(text: str) -> float:
     return float(text)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
+class Parser(HintingParser):
+    def error(self, message, hint=""):
+        raise InputError(f"{message} ({hint}see --help)")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,8 +31,16 @@ from pathlib import Path
 
 # shared: ctrl-c. A block between "shared" and "end shared" is the same in every script that has it: edit it in
 # finetune_hf_trainer_docvqa.py and run `make shared`. To let one script differ, delete its two marker lines.
-if __name__ == "__main__":  # Ctrl-C while the libraries load ends without a traceback, with the status of a stopped run
-    signal.signal(signal.SIGINT, lambda *_: os._exit(75))
+if __name__ == "__main__":  # While the libraries load, a signal ends the process with one line, and as a stopped run.
+
+    def leave(number, _):
+        if os.environ.get("RANK", "0") == "0":
+            name = "\n" * os.isatty(2) + signal.Signals(number).name  # a terminal has shown ^C
+            os.write(2, f"{name}: leaving at once, because there is nothing to save yet\n".encode())
+        os._exit(75)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, leave)
 # end shared
 
 # First, because they say in one line if an installed package is too old for the others, and load those quickly.

@@ -3,18 +3,16 @@
 Converters import this module too, so it does not load torch, which takes seconds.
 """
 
-import argparse
 import contextlib
-import difflib
 import re
 import signal
 import sys
 import time
-from collections.abc import Container
 
 from safetensors import SafetensorError
 
 from .console import begin_line, outlive_readers, say
+from .flag_hints import HintingParser
 from .ranks import end_process, is_first
 from .secrets import guard_output_of_libraries, masked_command, safe_to_print
 from .workers import STOP_SIGNALS, end_workers, explain, raise_file_limit
@@ -38,43 +36,11 @@ class InputError(ValueError):
         super().__init__("\n  ".join(map(safe_to_print, message.split("\n  "))))
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises InputError for a command line that it does not understand, and masks the values of flags like --token.
+class Parser(HintingParser):
+    """Raises InputError for a command line that it does not understand, and masks the values of flags like --token."""
 
-    An unknown flag is answered with the known one that may have been meant. other_names: for names that flags have in
-    other programs, their names here; never_meant: names of flags that exist only to be refused."""
-
-    other_names: dict[str, str] = {}
-    never_meant: Container[str] = ()
-
-    def parse_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        # A required flag may be missing because it has a typing error, which is the better answer.
-        needed = [action for action in self._actions if action.required and action.option_strings]
-        for action in needed:
-            action.required = False
-        unknown = self.parse_known_args(args)[1]
-        for action in needed:
-            action.required = True
-        if unknown:
-            words = " ".join(unknown)
-            meant = [known for word in unknown if word.startswith("-") and (known := self.meant_by(word))]
-            hint = f"did you mean {', '.join(dict.fromkeys(meant))}? see --help" if meant else "see --help"
-            raise InputError(f"{masked_command(f'unrecognized arguments: {words}')} ({hint})")
-        return super().parse_args(args, namespace)
-
-    def meant_by(self, flag: str) -> str | None:
-        """The known flag that is nearest to an unknown one; None if none is near."""
-        name = flag.partition("=")[0].lstrip("-").replace("-", "_").lower()
-        names = [known[2:] for known in self._option_string_actions if known.startswith("--")]
-        # A flag with an underscore is also known with a hyphen.
-        names = [known for known in names if "-" not in known and known not in self.never_meant]
-        other = self.other_names.get(name)
-        near = [other] if other in names else difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-        return f"--{near[0]}" if near else None
-
-    def error(self, message):
-        raise InputError(f"{masked_command(message)} (see --help)")
+    def error(self, message, hint=""):
+        raise InputError(f"{masked_command(message)} ({hint}see --help)")
 
     def _print_message(self, message, file=None):
         super()._print_message(message and safe_to_print(message, keep="\n"), file)
@@ -223,6 +189,8 @@ def exit_on_input_error(main):
     outlive_readers()
     guard_output_of_libraries()
     raise_file_limit()
+    if callable(signal.getsignal(signal.SIGINT)):  # a program may have another handler while it loads the libraries
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 0
     try:
         main()
@@ -231,6 +199,8 @@ def exit_on_input_error(main):
             raise
         status = e.code or 0
     except KeyboardInterrupt:  # in a tool: a run has handlers of its own
+        begin_line()
+        say("SIGINT: stopped", to_stderr=True)
         status = 128 + signal.SIGINT
     except Exception as e:
         message = e if isinstance(e, InputError) else explain(e)

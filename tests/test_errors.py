@@ -1,5 +1,7 @@
 """Messages about wrong input are collected and printed once, and the process ends with status 2."""
 
+import signal
+
 import pytest
 import torch
 from helpers import COMMON, ROOT, torchrun
@@ -90,6 +92,12 @@ def test_a_lack_of_memory_is_one_line(error, capsys):
     with pytest.raises(InputError, match="^memory ran out while answers were generated: lower --max_new_tokens$"):
         with lowering("answers were generated: lower --max_new_tokens"):
             main()
+
+
+def test_ctrl_c_in_a_tool_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        exit_on_input_error(lambda: signal.raise_signal(signal.SIGINT))
+    assert end.value.code == 130 and capsys.readouterr().err == "SIGINT: stopped\n"
 
 
 def test_what_is_no_lack_of_memory():

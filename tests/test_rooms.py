@@ -33,6 +33,7 @@ FOUNDATION = {
     "phases",
     "run_libraries",
     "quiet",
+    "flag_hints",
 }
 # For each room, the other rooms that it may import.
 ARROWS = {"model": set(), "data": {"model"}, "training": {"model", "data"}, "report": set()}

@@ -2,11 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+from helpers import ROOT, environment
 
 from phi3v import signals
 from phi3v.signals import PREEMPTED, SAME_SIGNAL, stop_signals
@@ -98,3 +102,25 @@ def test_its_children_end_with_it():
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program, number, rank, status, said",
+    [
+        ("finetune_hf_trainer_nlvr2.py", signal.SIGINT, "0", PREEMPTED, "SIGINT: leaving at once, because there is "),
+        ("finetune_hf_trainer_nlvr2.py", signal.SIGTERM, "0", PREEMPTED, "SIGTERM: leaving at once, because there is "),
+        ("finetune_hf_trainer_nlvr2.py", signal.SIGUSR1, "1", PREEMPTED, ""),
+        ("tools/ask.py", signal.SIGINT, "0", 130, "SIGINT: stopped\n"),
+        ("tools/merge_adapter.py", signal.SIGINT, "0", 130, "SIGINT: stopped\n"),
+    ],
+)
+def test_a_signal_while_the_libraries_load(program, number, rank, status, said):
+    with subprocess.Popen(
+        [sys.executable, program, "--help"], cwd=ROOT, env=environment(RANK=rank), stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.02)
+        process.send_signal(number)
+        stderr = process.communicate(timeout=100)[1]
+    assert process.returncode == status and stderr.startswith(said) and stderr.count("\n") == bool(said)

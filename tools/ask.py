@@ -9,15 +9,24 @@ question. An empty line or Ctrl-D ends the conversation.
 """
 
 import argparse
+import os
 import re
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C while the libraries load ends the program with one line in place of a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"SIGINT: stopped\n") and 130))
+
+# First, because it loads the libraries quickly and without notices that ask for nothing.
+from phi3v import Phi3VProcessor
+
+# isort: split
 import torch
 from transformers import TextStreamer
 
-from phi3v import Phi3VProcessor
 from phi3v.console import tell
 from phi3v.data.annotations import check_text
 from phi3v.data.collate import Collator

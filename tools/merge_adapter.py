@@ -8,12 +8,21 @@ base model as it was before rounding, which is what most users of QLoRA do. With
 rounded base model; then --dtype must be the precision of the run.
 """
 
+import os
+import signal
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C while the libraries load ends the program with one line in place of a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"SIGINT: stopped\n") and 130))
+
+# First, because it loads the libraries quickly and without notices that ask for nothing.
+from phi3v import Phi3VProcessor
+
+# isort: split
 import torch
 
-from phi3v import Phi3VProcessor
 from phi3v.console import tell
 from phi3v.errors import InputError, Parser, exit_on_input_error
 from phi3v.files import replacing_folder
