@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from .console import begin_line, outlive_readers, say
 from .flag_hints import HintingParser
+from .libraries import hide_warnings
 from .ranks import end_process, is_first
 from .secrets import guard_output_of_libraries, masked_command, safe_to_print
 from .workers import STOP_SIGNALS, end_workers, explain, raise_file_limit
@@ -188,6 +189,7 @@ def exit_on_input_error(main):
     `error: …` without a traceback. Other exceptions are raised."""
     outlive_readers()
     guard_output_of_libraries()
+    hide_warnings()
     raise_file_limit()
     if callable(signal.getsignal(signal.SIGINT)):  # a program may have another handler while it loads the libraries
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import logging
+import sys
 import types
 import warnings
 from collections.abc import Iterator
@@ -25,11 +26,17 @@ WARNINGS = [
 
 
 def hide_notices():
-    """Hides NOTICES and WARNINGS, and nothing else."""
+    """Hides NOTICES, and nothing else."""
     for name, text in NOTICES.items():
         logging.getLogger(name).addFilter(functools.partial(_is_other, text))
-    for category, beginning in WARNINGS:
-        warnings.filterwarnings("ignore", beginning, category)
+
+
+def hide_warnings():
+    """Hides WARNINGS, and nothing else, in a program of ours: whoever imports phi3v may want to see them. So may a user
+    who gives `python -W` or PYTHONWARNINGS."""
+    if not sys.warnoptions:
+        for category, beginning in WARNINGS:
+            warnings.filterwarnings("ignore", beginning, category)
 
 
 def _is_other(text: str, record: logging.LogRecord) -> bool:

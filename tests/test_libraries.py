@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, environment
 
-from phi3v.libraries import hide_notices, quick_imports
+from phi3v.libraries import hide_notices, hide_warnings, quick_imports
 
 
 def loaded_by(program: str) -> set[str]:
@@ -38,8 +38,10 @@ def test_a_converter_loads_no_large_library(converter):
 
 @pytest.mark.slow
 def test_a_script_does_not_load_the_compiler_of_torch():
-    """And `import phi3v`, with which it begins, registers the model with the Auto classes."""
-    registered = "import phi3v; from transformers import AutoConfig; AutoConfig.for_model('phi3_v')"
+    """And `import phi3v`, with which it begins, registers the model with the Auto classes, and hides no warnings."""
+    registered = "import warnings; before = list(warnings.filters); import phi3v; "
+    registered += "from transformers import AutoConfig; AutoConfig.for_model('phi3_v'); "
+    registered += "assert not any('deprecated' in str(new) for new in warnings.filters if new not in before)"
     loaded = loaded_by(f"{registered}; import finetune_hf_trainer_docvqa")
     assert {"bitsandbytes", "deepspeed", "phi3v.run"} <= loaded
     assert "torch._inductor.lowering" not in loaded
@@ -66,10 +68,13 @@ def test_a_function_that_a_library_compiles_is_compiled_when_it_is_called(monkey
     assert half(2) == ("compiled", 1) and compiled == [("double", {"dynamic": True}), ("<lambda>", {})]
 
 
-def test_only_notices_that_mean_nothing_are_hidden(caplog):
+@pytest.mark.parametrize("options", [[], ["always"]])
+def test_only_notices_that_mean_nothing_are_hidden(options, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "warnoptions", options)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         hide_notices()
+        hide_warnings()
         warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, 1)
         warnings.warn("OMP_NUM_THREADS/MKL_NUM_THREADS unset, we set it at 1 to improve oob performance.", stacklevel=1)
         warnings.warn("the weights are damaged", FutureWarning, 1)
@@ -77,5 +82,7 @@ def test_only_notices_that_mean_nothing_are_hidden(caplog):
     logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward from %s", "x")
     for text in ("Failed to load CPU gemm_4bit_forward from kernels-community: none", "no library"):
         logging.getLogger("bitsandbytes.backends.cpu.ops").warning(text)
-    assert [str(warning.message) for warning in shown] == ["the weights are damaged", "this is deprecated"]
+    said = [str(warning.message) for warning in shown]
+    assert said[-2:] == ["the weights are damaged", "this is deprecated"]
+    assert len(said) == (4 if options else 2)  # a user who asks for warnings sees all
     assert caplog.messages == ["Failed to load CPU gemm_4bit_forward from x", "no library"]
