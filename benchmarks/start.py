@@ -19,6 +19,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import av
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ script.main(sys.argv[1:])
 
 
 def draw(folder: Path):
-    """Images, and a table of ROWS questions about them."""
+    """Images, a table of ROWS questions about them, and ROWS short videos."""
     (folder / "photos").mkdir()
     with open(folder / "questions.csv", "w", newline="") as file:
         table = csv.writer(file)
@@ -57,6 +58,15 @@ def draw(folder: Path):
         for i in range(ROWS):
             Image.new("RGB", (64, 48), (i, 100, 200 - i)).save(folder / "photos" / f"{i}.png")
             table.writerow([f"{i}.png", "Which colour is it?", f"colour {i}"])
+    (folder / "videos" / "train" / "Run").mkdir(parents=True)
+    for i in range(ROWS):
+        with av.open(str(folder / "videos" / "train" / "Run" / f"{i}.avi"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width, stream.height = 64, 48
+            for k in range(9):
+                image = Image.new("RGB", (64, 48), (i, 20 * k, 200 - i))
+                container.mux(stream.encode(av.VideoFrame.from_image(image)))
+            container.mux(stream.encode())
 
 
 def run(checkout: Path, command: list[str], status: int = 0) -> tuple[float, subprocess.CompletedProcess]:
@@ -83,11 +93,15 @@ def seconds_of_imports(stderr: str) -> Counter:
 def measure(checkout: Path, data: Path, out: Path) -> dict[str, float]:
     """One value for each row of the table."""
     found = {}
+    found["for comparison: import TrainingArguments"] = run(
+        checkout, ["-c", "from transformers import TrainingArguments"]
+    )[0]
     found["--help"] = run(checkout, [SCRIPT, "--help"])[0]
     found["an unknown flag (--lr)"] = run(checkout, [SCRIPT, "--data_dir", "x", "--lr", "1"], status=2)[0]
     converter = ["tools/convert_conversations.py", "--source", data / "questions.csv", "--images_dir", data / "photos"]
     found[f"convert_conversations.py, {ROWS} rows"] = run(checkout, [*converter, "--out_dir", out / "converted"])[0]
-    found["convert_ucf101.py --help"] = run(checkout, ["convert_ucf101.py", "--help"])[0]
+    converter = ["convert_ucf101.py", "--source", data / "videos", "--out_dir", out / "converted_videos"]
+    found[f"convert_ucf101.py, {ROWS} videos"] = run(checkout, converter)[0]
     flags = ["--data_dir", out / "converted", "--model_name_or_path", ROOT / "demo" / "base_checkpoint"]
     flags += ["--output_dir", out / "run", "--num_crops", "1", "--no_eval_before", "--dataloader_num_workers", "0"]
     all_seconds, done = run(checkout, ["-c", UNTIL_THE_FIRST_STEP, *map(str, flags)])

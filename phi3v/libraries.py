@@ -17,6 +17,8 @@ NOTICES = {
     "DeepSpeed": "Setting accelerator to CPU",
     # A faster kernel for 4-bit layers on a CPU, which would be downloaded from the Hub.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    # tools/merge_adapter.py --dequantize says what it saves.
+    "transformers.integrations.bitsandbytes": "The modules are dequantized in",
 }
 # Warnings that mean nothing here: their class, and a regular expression for how they begin.
 WARNINGS = [

@@ -76,13 +76,14 @@ OURS = re.compile(
 
 
 def test_a_good_run_prints_nothing_but_its_own_lines(ranks, toy_data, tmp_path):
-    """From the start of torchrun to the end of a training under DeepSpeed, on both ranks and both streams."""
+    """From the start of torchrun to the end of a training in each mode, on both ranks and both streams."""
     begin = len(ranks.log.read_text())
     flags = ["--max_steps", "2", "--batch_size", "4", "--learning_rate", "1e-3", "--save_steps", "1"]
-    first, _ = ranks.train(*arguments(toy_data, tmp_path / "out", *flags))
-    assert first["engine"] == "DeepSpeedEngine"
+    for mode, engine in (("--freeze_vision_model", "DeepSpeedEngine"), ("--use_lora", None), ("--use_qlora", None)):
+        first, _ = ranks.train(*arguments(toy_data, tmp_path / mode, *flags, mode))
+        assert engine in (None, first["engine"])
     said = ranks.said_at_first + ranks.log.read_text()[begin:]
-    assert "eval_after.json" in said and said.count("example ") == 1
+    assert said.count("eval_after.json") == said.count("example ") == 3
     assert [line for line in re.split(r"[\n\r]", said) if not OURS.fullmatch(line)] == []
 
 
