@@ -111,7 +111,7 @@ def measure(checkout: Path, data: Path, out: Path) -> dict[str, float]:
         before = float(after)
     found["a training up to its first step"] = all_seconds
     stderr = run(checkout, ["-X", "importtime", "-c", f"import {Path(SCRIPT).stem}"])[1].stderr
-    for package, seconds in seconds_of_imports(stderr).most_common(12):
+    for package, seconds in seconds_of_imports(stderr).items():
         found[f"    imports of {package}, wall seconds"] = seconds
     return found
 
@@ -130,12 +130,15 @@ def main():
                 out = Path(folder, f"{checkouts.index(checkout)}-{number}")
                 out.mkdir()
                 found[checkout].append(measure(checkout, Path(folder), out))
-    rows = list(dict.fromkeys(name for runs in found.values() for values in runs for name in values))
+    # A dash is what a checkout does not have. Small packages are left out.
+    rows = dict.fromkeys(name for runs in reversed(found.values()) for values in runs for name in values)
     print(f"| CPU seconds, median of {args.repeats} | {' | '.join(['before', 'after'][-len(checkouts) :])} |")
     print("| --- " * (len(checkouts) + 1) + "|")
     for name in rows:
-        medians = [statistics.median(values.get(name, 0) for values in found[checkout]) for checkout in checkouts]
-        print(f"| {name} | {' | '.join(f'{median:.2f}' for median in medians)} |")
+        measured = [[values[name] for values in found[checkout] if name in values] for checkout in checkouts]
+        medians = [statistics.median(values) if values else None for values in measured]
+        if "imports of" not in name or max(median or 0 for median in medians) > 0.1:
+            print(f"| {name} | {' | '.join('–' if median is None else f'{median:.2f}' for median in medians)} |")
 
 
 if __name__ == "__main__":
