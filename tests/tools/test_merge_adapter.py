@@ -1,6 +1,6 @@
 """A saved adapter, and the model that it is merged into, answer like the trained model."""
 
-import re
+import logging
 
 import pytest
 import torch
@@ -65,14 +65,14 @@ def test_merging(trained, toy_batch, tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["qlora"], indirect=True)
-def test_merging_into_the_rounded_base_gives_the_model_that_qlora_trained(trained, toy_batch, tmp_path, capfd):
+def test_merging_into_the_rounded_base_gives_the_model_that_qlora_trained(
+    trained, toy_batch, tmp_path, caplog, monkeypatch
+):
     _, out, trainer = trained
-    capfd.readouterr()
+    # A notice of this logger would stand between the tool's bars; transformers keeps it from pytest's own handler.
+    monkeypatch.setattr(logging.getLogger("transformers.integrations.bitsandbytes"), "handlers", [caplog.handler])
     merge_tool.main([str(out), str(tmp_path), "--dtype", "fp32", "--dequantize"])
-    bar = r"(Loading weights|Writing model shards): .*|"
-    said = capfd.readouterr()
-    assert [line for line in re.split(r"[\n\r]", said.err) if not re.fullmatch(bar, line)] == []
-    assert said.out.count("\n") == 1
+    assert caplog.messages == []
     merged = logits(Phi3VForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), toy_batch, torch.float32)
     evaluated = logits(trainer.model, toy_batch, torch.float32)
     torch.testing.assert_close(merged, evaluated, rtol=0, atol=1e-3)
