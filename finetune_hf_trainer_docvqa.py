@@ -58,11 +58,11 @@ from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.annotations import check_text, check_texts
 from phi3v.data.collate import PackingCollator
 from phi3v.data.seen_images import without_seen_images
+from phi3v.data.stored_lines import load_once_per_node
 from phi3v.data.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys
 from phi3v.errors import BadExamples, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter
 from phi3v.model.loading import check_complete, nf4_config
-from phi3v.process_group import first_of_node
 from phi3v.training.evaluation import Evaluation
 from phi3v.training.hardware import compute_dtype, weights_dtype
 from phi3v.training.trainer import RecipeTrainer
@@ -261,8 +261,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     args, training_args = parse_arguments(RecipeArguments, TRAINING, PRESETS, __doc__, argv)
     run = Run(args, training_args)  # the output folder, the checkpoint to resume from, signals, the seed
 
-    with first_of_node(training_args, "data"):  # it fills the caches that the others read
-        train, held_out = load_data(args, run.bad_examples)
+    train, held_out = load_once_per_node(load_data, args, run.bad_examples)  # one process of each node reads first
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(run.saved.folder, args.num_crops, args.exif_rotate)

@@ -53,13 +53,13 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from phi3v.arguments import RunArguments, parse_arguments
-from phi3v.data.annotations import read_conversations
+from phi3v.data.annotations import StoredConversations, store_conversations
 from phi3v.data.collate import PackingCollator
 from phi3v.data.split import warn_of_shared_images
+from phi3v.data.stored_lines import load_once_per_node
 from phi3v.errors import BadExamples, InputError, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter
 from phi3v.model.loading import check_complete, nf4_config
-from phi3v.process_group import first_of_node
 from phi3v.training.evaluation import Evaluation
 from phi3v.training.hardware import compute_dtype, weights_dtype
 from phi3v.training.trainer import RecipeTrainer
@@ -128,13 +128,13 @@ TRAINING = {  # the recipe's settings where they differ from the Trainer's own
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 
-def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[list[dict], list[dict]]:
+def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[StoredConversations, StoredConversations]:
     """Conversations to train on and to evaluate on. The test split is meant for a last --evaluate_only."""
     folder = Path(args.data_dir)
     if not folder.is_dir():
         raise InputError(f"--data_dir {folder} is not a folder: give one that a converter has made")
     train, held_out = (
-        read_conversations(
+        store_conversations(
             folder / f"ucf101_{split}.jsonl", folder / "images", bad, args.follow_links, args.literal_tags
         )
         for split in ("train", args.eval_split)
@@ -221,8 +221,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     args, training_args = parse_arguments(RecipeArguments, TRAINING, PRESETS, __doc__, argv)
     run = Run(args, training_args)  # the output folder, the checkpoint to resume from, signals, the seed
 
-    with first_of_node(training_args, "data"):  # it fills the caches that the others read
-        train, held_out = load_data(args, run.bad_examples)
+    train, held_out = load_once_per_node(load_data, args, run.bad_examples)  # one process of each node reads first
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
     with blaming("model_name_or_path", args.model_name_or_path):
         processor = Phi3VProcessor.from_pretrained(run.saved.folder, args.num_crops, args.exif_rotate)

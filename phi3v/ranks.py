@@ -39,9 +39,14 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def local_rank() -> int:
+    """The number of this process among those on its node, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def is_first_of_node() -> bool:
     """Whether this is the first process of its node, which fetches files for all processes of the node."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return local_rank() == 0
 
 
 def start_alone():

@@ -299,3 +299,11 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+# Paths in a folder of `write_images_folder` that can't be read as a file, each with what messages say of it.
+NOT_REGULAR = [
+    ("nowhere.jsonl", "does not exist"),
+    ("a" * 5000, "does not exist"),
+    ("images", "not a regular"),
+    ("images/pipe", "not a regular"),
+]

@@ -1,20 +1,24 @@
 """Reads conversations from a jsonl file, and reports all of the file's problems at once."""
 
+import array
+import functools
 import json
 import os
 import re
 import reprlib
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+
+import numpy as np
 
 from ..console import say
 from ..errors import BadExamples, InputError
-from ..inside import Inside, Outside, open_file, real_folders
+from ..inside import Inside, real_folders
 from ..model.chat import END_TOKENS, IMAGE_TAG, OTHER_TOKENS, ROLE_TOKENS
 from .image_folder import ImageFolder
+from .stored_lines import StoredLines
+from .text_files import lines_of, parse_json
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 
 ROLES = ("user", "assistant")
@@ -22,8 +26,6 @@ _RESERVED = re.compile(
     "|".join(map(re.escape, ROLE_TOKENS + END_TOKENS + OTHER_TOKENS)) + r"|<\|placeholder\d+\|>|" + IMAGE_TAG.pattern
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_UTF8_MARK = b"\xef\xbb\xbf"
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _SHORT = reprlib.Repr()  # shortens values of any length and depth for messages
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -47,106 +49,106 @@ def read_conversations(
     occurs twice, a text that is empty or contains a token of the chat format or a place for another medium, and a field
     that the model can't use, such as video. Raises InputError in any case if the file can't be read or has no examples.
     """
-    bad = bad or BadExamples()
-    read = _Reader(ImageFolder(images_dir, follow_links), bad, literal_tags)
-    examples, seen = [], {}
-    for number, line in lines_of(path if follow_links else Inside(str(path), real_folders(path.parent))):
+    images = ImageFolder(images_dir, follow_links)
+    examples = []
+    for _, example in _checked(path, images, bad or BadExamples(), literal_tags):
+        example = _example(example, images)
+        # Every line of a video data set asks the same question, so keep one copy of it in memory.
+        for turn in example["conversations"]:
+            turn |= {role: sys.intern(turn[role]) for role in ROLES}
+        examples.append(example)
+    return examples
+
+
+def store_conversations(
+    path: Path,
+    images_dir: Path,
+    bad: BadExamples | None = None,
+    follow_links: bool = False,
+    literal_tags: bool = False,
+) -> "StoredConversations":
+    """What `read_conversations` returns and raises, but the examples are in a file, and not in memory."""
+    return StoredConversations(path, ImageFolder(images_dir, follow_links), bad or BadExamples(), literal_tags)
+
+
+class StoredConversations(StoredLines):
+    """Examples in a file, as `store_conversations` returns them. `hashes` are those of their images' names."""
+
+    def __init__(self, path: Path, images: ImageFolder, bad: BadExamples, literal_tags: bool):
+        self.root, hashes = images.root, array.array("q")
+
+        def lines() -> Iterator[bytes]:
+            for line, example in _checked(path, images, bad, literal_tags):
+                for turn in example["conversations"]:
+                    names = turn.get("images", ())
+                    joined = "\0".join(names)
+                    is_normal = "./" not in joined and "//" not in joined
+                    hashes.extend(map(hash, names if is_normal else map(os.path.normpath, names)))
+                yield line
+
+        super().__init__(lines(), functools.partial(_example_of_line, images=images))
+        images.listings.clear()
+        self.hashes = np.frombuffer(hashes, np.int64)
+
+    def __getstate__(self):
+        return super().__getstate__() | {"hashes": None}  # which differ from process to process
+
+    def may_share_images(self, other: "StoredConversations") -> bool:
+        """False if no image of the one is in the other; found out without reading the examples again."""
+        if self.root != other.root or self.hashes is None or other.hashes is None:
+            return True
+        return bool(np.isin(other.hashes, self.hashes).any())
+
+
+def _example_of_line(line: bytes, images: ImageFolder) -> dict:
+    return _example(json.loads(line.decode("utf-8")), images)
+
+
+def _example(example: dict, images: ImageFolder) -> dict:
+    """An example that was checked, with paths of its images."""
+    example = _used_fields(example)
+    for turn in example["conversations"]:
+        turn["images"] = list(map(images.path, turn["images"]))
+    return example
+
+
+def _used_fields(example: dict) -> dict:
+    turns = [
+        {"images": turn.get("images", []), "user": turn["user"], "assistant": turn["assistant"]}
+        for turn in example["conversations"]
+    ]
+    return {"id": example["id"], "conversations": turns}
+
+
+def _checked(path: Path, images: ImageFolder, bad: BadExamples, literal_tags: bool) -> Iterator[tuple[bytes, dict]]:
+    """Yields the JSON of each example that can be used, and the object that it stands for. Both have an id."""
+    check = _Check(images, bad, literal_tags)
+    used, seen = 0, {}
+    for number, line in lines_of(path if images.follow_links else Inside(str(path), real_folders(path.parent))):
         where = f"{path}:{number}"
         try:
             example = parse_json(line)
         except ValueError as e:
-            if not examples and not bad.problems and line.lstrip().startswith(b"["):
+            if not used and not bad.problems and line.lstrip().startswith(b"["):
                 raise InputError(f"{where}: the file is one JSON array: write one object per line") from None
             cut = "" if line.endswith(b"\n") else "the file's last line is cut off: "
             bad.add(where, f"{cut}{e}")
             continue
         before = len(bad.problems)
-        example = read.conversation(example, where)
-        if example is None or bad.skip and len(bad.problems) > before:
+        if not check.example(example, where) or bad.skip and len(bad.problems) > before:
             continue
+        if example.get("id") is None:
+            example["id"] = where
         key = str(example["id"])
         if (first := seen.setdefault(key, number)) != number:
             bad.add(where, f"id is {_SHORT.repr(example['id'])}, which line {first} already has")
         if len(bad.problems) == before:
-            examples.append(example)
-    bad.settle(str(path), len(examples))
-    if not examples:
+            used += 1
+            yield line if check.is_plain else json.dumps(_used_fields(example)).encode("ascii"), example
+    bad.settle(str(path), used)
+    if not used:
         raise InputError(f"{path} holds no examples")
-    say(*read.unused.lines(path))
-    return examples
-
-
-def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields the number and the content of each line that is not blank. Raises InputError if the file can't be read.
-
-    path: of any file, or an `Inside` path.
-    """
-    with _opened(path) as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if number == 1 and line.startswith(_UTF16_MARKS):
-                    raise InputError(f"{path} is UTF-16: save it as UTF-8")
-                line = line.removeprefix(_UTF8_MARK)
-                if line.strip():
-                    yield number, line
-        except OSError as e:
-            raise InputError(f"{path} can't be read: {e.strerror}") from None
-
-
-def text_of(path: Path) -> str:
-    """The content of a file in UTF-8. Raises InputError with the line where it is not."""
-    with _opened(path) as file:
-        content = file.read()
-    if content.startswith(_UTF16_MARKS):
-        raise InputError(f"{path} is UTF-16: save it as UTF-8")
-    try:
-        return content.removeprefix(_UTF8_MARK).decode("utf-8")
-    except UnicodeDecodeError as e:
-        line = e.object[: e.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line} is not UTF-8 ({e.reason}): save the file as UTF-8") from None
-
-
-def _opened(path: Path) -> BinaryIO:
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: convert videos or conversations first, or check the folder")
-    try:
-        return open_file(path)
-    except Outside as e:
-        raise InputError(f"{path} can't be read: {e}; put the file itself there, or give --follow_links") from None
-    except ValueError as e:
-        raise InputError(f"{path} can't be read: it is {e}") from None
-    except OSError as e:
-        raise InputError(f"{path} can't be read: {e.strerror}") from None
-
-
-def _object(pairs: list[tuple]) -> dict:
-    """A JSON object as a dict. Python's decoder silently keeps the last value of a key that occurs twice."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {_SHORT.repr(twice)} occurs twice in an object")
-    return made
-
-
-JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def parse_json(line: bytes):
-    """The JSON value of a line. Raises ValueError that says what is wrong with it."""
-    if b"\0" in line:
-        raise ValueError("holds NUL bytes: the file is damaged, or not a text file")
-    try:
-        return JSON_DECODER.decode(line.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise ValueError(f"not UTF-8 ({e.reason} at byte {e.start + 1} of the line): save it as UTF-8") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"not a JSON object ({e.msg} at column {e.colno})") from None
-    except RecursionError:
-        raise ValueError("not a readable JSON object: nested too deeply") from None
-    except ValueError as e:
-        if "digits" in str(e):
-            raise ValueError("holds a number with more digits than can be read") from None
-        raise
+    say(*check.unused.lines(path))
 
 
 # Fields of an example and of a turn in other formats, and where their content belongs in this one.
@@ -158,54 +160,65 @@ _MISPLACED = {
 }
 
 
-class _Reader:
-    """Checks examples and adds their problems to `bad`. unused: the fields that were not used."""
+_EXAMPLE_FIELDS = {"id", "source", "conversations"}
+_TURN_FIELDS = {"images", *ROLES}
+
+
+class _Check:
+    """Adds the problems of examples to `bad`. unused: the fields that were not used. is_plain: whether the example that
+    was checked last has an id, and no field that is not used and may be of any size or depth."""
 
     def __init__(self, images: ImageFolder, bad: BadExamples, literal_tags: bool):
         self.images, self.bad, self.literal_tags = images, bad, literal_tags
-        self.unused = UnusedFields()
+        self.unused, self.is_plain = UnusedFields(), True
 
-    def conversation(self, example, where: str) -> dict | None:
-        """The example's id and turns, checked; None if nothing of it is usable."""
+    def example(self, example, where: str) -> bool:
+        """Whether the example has the right form, apart from what is in its turns."""
         if not isinstance(example, dict):
-            return self.bad.add(where, f"a line must hold a JSON object, not {type(example).__name__}")
+            return self.refuse(where, f"a line must hold a JSON object, not {type(example).__name__}")
         turns = example.get("conversations")
         if not isinstance(turns, list) or not turns:
-            return self.bad.add(where, "conversations must be a list of turns with at least one")
+            return self.refuse(where, "conversations must be a list of turns with at least one")
         id = example.get("id")
         if id is None:
-            id = where
+            pass
         elif isinstance(id, bool) or not isinstance(id, (str, int)) or id == "":
-            return self.bad.add(where, f"id is {_SHORT.repr(id)}, must be a text or a whole number")
+            return self.refuse(where, f"id is {_SHORT.repr(id)}, must be a text or a whole number")
         elif isinstance(id, str) and not id.isascii() and _SURROGATE.search(id):
-            return self.bad.add(where, f"id is {_SHORT.repr(id)}, which is not valid Unicode")
-        checked = [self.turn(turn, f"conversations[{i}]", where) for i, turn in enumerate(turns)]
-        others = {k: v for k, v in example.items() if k not in ("id", "source", "conversations")}
-        self.other_fields(others, "", where, any(turn and turn["images"] for turn in checked))
-        return {"id": id, "conversations": checked}
+            return self.refuse(where, f"id is {_SHORT.repr(id)}, which is not valid Unicode")
+        has_images, self.is_plain = False, id is not None and isinstance(example.get("source", ""), str)
+        for i, turn in enumerate(turns):
+            has_images |= self.turn(turn, i, where)
+        if not example.keys() <= _EXAMPLE_FIELDS:
+            self.is_plain = False
+            others = {key: value for key, value in example.items() if key not in _EXAMPLE_FIELDS}
+            self.other_fields(others, "", where, has_images)
+        return True
 
-    def turn(self, turn, field: str, where: str) -> dict | None:
+    def turn(self, turn, number: int, where: str) -> bool:
+        """Whether the turn has images."""
         if not isinstance(turn, dict):
-            return self.bad.add(where, f"{field} must be an object with images, user and assistant")
+            return self.refuse(where, f"conversations[{number}] must be an object with images, user and assistant")
         for role in ROLES:
             text = turn.get(role)
             if problem := text_problem(text) or (None if self.literal_tags else tag_problem(text)):
-                self.bad.add(where, f"{field}.{role} {problem}")
-        names, paths = turn.get("images", []), []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            return self.bad.add(
-                where, f"{field}.images is {_SHORT.repr(names)}, must be a list of file names (empty for none)"
-            )
-        for k, name in enumerate(names):
-            path = self.images.path(name)
-            if path is None:
-                self.bad.add(where, f"{field}.images[{k}] is {_SHORT.repr(name)}, {self.images.problem(name)}")
-            paths.append(path)
-        others = {key: value for key, value in turn.items() if key not in ("images", *ROLES)}
-        self.other_fields(others, f"{field}.", where, bool(names))
-        # Every line of a video data set asks the same question, so keep one copy of it in memory.
-        user, assistant = (sys.intern(text) if isinstance(text, str) else "" for text in map(turn.get, ROLES))
-        return {"images": paths, "user": user, "assistant": assistant}
+                self.bad.add(where, f"conversations[{number}].{role} {problem}")
+        names = turn.get("images", [])
+        if not isinstance(names, list) or not set(map(type, names)) <= {str}:
+            problem = f"is {_SHORT.repr(names)}, must be a list of file names (empty for none)"
+            return self.refuse(where, f"conversations[{number}].images {problem}")
+        for k in self.images.missing(names):
+            problem = f"{_SHORT.repr(names[k])}, {self.images.problem(names[k])}"
+            self.bad.add(where, f"conversations[{number}].images[{k}] is {problem}")
+        if not turn.keys() <= _TURN_FIELDS:
+            self.is_plain = False
+            others = {key: value for key, value in turn.items() if key not in _TURN_FIELDS}
+            self.other_fields(others, f"conversations[{number}].", where, bool(names))
+        return bool(names)
+
+    def refuse(self, where: str, problem: str) -> bool:
+        self.bad.add(where, problem)
+        return False
 
     def other_fields(self, fields: dict, prefix: str, where: str, has_images: bool):
         """Adds a problem for each field whose content would be lost, and counts the others as unused."""

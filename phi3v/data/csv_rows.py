@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import BadExamples, InputError
-from .annotations import text_of
+from .text_files import text_of
 
 DELIMITERS = {".csv": (",", "a comma"), ".tsv": ("\t", "a tab")}
 MOST_AGAIN = 2_000_000  # lines that are read again after rows with wrong quotes, beside three times all lines

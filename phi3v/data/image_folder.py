@@ -18,25 +18,35 @@ class ImageFolder:
 
     def __init__(self, root: Path, follow_links: bool = False):
         self.root = os.fspath(root)
+        self.prefix = os.path.join(self.root, "")
         self.folders = real_folders(root)
         self.follow_links = follow_links
         self.listings: dict[str, set[str]] = {}
 
-    def path(self, name: str) -> str | None:
-        """The path of a regular file inside the folder; None for any other name."""
+    def path(self, name: str) -> str:
+        """The path of the file with this name, which `missing` has not returned."""
+        path = self.prefix + name
+        return path if self.follow_links else Inside(path, self.folders)
+
+    def missing(self, names: list[str]) -> list[int]:
+        """The places in `names` of those that do not belong to a regular file inside the folder."""
+        known, missing = self.listings.get, []
+        for k, name in enumerate(names):
+            cut = name.rfind("/") + 1
+            if name[cut:] in known(name[:cut], ()) and len(name) <= LONGEST_NAME:
+                continue
+            if self._is_missing(name, name[:cut], name[cut:]):
+                missing.append(k)
+        return missing
+
+    def _is_missing(self, name: str, folder: str, file: str) -> bool:
         if len(name) > LONGEST_NAME:
-            return None
-        folder, slash, file = name.rpartition("/")
-        folder += slash
-        listing = self.listings.get(folder)
-        if listing is None:
-            listing = self.listings[folder] = self._listing(folder)
+            return True
+        if folder not in self.listings:
+            self.listings[folder] = self._listing(folder)
         # A file that is not listed may still be a symbolic link, spelled differently, or in a folder that can't be
         # listed.
-        if file in listing or self.problem(name) is None:
-            path = os.path.join(self.root, name)
-            return path if self.follow_links else Inside(path, self.folders)
-        return None
+        return file not in self.listings[folder] and self.problem(name) is not None
 
     def _listing(self, folder: str) -> set[str]:
         """The names of the regular files in a folder, without symbolic links."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BadExamples, InputError
-from .annotations import JSON_DECODER, lines_of, parse_json, text_of
+from .text_files import JSON_DECODER, lines_of, parse_json, text_of
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 

@@ -2,11 +2,12 @@
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from ..console import tell
 from ..errors import InputError
 from ..ranks import is_first
+from .annotations import StoredConversations
 
 
 def groups_of_shared_images(images: Sequence[Sequence[Hashable]]) -> list[list[int]]:
@@ -65,17 +66,19 @@ def warn_of_shared_images(train: Sequence[dict], evaluation: Sequence[dict]):
     train, evaluation: examples as `read_conversations` returns them.
     """
 
-    def paths(examples) -> dict[str, None]:
-        return {
-            os.path.normpath(image): None
-            for example in examples
-            for turn in example["conversations"]
-            for image in turn["images"]
-        }
+    stored = isinstance(train, StoredConversations) and isinstance(evaluation, StoredConversations)
+    if not is_first() or stored and not train.may_share_images(evaluation):
+        return
 
-    trained, asked = paths(train), paths(evaluation)
+    def paths(examples) -> Iterator[str]:
+        for example in examples:
+            for turn in example["conversations"]:
+                yield from map(os.path.normpath, turn["images"])
+
+    asked = dict.fromkeys(paths(evaluation))
+    trained = {path for path in paths(train) if path in asked}
     shared = [path for path in asked if path in trained]
-    if not shared or not is_first():
+    if not shared:
         return
     names = ", ".join(map(ascii, shared[:3])) + (", …" if len(shared) > 3 else "")
     tell(

@@ -67,7 +67,7 @@ def tag_problem(text: str) -> str | None:
 
     With --literal_tags, such tags are allowed as text.
     """
-    if found := _MEDIA_TAG.search(text):
+    if ("<" in text or "[" in text) and (found := _MEDIA_TAG.search(text)):  # looking for a character is much faster
         return (
             f"holds {_SHORT.repr(found[0])}, which stands for an image, a video or a sound in other formats, and would "
             "be read as text: list the images in their field and remove the tag, or give --literal_tags if it is text"

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from phi3v.data import annotations
 from phi3v.data.annotations import check_text, read_conversations, text_problem
 from phi3v.data.check import check_images
 from phi3v.data.conversations import ConversationDataset
@@ -107,15 +106,9 @@ def test_unusual_annotations_are_read(name, folder):
 
 
 def test_a_path_that_is_not_a_regular_file_is_refused(folder):
-    for path, message in (
-        ("nowhere.jsonl", "does not exist"),
-        ("a" * 5000, "does not exist"),
-        ("images", "not a regular"),
-        ("images/pipe", "not a regular"),
-    ):
-        for read in (lambda path: read_conversations(path, folder / "images"), annotations.text_of):
-            with pytest.raises(InputError, match=message):
-                read(folder / path)
+    for path, message in bad_inputs.NOT_REGULAR:
+        with pytest.raises(InputError, match=message):
+            read_conversations(folder / path, folder / "images")
 
 
 def test_a_file_behind_a_link_is_read_if_the_user_says_so(folder, tmp_path):

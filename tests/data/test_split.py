@@ -1,6 +1,8 @@
 """An image is either trained on or asked about."""
 
 import itertools
+import json
+import pickle
 import random
 
 import pytest
@@ -8,7 +10,9 @@ from helpers import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi3v.data.annotations import store_conversations
 from phi3v.data.split import groups_of_shared_images, split_by_image, warn_of_shared_images
+from phi3v.data.stored_lines import StoredLines
 from phi3v.errors import InputError
 
 
@@ -71,3 +75,26 @@ def test_a_warning_names_images_on_both_sides(capsys):
     out = capsys.readouterr().out
     assert out.startswith("warning: 2 of the 3 images of the evaluation are also trained on") and out.count("\n") == 1
     assert "'d/b.png', 'd/c.png'" in out
+
+
+def test_stored_examples_are_compared_without_reading_them_again(tmp_path, monkeypatch, capsys):
+    names = ["a.png", "b.png", "folder/c.png", "d.png"]
+    (tmp_path / "folder").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+
+    def stored(*names):
+        turns = [{"images": [name], "user": "Which?", "assistant": "this"} for name in names]
+        (tmp_path / "a.jsonl").write_text(json.dumps({"id": 1, "conversations": turns}) + "\n")
+        return store_conversations(tmp_path / "a.jsonl", tmp_path)
+
+    train, evaluation = stored("a.png", "./folder/./c.png"), stored("b.png", "d.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredLines, "__getitem__", None)
+        warn_of_shared_images(train, evaluation)
+    assert capsys.readouterr().out == ""
+    evaluation = stored("b.png", "folder//c.png")
+    assert not stored("a.png").may_share_images(evaluation) and train.may_share_images(evaluation)
+    for pair in ((train, evaluation), (pickle.loads(pickle.dumps(train)), evaluation), (list(train), evaluation)):
+        warn_of_shared_images(*pair)
+        assert capsys.readouterr().out.startswith("warning: 1 of the 2 images of the evaluation are also trained on")
