@@ -12,16 +12,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from phi3v import Phi3VProcessor
 from phi3v.console import tell
 from phi3v.errors import InputError, Parser, exit_on_input_error
 from phi3v.files import replacing_folder
 from phi3v.hub_names import is_hub_name, split_revision
-from phi3v.model.adapters import merge_adapter
 from phi3v.model.generation import use_own_settings
-from phi3v.model.loading import find_saved, load_saved, nf4_config
-from phi3v.training.hardware import DTYPES
+from phi3v.model.loading import find_saved, nf4_config
+from phi3v.model.merging import MergedWeights
+from phi3v.training.hardware import DTYPES, best_device
 
 
 def check_adapter(name: str, folder: Path, files: tuple[str, ...] = ("adapter_config.json",)):
@@ -64,15 +65,19 @@ def main(argv: list[str] | None = None):
     with replacing_folder(args.output_dir) as folder:
         try:
             processor = Phi3VProcessor.from_pretrained(own)
-            model = load_saved(saved, dtype=dtype, quantization=quantization, with_adapter=False)
+            merged = MergedWeights(saved, dtype, quantization, best_device())
+        except InputError:
+            raise
         except (OSError, ValueError) as e:
             reason = " ".join(str(e).split())
             raise InputError(f"the base model {saved.base} can't be loaded ({reason}){hint}") from None
-        merged = merge_adapter(model, saved.folder).to(DTYPES[args.dtype])
-        use_own_settings(merged, processor)
-        merged.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    n_parameters = sum(p.numel() for p in merged.parameters())
+        use_own_settings(merged.outline, processor)
+        try:
+            merged.save(folder, DTYPES[args.dtype])
+            processor.save_pretrained(folder)
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{args.output_dir} can't be written ({' '.join(str(e).split())})") from None
+    n_parameters = merged.outline.num_parameters()
     tell(f"{args.output_dir}: {saved.base} merged with {args.adapter}, {n_parameters:,} parameters")
 
 
