@@ -4,7 +4,7 @@ PEFT itself merges. It is given one layer after the other, with the base's weigh
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -26,6 +26,7 @@ from .adapters import SEPARATORS_FILE, check_separators
 from .configuration_phi3v import Phi3VConfig
 from .loading import Saved, outline_of
 from .lora_config import PREFIX, WEIGHTS, config_of_layer, lora_config
+from .modeling_phi3v import Phi3VForCausalLM
 from .weights import OF_QUANTIZED, weight_files
 
 FORMAT = {"format": "pt"}  # what transformers says in files of weights
@@ -35,6 +36,30 @@ def _open(files: Iterable[Path]) -> dict:
     """For the name of each tensor in safetensors files, the opened file that holds it. Files are memory-mapped."""
     opened = [safe_open(path, "pt") for path in files]
     return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - it is no dict
+
+
+def save_model(outline: Phi3VForCausalLM, weight_of: Callable[[str], torch.Tensor], folder: Path, doing: str):
+    """Saves a model as `Phi3VForCausalLM.save_pretrained` would, with the weights of one shard at a time in memory.
+
+    outline: the model on the meta device, in the dtype that is saved. weight_of: computes a weight, given its name.
+    doing: what the progress bar says. Raises InputError if the disk has no room for the model.
+    """
+    outlines, dtype = outline.state_dict(), outline.dtype
+    size, free = sum(tensor.nbytes for tensor in outlines.values()), shutil.disk_usage(folder).free
+    if size > free:
+        raise InputError(f"{folder.parent} has {free / 2**30:.1f} GiB of room, the model needs {size / 2**30:.1f}")
+    outline.config.dtype, outline.config.architectures = dtype, [type(outline).__name__]
+    outline.config.save_pretrained(folder)
+    outline.generation_config.save_pretrained(folder)
+    split = split_torch_state_dict_into_shards(outlines, max_shard_size=weights.SHARD_SIZE)
+    for number, (file, names) in enumerate(split.filename_to_tensors.items(), 1):
+        bar = tqdm(names, desc=f"{doing} shard {number} of {len(split.filename_to_tensors)}", unit="tensor")
+        with replacing(folder / file) as partial:
+            save_file({name: weight_of(name).to(dtype).contiguous() for name in bar}, partial, FORMAT)
+    if split.is_sharded:
+        metadata = {"total_parameters": outline.num_parameters()} | split.metadata
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": split.tensor_to_filename}, sort_keys=True)
+    let_others_read(folder)
 
 
 class MergedWeights:
@@ -136,26 +161,8 @@ class MergedWeights:
             ) from None
 
     def save(self, folder: Path, dtype: torch.dtype):
-        """Saves the merged model as `Phi3VForCausalLM.save_pretrained` would, with one shard at a time in memory.
-
-        Raises InputError if the disk has no room for it.
-        """
-        model = self.outline.to(dtype)
-        outlines = model.state_dict()
-        size, free = sum(t.nbytes for t in outlines.values()), shutil.disk_usage(folder).free
-        if size > free:
-            raise InputError(f"{folder.parent} has {free / 2**30:.1f} GiB of room, the model needs {size / 2**30:.1f}")
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        split = split_torch_state_dict_into_shards(outlines, max_shard_size=weights.SHARD_SIZE)
-        for number, (file, names) in enumerate(split.filename_to_tensors.items(), 1):
-            bar = tqdm(names, desc=f"merging shard {number} of {len(split.filename_to_tensors)}", unit="tensor")
-            with replacing(folder / file) as partial:
-                save_file({name: self[name].to(torch.float32).to(dtype).contiguous() for name in bar}, partial, FORMAT)
-        if split.is_sharded:
-            metadata = {"total_parameters": model.num_parameters()} | split.metadata
-            write_json(folder / INDEX, {"metadata": metadata, "weight_map": split.tensor_to_filename}, sort_keys=True)
-        let_others_read(folder)
+        """Saves the merged model. Raises InputError if the disk has no room for it, or if a layer can't be merged."""
+        config = self.outline.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        save_model(self.outline.to(dtype), lambda name: self[name].to(torch.float32), folder, "merging")
