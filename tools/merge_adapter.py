@@ -6,6 +6,9 @@
 An adapter from --use_qlora was trained on a base model that was rounded to 4 bits. By default, it is merged into the
 base model as it was before rounding, which is what most users of QLoRA do. With --dequantize it is merged into the
 rounded base model; then --dtype must be the precision of the run.
+
+Models larger than memory can be merged: at most one shard of the result, 5 GB, is in memory at the same time. OUTPUT_DIR
+appears when the merged model is whole.
 """
 
 import os
@@ -22,15 +25,16 @@ from phi3v import Phi3VProcessor
 
 # isort: split
 import torch
+from safetensors import SafetensorError
 
 from phi3v.console import tell
 from phi3v.errors import InputError, Parser, exit_on_input_error
 from phi3v.files import replacing_folder
 from phi3v.hub_names import is_hub_name, split_revision
-from phi3v.model.adapters import merge_adapter
 from phi3v.model.generation import use_own_settings
-from phi3v.model.loading import find_saved, load_saved, nf4_config
-from phi3v.training.hardware import DTYPES
+from phi3v.model.loading import find_saved, nf4_config
+from phi3v.model.merging import MergedWeights
+from phi3v.training.hardware import DTYPES, best_device
 
 
 def check_adapter(name: str, folder: Path, files: tuple[str, ...] = ("adapter_config.json",)):
@@ -73,15 +77,19 @@ def main(argv: list[str] | None = None):
     with replacing_folder(args.output_dir) as folder:
         try:
             processor = Phi3VProcessor.from_pretrained(own)
-            model = load_saved(saved, dtype=dtype, quantization=quantization, with_adapter=False)
+            merged = MergedWeights(saved, dtype, quantization, best_device())
+        except InputError:
+            raise
         except (OSError, ValueError) as e:
             reason = " ".join(str(e).split())
             raise InputError(f"the base model {saved.base} can't be loaded ({reason}){hint}") from None
-        merged = merge_adapter(model, saved.folder).to(DTYPES[args.dtype])
-        use_own_settings(merged, processor)
-        merged.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    n_parameters = sum(p.numel() for p in merged.parameters())
+        use_own_settings(merged.outline, processor)
+        try:
+            merged.save(folder, DTYPES[args.dtype])
+            processor.save_pretrained(folder)
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{args.output_dir} can't be written ({' '.join(str(e).split())})") from None
+    n_parameters = merged.outline.num_parameters()
     tell(f"{args.output_dir}: {saved.base} merged with {args.adapter}, {n_parameters:,} parameters")
 
 

@@ -115,23 +115,6 @@ def check_resumable(model: PeftModel | Phi3VForCausalLM, folder: Path):
     check_shapes(found, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, str(folder))
 
 
-def merge_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Phi3VForCausalLM:
-    """The base model with a saved adapter merged into its weights. The result does not depend on PEFT.
-
-    A model in 4 bits is dequantised first, because the adapter was trained with these rounded weights. Raises
-    InputError for an adapter that can't be loaded exactly, or has a bias where the base model has none.
-    """
-    if getattr(model, "is_quantized", False):
-        model = model.dequantize().float()
-    adapted = load_adapter(model, folder)
-    try:
-        return adapted.merge_and_unload()
-    except RuntimeError as e:
-        if "lora_bias" not in str(e):
-            raise
-        raise InputError(f"{folder} can't be merged: it has lora_bias for layers whose base has no bias") from None
-
-
 def inner_model(model: torch.nn.Module) -> Phi3VForCausalLM:
     """The Phi3VForCausalLM in `model`, which is that itself or a wrapper around it, such as a PeftModel."""
     return next(module for module in model.modules() if isinstance(module, Phi3VForCausalLM))

@@ -6,6 +6,7 @@ the official recipe write it with current and older versions of PEFT. Everything
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import regex
@@ -198,10 +199,34 @@ def lora_config(folder: Path, model: nn.Module) -> LoraConfig:
         lora_alpha=alpha,
         lora_dropout=config.get("lora_dropout", 0.0),
         target_modules=list(layers),
-        rank_pattern={f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank},
-        alpha_pattern={f"^{re.escape(name)}": own for name, own in alphas.items() if own != alpha},
+        rank_pattern={_pattern_of(name): own for name, own in ranks.items() if own != rank},
+        alpha_pattern={_pattern_of(name): own for name, own in alphas.items() if own != alpha},
         modules_to_save=list(whole_modules) or None,
         use_rslora=config.get("use_rslora", False),
         use_dora=config.get("use_dora", False),
         lora_bias=config.get("lora_bias", False),
     )
+
+
+def config_of_layer(config: LoraConfig, name: str, new_name: str) -> LoraConfig:
+    """The config of one of the layers of an adapter, in a model that has this layer alone, as `new_name`.
+
+    config: as `lora_config` returns it.
+    """
+    return replace(
+        config,
+        r=config.rank_pattern.get(_pattern_of(name), config.r),
+        lora_alpha=config.alpha_pattern.get(_pattern_of(name), config.lora_alpha),
+        target_modules=[new_name],
+        rank_pattern={},
+        alpha_pattern={},
+        modules_to_save=None,
+        task_type=None,
+        base_model_name_or_path=None,
+        init_lora_weights=False,
+    )
+
+
+def _pattern_of(name: str) -> str:
+    """What PEFT compares with the names of layers, and fits this layer alone."""
+    return f"^{re.escape(name)}"

@@ -8,6 +8,8 @@ Parameters have the names of the Hub's checkpoint, so weights load and save with
 Training on packed rows never makes the host wait for the device.
 """
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,6 +33,8 @@ from transformers.models.phi3.modeling_phi3 import (
 from transformers.utils import logging
 
 from ..files import let_others_read
+from ..hub import INDEX
+from . import weights
 from .attention import packed_attention
 from .configuration_phi3v import Phi3VConfig
 from .functional import QuickGELU, cross_entropy, project_to_heads, rotate, swiglu
@@ -548,9 +552,18 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         """As transformers' own, with the parameter names of this class, which are the Hub's. By default, transformers
-        would rename parameters under ZeRO-3 by its rules for a bare CLIP model, and the names would be wrong."""
-        super().save_pretrained(save_directory, **{"save_original_format": False} | kwargs)
-        if kwargs.get("is_main_process", True):
+        would rename parameters under ZeRO-3 by its rules for a bare CLIP model, and the names would be wrong.
+
+        A large model is saved in shards. If the folder holds a model already, nothing of its weights is left: the old
+        index goes first, so that what was killed in between is no mixture of both models."""
+        folder, is_main = Path(save_directory), kwargs.get("is_main_process", True)
+        if is_main:
+            (folder / INDEX).unlink(missing_ok=True)
+        options = {"save_original_format": False, "max_shard_size": weights.SHARD_SIZE} | kwargs
+        super().save_pretrained(save_directory, **options)
+        if is_main:
+            if (folder / INDEX).exists():
+                (folder / "model.safetensors").unlink(missing_ok=True)
             let_others_read(save_directory)
 
     def _correct_stop_ids(self):

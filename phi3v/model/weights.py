@@ -11,6 +11,7 @@ from ..files import open_regular
 from ..hub import INDEX, shards_of
 
 Shape = tuple[int, ...]
+SHARD_SIZE = "5GB"  # of saved models, as on the Hub; transformers would write files of up to 50 GB
 # In the older checkpoints of others, and not in the model: a copy of the text embedding, and buffers.
 IGNORED = (".vision_embed_tokens.wte.weight", ".position_ids", ".inv_freq")
 FLOATS = {"F64", "F32", "F16", "BF16"}

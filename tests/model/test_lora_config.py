@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.errors import InputError
 from phi3v.model import lora_config
-from phi3v.model.adapters import add_adapter, check_resumable, load_adapter, merge_adapter
+from phi3v.model.adapters import add_adapter, check_resumable, load_adapter
 from phi3v.model.loading import find_saved
+from phi3v.model.merging import MergedWeights
 from tools import ask
 from tools import merge_adapter as merge_tool
 
@@ -71,8 +72,10 @@ def test_what_peft_saves_is_loaded_exactly(name, tmp_path):
     assert (wanted - logits(base())).abs().max() > 0.01
     torch.testing.assert_close(logits(load_adapter(base(), tmp_path)), wanted, rtol=0, atol=0)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path)), wanted, rtol=0, atol=0)
-    torch.testing.assert_close(logits(merge_adapter(base(), tmp_path)), wanted, rtol=0, atol=2e-3)
     assert find_saved(str(tmp_path)).adapter == tmp_path
+    at_once, merged = load_adapter(base(), tmp_path).merge_and_unload(), MergedWeights(find_saved(str(tmp_path)))
+    torch.testing.assert_close(logits(at_once), wanted, rtol=0, atol=2e-3)
+    assert all(torch.equal(merged[weight].float(), tensor) for weight, tensor in at_once.state_dict().items())
 
 
 def test_the_official_recipe_saves_the_output_layer_too(tmp_path):
@@ -82,6 +85,8 @@ def test_the_official_recipe_saves_the_output_layer_too(tmp_path):
     model.save_pretrained(tmp_path)
     assert f"{lora_config.PREFIX}lm_head.base_layer.weight" in load_file(tmp_path / LORA)
     torch.testing.assert_close(logits(load_adapter(base(), tmp_path)), logits(model), rtol=0, atol=0)
+    at_once, merged = load_adapter(base(), tmp_path).merge_and_unload(), MergedWeights(find_saved(str(tmp_path)))
+    assert torch.equal(merged["lm_head.weight"], at_once.lm_head.weight)
 
 
 def test_configs_of_older_and_newer_versions_of_peft(adapter, tmp_path):
@@ -105,6 +110,8 @@ def test_magnitudes_of_dora_under_their_older_name(tmp_path):
 
     tensors(rename, LORA)(tmp_path)
     torch.testing.assert_close(logits(load_adapter(base(), tmp_path)), logits(model), rtol=0, atol=0)
+    name, merged = "model.layers.0.self_attn.o_proj.weight", MergedWeights(find_saved(str(tmp_path)))
+    assert torch.equal(merged[name], model.merge_and_unload().get_parameter(name))
 
 
 # ---- What can't be loaded exactly
@@ -167,13 +174,16 @@ def test_a_bias_that_cannot_be_merged(tmp_path):
     config = LoraConfig(r=2, target_modules=["o_proj"], lora_bias=True)
     get_peft_model(Phi3VForCausalLM.from_pretrained(CHECKPOINT), config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="can't be merged: it has lora_bias for layers whose base has no bias"):
-        merge_adapter(Phi3VForCausalLM.from_pretrained(CHECKPOINT), tmp_path)
+        merge_tool.main([str(tmp_path), str(tmp_path / "merged")])
+    assert not (tmp_path / "merged").exists()
 
 
 def test_weights_that_are_nan(copy):
     tensors(lambda weights: {k: v * float("nan") for k, v in weights.items()}, LORA)(copy)
     with pytest.raises(InputError, match="hold NaN or infinity"):
         load_adapter(base(), copy)
+    with pytest.raises(InputError, match="hold NaN or infinity"):
+        merge_tool.main([str(copy), str(copy.parent / "merged")])
 
 
 def test_resuming_needs_all_of_the_adapter(adapter, tmp_path, copy):
