@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from ..deepspeed_config import zero_stage
 from ..errors import first_of_node
 from ..model.loading import Saved, find_saved, refuse_adapter
 from .hardware import compute_dtype
@@ -32,9 +33,9 @@ def find_model(args, training_args: TrainingArguments, choose_trained: Callable)
 
     def check_evaluation(folder: Path):
         flags = {"bf16": "--bf16", "4 bits": "--use_qlora"}
-        check_weights(
-            folder, compute_dtype(training_args), training_args.device, args.use_qlora, args.quantize_vision, flags
-        )
+        ranks = training_args.world_size if zero_stage(training_args.deepspeed or {}) == 3 else 1
+        dtype, device = compute_dtype(training_args), training_args.device
+        check_weights(folder, dtype, device, args.use_qlora, args.quantize_vision, flags, ranks)
 
     with first_of_node(training_args, "model"):
         saved = find_saved(name, args.model_revision, weights=loads, check=check)

@@ -59,17 +59,20 @@ def check_training(args, training_args: TrainingArguments, choose_trained: Calla
         shortage = _shortage(_parts_on_host(estimate, args, run, config))
     if shortage:
         fitting = _flags_that_fit(args, run, choose_trained, folder, config, training_args.device)
-        raise InputError(f"training can't fit into memory: {shortage}; {_advice(fitting)}")
+        advice = _advice(fitting, "training on examples with one image")
+        raise InputError(f"training can't fit into memory: {shortage}; {advice}")
 
 
 def check_weights(
-    folder: Path, dtype: torch.dtype, device: torch.device, quantize: bool, quantize_vision: bool, flags: dict[str, str]
-):
+    folder: Path, dtype: torch.dtype, device: torch.device, quantize: bool, quantize_vision: bool,
+    flags: dict[str, str], ranks: int = 1,
+):  # fmt: skip
     """Raises InputError if the weights of a whole model can't fit into the memory of this process, to evaluate it.
 
     dtype: in which they are loaded; device: on which they are used; quantize: whether in 4 bits, quantize_vision: those
     of the vision model too.
     flags: what the program calls "bf16" and "4 bits", to name them where they would fit.
+    ranks: among which ZeRO-3 divides the weights.
     """
     try:
         config = Phi3VConfig.from_pretrained(folder)
@@ -82,11 +85,11 @@ def check_weights(
         model = outline_of(config).to(dtype).requires_grad_(False)
         kept = not_quantized(quantize_vision) if quantize else None
         estimate = Estimate(model, [], 1, dtype.itemsize, None, kept, on_gpu)
-        weights = estimate.standing()[0]
-        converted = 0.0 if _is_mapped(config, dtype) else estimate.frozen * dtype.itemsize
+        weights, as_saved = estimate.standing()[0] / ranks, estimate.frozen * dtype.itemsize / ranks
+        converted = 0.0 if _is_mapped(config, dtype) else as_saved
         if on_gpu:
-            return {"weights": weights}, {"weights while they are loaded": 0.0 if quantize else converted}
-        return {"weights": weights}, {"weights": weights - estimate.frozen * dtype.itemsize + converted}
+            return {"weights": weights}, {"weights while they are loaded": 0.0 if quantize or ranks > 1 else converted}
+        return {"weights": weights}, {"weights": weights - as_saved + converted}
 
     of_device, of_host = needed(dtype, quantize)
     shortage = (on_gpu and _shortage(of_device, device)) or _shortage(of_host)
@@ -99,7 +102,8 @@ def check_weights(
             fits = _fits(main) and (not on_gpu or _fits(of_device, device))
             if fits and (other, quantized) != (dtype, quantize) and other.itemsize <= dtype.itemsize:
                 fitting[flags[name]] = of_device["weights"]
-        raise InputError(f"the model can't fit into memory: {shortage}; {_advice(fitting)}")
+        advice = _advice(fitting, "the weights")
+        raise InputError(f"the model can't fit into memory: {shortage}; {advice}")
 
 
 def _moment_bytes(training_args) -> float:
@@ -161,25 +165,24 @@ def _shortage(parts: dict[str, float], device: torch.device | None = None) -> st
     *first, last = [f"{name} {size / 2**30:.1f}" for name, size in parts.items() if size]
     needed = f"{', '.join(first)} and {last}" if first else last
     text = f"{needed} GiB" + (f", beside {held / 2**30:.1f} GiB that the process holds already," if held else "")
-    room = f"{_room(device, processes) / 2**30:.1f} GiB"
-    if device:
-        limit = f"the {room} of this GPU"
-    elif processes == 1:
-        limit = f"the {room} of main memory"
-    else:
-        whole = f"{_room(device, 1) / 2**30:.1f} GiB"
-        limit = f"the {room} of main memory that each of {processes} processes has ({whole} together)"
+    room, whole = (f"{_room(device, n) / 2**30:.1f} GiB" for n in (processes, 1))
+    limit = f"the {room} of this GPU"
+    if not device:
+        limit = f"the {room} of main memory" + (f" that each of {processes} processes has" if processes > 1 else "")
+        limited = _room(None, 1) < psutil.virtual_memory().total
+        limit += f" ({whole} together)" if processes > 1 else ""
+        limit += ", which the limit of a container or a job allows" if limited else ""
     place = f" on {platform.node()}" if world_size() > processes else ""
     verb = "are" if first or not last.startswith("what") else "is"
     return f"{text} {verb} more than {limit}{place}"
 
 
-def _advice(fitting: dict[str, float]) -> str:
-    """fitting: the bytes that a process is expected to need, by the flags with which it fits."""
+def _advice(fitting: dict[str, float], what: str) -> str:
+    """fitting: the bytes that a process is expected to need for `what`, by the flags with which it fits."""
     if not fitting:
         return f"none of the flags that need less would make it fit; {NEEDS_LESS}"
     listed = ", ".join(f"{flags} ({size / 2**30:.1f} GiB)" for flags, size in fitting.items())
-    return f"by the estimate for examples with one image, these would fit: {listed}"
+    return f"by the estimate, {what} would fit with any of these: {listed}"
 
 
 def _flags_that_fit(args, run, choose_trained: Callable, folder: Path, config: Phi3VConfig, device) -> dict[str, float]:
