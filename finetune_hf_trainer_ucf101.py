@@ -219,7 +219,7 @@ def score(prediction: str, answers: list[str]) -> float:
 # shared: training
 def main(argv: list[str] | None = None) -> RecipeTrainer | None:
     args, training_args = parse_arguments(RecipeArguments, TRAINING, PRESETS, __doc__, argv)
-    run = Run(args, training_args)  # the output folder, the checkpoint to resume from, signals, the seed
+    run = Run(args, training_args, choose_trained)  # output folder, model, checkpoint to resume from, signals, seed
 
     train, held_out = load_once_per_node(load_data, args, run.bad_examples)  # one process of each node reads first
     train, held_out = train[: args.max_train_samples], held_out[: args.max_eval_samples]
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> RecipeTrainer | None:
         return run.evaluate_only(evaluation)
 
     train_dataset = run.dataset(train, processor)
-    training_args = run.prepare(train_dataset, eval_dataset, choose_trained)  # with accumulation planned
+    training_args = run.prepare(train_dataset, eval_dataset)  # with accumulation planned
     if training_args is None:  # after --estimate, or if the run is finished already
         return None
     trainer = RecipeTrainer(

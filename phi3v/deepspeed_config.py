@@ -106,3 +106,9 @@ def check_agreement(training_args, hidden_size: int, steps: int):
 def zero_stage(deepspeed: dict) -> int:
     """The ZeRO stage of a DeepSpeed config: 0 to 3."""
     return deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+
+def offload_device(deepspeed: dict, what: str) -> str | None:
+    """Where a DeepSpeed config moves what a GPU does not hold: "cpu", "nvme", or None. what: "optimizer" or "param"."""
+    device = (deepspeed.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
+    return None if device == "none" else device

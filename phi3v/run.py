@@ -20,7 +20,7 @@ from .deepspeed_config import check_agreement
 from .errors import BadExamples, blaming, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
-from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
+from .model.loading import Saved, find_saved, load_saved, nf4_config
 from .model.processing_phi3v import changed_settings
 from .process_group import first_of_node
 from .quiet import quiet_libraries
@@ -33,6 +33,7 @@ from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.evaluation import Evaluation, new_evaluation, write_evaluation
 from .training.feature_cache import cache_features
+from .training.finding import check_resumed, find_model
 from .training.folder_lock import unlock_folder
 from .training.hardware import compute_dtype, describe_attention, peak_flops, precision_of
 from .training.kernels import check_kernels
@@ -55,14 +56,15 @@ class Run:
     After `begin`: facts (what the report and the model card say about the run).
     """
 
-    def __init__(self, args, training_args: TrainingArguments):
+    def __init__(self, args, training_args: TrainingArguments, choose_trained: Callable):
         """args, training_args: as `parse_arguments` returns them.
+        choose_trained: the script's function that freezes parts of a model or puts adapters on it.
 
-        Fetches the model from the Hub, finds the checkpoint to resume from and sets the seed. Raises InputError if the
-        model can't be fetched, if the checkpoint is not whole, if the output folder holds what no run has written and
-        this run would overwrite, and if ranks have different flags or see different folders.
+        Fetches the model from the Hub, finds the checkpoint to resume from and sets the seed. Raises InputError for a
+        model that can't be fetched or can't fit into memory, for a damaged checkpoint, if the output folder holds what
+        no run has written and this one would overwrite, and if ranks have different flags or see different folders.
         """
-        self.args, self.training_args = args, training_args
+        self.args, self.training_args, self.choose_trained = args, training_args, choose_trained
         self.output_dir = Path(training_args.output_dir)
         quiet_libraries(args.no_tqdm)
         self.preemption = Preemption(args.dry_run)
@@ -71,11 +73,7 @@ class Run:
         if not (args.estimate or args.check_data):  # which write nothing
             enter_output(self.output_dir, args, training_args.report_to)
         data_commits.clear()  # of an earlier run in this process
-        with first_of_node(training_args, "model"):
-            name, weights = args.model_name_or_path, not (args.estimate or args.check_data)
-            check = None if args.evaluate_only else functools.partial(refuse_adapter, name)
-            self.saved = find_saved(name, args.model_revision, weights=weights, check=check)
-        args.model_revision = self.saved.commits.get(name)
+        self.saved = find_model(args, training_args, choose_trained)
         if args.num_crops is None:
             args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
         self.checkpoint, messages = find_checkpoint(training_args.resume_from_checkpoint, self.output_dir)
@@ -152,11 +150,10 @@ class Run:
             )
 
     def prepare(
-        self, train_dataset: ConversationDataset, eval_dataset: ConversationDataset, choose_trained: Callable
+        self, train_dataset: ConversationDataset, eval_dataset: ConversationDataset
     ) -> TrainingArguments | None:
         """Measures all examples, plans micro-batches that fit into memory, and makes the output folder ready.
 
-        choose_trained: the script's function that freezes parts of a model or puts adapters on it.
         Returns the TrainingArguments to train with. None if there is nothing to train: with --estimate, which prints
         what a run would need, and if the output folder holds the finished run already.
         """
@@ -169,7 +166,7 @@ class Run:
             train_dataset.keep_largest(2 * args.batch_size)  # the examples that need most memory
             sizes = train_dataset.sizes
         self.micro_batches = micro_batches = MicroBatches(
-            args, training_args, train_dataset, choose_trained, self.checkpoint, self.stored_settings
+            args, training_args, train_dataset, self.choose_trained, self.checkpoint, self.stored_settings
         )
         if args.estimate:
             say(*micro_batches.describe())
@@ -187,10 +184,13 @@ class Run:
         if is_finished(args, training_args, self.settings):
             say(f"{self.output_dir} holds a finished run: there is nothing left to do; {ANEW}")
             return None
+        check_resumed(args, training_args, self.choose_trained, self.saved.folder)
         model_bytes, checkpoint_bytes = micro_batches.estimate.saved_bytes(args.use_lora)
         micro_batches.divide(self.config.original_max_position_embeddings)
         steps = micro_batches.steps
         prepare_output(args, training_args, self.settings, self.checkpoint, model_bytes, checkpoint_bytes, steps)
+        self.planned = f"memory     {micro_batches.plan}"
+        say(self.planned)  # before weights are loaded, when a process that needs too much would be killed
         self.peak_flops, self.peak_source = peak_flops(compute_dtype(training_args))
         self.training_args = micro_batches.training_arguments()
         check_agreement(self.training_args, self.config.hidden_size, steps)
@@ -226,7 +226,8 @@ class Run:
         details |= {"steps": steps, "n_parameters": parameters}
         if is_first():
             say(*render_example(train_dataset))
-            say(*describe_run(model, args, training_args, self.facts, **details))
+            lines = describe_run(model, args, training_args, self.facts, **details)
+            say(*(line for line in lines if line != self.planned))
             say(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
             say(*questionable_settings(args, training_args, parameters, train_dataset.sizes, steps))
         if args.cache_vision_features:

@@ -40,6 +40,7 @@ from phi3v.model.loading import find_saved, load_saved, nf4_config
 from phi3v.model.processing_phi3v import changed_settings
 from phi3v.text import printable
 from phi3v.training.hardware import ATTENTION, DTYPES, best_device, choose_attention, choose_precision
+from phi3v.training.memory_check import check_weights
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -91,6 +92,8 @@ def load(args: argparse.Namespace):
     dtype = DTYPES[args.dtype]
     hint = "" if args.base else ": give --base"
     saved = find_saved(args.folder, args.revision, base=args.base, check=partial(check_base, args), base_help=hint)
+    flags = {"bf16": "--dtype bf16", "4 bits": "--load_in_4bit"}
+    check_weights(saved.base_folder, dtype, best_device(), args.load_in_4bit, False, flags)
     place = saved.base
     try:
         own = saved.folder if (saved.folder / "preprocessor_config.json").is_file() else saved.base_folder

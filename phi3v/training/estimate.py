@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..deepspeed_config import zero_stage
+from ..deepspeed_config import offload_device, zero_stage
 from .activation_checkpointing import DESCRIPTIONS, KINDS
 from .costs import Costs
 from .hardware import held_memory
@@ -19,6 +19,7 @@ from .workload import Workload, workload_of_example
 GPU_CONTEXT = 1.0 * 2**30  # bytes that the driver's context, cuBLAS and NCCL take on a GPU
 GPU_FRAGMENTATION = 0.05  # share of the tensors' memory that the allocator cannot use, in gaps between them
 UNMEASURED_SHARE = 0.85  # of the memory that is planned with, where micro-batches are filled and can't be measured
+ADAM_BYTES = 8.0  # of a parameter's two moments, in fp32
 ENOUGH_TOKENS = 8192  # in a micro-batch; more tokens than that make training hardly faster
 ASSUMED_MFU = 0.4
 # Bytes of a parameter: 4 bits; 64 parameters share a scale of 8 bits, and 256 of these scales share one of 32 bits.
@@ -69,6 +70,7 @@ class Estimate:
     not_quantized: if linear layers are kept in NF4, patterns for the names of those that are not; else None.
     on_gpu: whether to add what a GPU's libraries and its allocator take.
     correction: the factor by which a measured micro-batch takes more than is expected without it; at least 1.
+    moment_bytes: what the optimizer keeps for each parameter, without fp32 weights; by default as much as Adam.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Estimate:
         eager = model.config._attn_implementation == "eager"
         self.costs = {kind: Costs(model, kind, stream_bytes, compute_bytes, eager) for kind in KINDS}
         self.stream_bytes, self.compute_bytes = stream_bytes, compute_bytes
-        self.correction = 1.0
+        self.correction, self.moment_bytes = 1.0, ADAM_BYTES
         self._count_parameters(model, not_quantized)
 
     def _count_parameters(self, model, not_quantized: list[str] | None):
@@ -114,30 +116,33 @@ class Estimate:
 
     def memory(self, workload: Workload, checkpointing: str) -> Memory:
         """Expected memory of a process whose micro-batches are at most as large as `workload`."""
-        weights = self.four_bit * NF4_BYTES + self.frozen * self.stream_bytes
-        passes = self.correction * self.passes(workload, checkpointing)
-        parts = self._with_deepspeed(weights, passes) if self.deepspeed else self._without_deepspeed(weights, passes)
+        parts = self._parts(self.correction * self.passes(workload, checkpointing))
         context = GPU_CONTEXT + GPU_FRAGMENTATION * sum(parts[:4]) if self.on_gpu else 0.0
         return Memory(*parts, context)
 
-    def _without_deepspeed(self, weights: float, passes: float) -> tuple[float, ...]:
-        """All numbers of `Memory` but the context. The trained weights are in fp32, and Adam has two moments for each.
+    def standing(self) -> tuple[float, float, float]:
+        """Bytes of weights, gradients and optimizer states: a process holds these whatever its micro-batches are."""
+        return self._parts(passes=0.0)[:3]
 
-        weights: bytes of the frozen weights.
-        passes: bytes of activations and dequantised weights.
-        """
+    def _parts(self, passes: float) -> tuple[float, ...]:
+        """All numbers of `Memory` but the context. passes: bytes of activations and dequantised weights."""
+        weights = self.four_bit * NF4_BYTES + self.frozen * self.stream_bytes
+        return self._with_deepspeed(weights, passes) if self.deepspeed else self._without_deepspeed(weights, passes)
+
+    def _without_deepspeed(self, weights: float, passes: float) -> tuple[float, ...]:
+        """The same without DeepSpeed. The trained weights are in fp32. weights: bytes of the frozen ones."""
         # DistributedDataParallel has a second copy of the gradients, in buckets. On a CPU accelerate wraps it around a
         # single process too.
         gradients = self.trained * 4 * (2 if self.world_size > 1 or not self.on_gpu else 1)
-        return weights + self.trained * 4, gradients, self.trained * 8, passes, 0.0
+        return weights + self.trained * 4, gradients, self.trained * self.moment_bytes, passes, 0.0
 
     def _with_deepspeed(self, weights: float, passes: float) -> tuple[float, ...]:
         """The same with DeepSpeed, as version 0.19 allocates memory."""
         zero, size = self.deepspeed.get("zero_optimization", {}), self.stream_bytes
         stage, share = zero_stage(self.deepspeed), self.trained / self.world_size
         weights += self.trained * size
-        offloaded = self.on_gpu and zero.get("offload_optimizer", {}).get("device", "none") != "none"
-        optimizer = 0.0 if offloaded else share * 12  # fp32 weights and Adam's two moments
+        offloaded = self.on_gpu and offload_device(self.deepspeed, "optimizer")
+        optimizer = 0.0 if offloaded else share * (4 + self.moment_bytes)  # with fp32 weights
         gradients = share * size if stage >= 2 else self.trained * size
         if offloaded and stage >= 2:
             gradients = self.largest * size  # they go to the host one after the other
@@ -152,7 +157,7 @@ class Estimate:
             passes += share * size
         stepped = share  # parameters that the optimizer updates at once
         if stage == 3:
-            weights /= self.world_size
+            weights = 0.0 if self.on_gpu and offload_device(self.deepspeed, "param") else weights / self.world_size
             gathered = max(zero.get("stage3_max_live_parameters", 1e9), 2 * self.largest)
             passes += min(gathered, self.trained + self.frozen) * size
             stepped = min(share, zero.get("sub_group_size", 1e9))

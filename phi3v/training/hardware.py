@@ -5,7 +5,6 @@ import re
 import resource
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +14,7 @@ from ..errors import InputError
 from ..model.varlen import KERNELS, kernels_best_first
 from ..old_versions import accelerator_memory
 from ..ranks import local_world_size
+from .host_memory import free_memory
 
 ATTENTION = (*KERNELS, "sdpa", "eager")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -242,21 +242,10 @@ def device_memory() -> float:
     if torch.cuda.is_available():
         own = torch.cuda.mem_get_info()[0]
     else:
-        own = min(psutil.virtual_memory().available, _container_limit()) / local_world_size()
+        own = free_memory() / local_world_size()
     return USABLE_SHARE * min(gather_object([own]))
 
 
 def held_memory() -> int:
     """Bytes of main memory that this process holds; 0 on a GPU, which `device_memory` asks for what is free there."""
     return 0 if torch.accelerator.is_available() else psutil.Process().memory_info().rss
-
-
-def _container_limit() -> float:
-    """Bytes that the container's control group still allows; infinite if there is no limit."""
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        return float("inf") if limit == "max" else max(int(limit) - used, 0)
-    except (OSError, ValueError):
-        return float("inf")

@@ -1,6 +1,7 @@
 """What training needs, estimated from a model without weights."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
@@ -14,10 +15,15 @@ from .estimate import Estimate
 from .hardware import compute_dtype, weights_dtype
 
 
-def estimate_run(args, training_args: TrainingArguments, sizes: list[Size], choose_trained: Callable) -> Estimate:
-    """What training on examples of these sizes needs, computed from a model without weights."""
+def estimate_run(
+    args, training_args: TrainingArguments, sizes: list[Size], choose_trained: Callable, folder: Path | None = None
+) -> Estimate:
+    """What training on examples of these sizes needs, computed from a model without weights.
+
+    folder: where config.json lies; by default as --model_name_or_path says.
+    """
     with blaming("model_name_or_path", args.model_name_or_path), torch.device("meta"):
-        config = Phi3VConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+        config = Phi3VConfig.from_pretrained(folder or args.model_name_or_path, revision=args.model_revision)
         config._attn_implementation = args.attn_implementation
         outline = Phi3VForCausalLM(config).to(weights_dtype(training_args, args.use_lora))
         outline = choose_trained(outline, args)
