@@ -108,14 +108,18 @@ def examples_of(report: dict, page: SavedPage) -> dict[int, dict]:
 
 
 def names_of(paths: list[Path]) -> list[str]:
-    """A name for each path: its last parts, as many as it takes to tell all of them apart."""
+    """A name for each path: its last parts, as many as it takes to tell all of them apart; of a file at least two."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
-    names = ["/".join(of[-1:]) for of in parts]
-    for count in range(2, max(map(len, parts)) + 1):
-        names = [
-            "/".join(of[-count:]) if names.count(name) > 1 else name for of, name in zip(parts, names, strict=True)
+    counts = [2 if path.is_file() else 1 for path in paths]
+    while True:
+        names = ["/".join(of[-count:]) for of, count in zip(parts, counts, strict=True)]
+        longer = [
+            count + (names.count(name) > 1 and count < len(of))
+            for of, count, name in zip(parts, counts, names, strict=True)
         ]
-    return names
+        if longer == counts:
+            return names
+        counts = longer
 
 
 def check_given_once(paths: list[Path]):

@@ -8,12 +8,13 @@ from ..files import replacing
 from ..secrets import masked_rows
 from .charts import CHART_AREA, draw
 from .confusion import folded
-from .page import MOST_EXAMPLES, filters_of
+from .page import MOST_EXAMPLES, filters_of, orders_of
 from .page_reader import SavedPage
 from .statistics import RIGHT_SCORE, paired_change, paired_rows, result_of, rows_by_id
 from .templates import environment
 
 UNKNOWN = "–"
+ORDERS = {"spread -1": "Largest difference of scores first"}
 NOT_COMPARED = {"written", "mode", "model", "Examples left out"}  # rows and tables of a page; the first three are shown
 
 
@@ -91,7 +92,7 @@ def write_comparison(path: Path, runs: list[ComparedRun], most: int = MOST_EXAMP
         partly_known=_partly_known(runs),
         examples=shown,
         filters=filters_of([e["states"] for e in shown], _filters(runs)),
-        orders=_orders(shown),
+        orders=orders_of({"spread": [e["spread"] for e in shown]}, ORDERS),
         num_shown=len(shown),
         num_examples=len(found),
         num_common=_num_common(runs),
@@ -224,10 +225,3 @@ def _filters(runs: list[ComparedRun]) -> dict[str, str]:
     """The labels of the filters by their names."""
     only = {f"only-{i}-{how}": f"Only {run.name} {how}" for how in ("right", "wrong") for i, run in enumerate(runs)}
     return {"split": "Some right, some wrong", **only, "all-wrong": "All wrong", "all-right": "All right"}
-
-
-def _orders(examples: list[dict]) -> list[tuple[str, str]]:
-    """The orders of the examples, as the toolbar takes them."""
-    if len({e["spread"] for e in examples}) < 2:
-        return []
-    return [("position 1", "In the order of the evaluation"), ("spread -1", "Largest difference of scores first")]

@@ -25,6 +25,12 @@ MOST_LEFT_OUT = 1000  # examples that are listed
 MOST_IMAGES = 16  # shown of one example
 MOST_EXAMPLES = 500  # shown on a page
 FILTERS = {name: name.capitalize() for name in ("wrong", "right", "changed", "improved", "worsened")}
+ORDERS = {
+    "score 1": "Lowest score first",
+    "score -1": "Highest score first",
+    "change 1": "Largest loss first",
+    "change -1": "Largest gain first",
+}
 
 
 def write_page(
@@ -150,7 +156,9 @@ def write_html_report(
         tables=_tables(summary),
         examples=(_example(rows[i], i, examples) for i in shown),
         filters=filters_of([_states(rows[i]) for i in shown], FILTERS),
-        orders=_orders([rows[i] for i in shown]),
+        orders=orders_of(
+            {"score": [_score(rows[i]) for i in shown], "change": [_change(rows[i]) for i in shown]}, ORDERS
+        ),
         num_shown=len(shown),
         num_examples=len(rows),
     )
@@ -172,14 +180,18 @@ def filters_of(states: list[list[str]], labels: dict[str, str]) -> list[tuple[st
     return [("all", "All", len(states)), *useful] if useful else []
 
 
-def _orders(rows: list[dict]) -> list[tuple[str, str]]:
-    """(value, label) of each useful order of the examples; a value is a key and a direction. None if all are alike."""
-    orders = []
-    if len({_score(row) for row in rows}) > 1:
-        orders += [("score 1", "Lowest score first"), ("score -1", "Highest score first")]
-    if len({_change(row) for row in rows}) > 1:
-        orders += [("change 1", "Largest loss first"), ("change -1", "Largest gain first")]
-    return [("position 1", "In the order of the evaluation"), *orders] if orders else []
+def orders_of(values: dict[str, list[float]], labels: dict[str, str]) -> list[tuple[str, str]]:
+    """(value, label) of each order of the examples that is not the one in which they stand, and of that one.
+
+    values: of each example, by the name of an attribute; labels: of the orders, by attribute and direction: "score -1"
+    is the one in which the score falls."""
+    useful = []
+    for order, label in labels.items():
+        name, direction = order.split()
+        sorted_values = sorted(values[name], reverse=direction == "-1")
+        if sorted_values != values[name]:
+            useful.append((order, label))
+    return [("position 1", "In the order of the evaluation"), *useful] if useful else []
 
 
 def _score(row: dict) -> float:
