@@ -93,7 +93,7 @@ def draw(title: str, curves: list[Curve]) -> dict:
     axes = [_axis(curves, x_range, _range(values, title in FROM_ZERO), label)]
     positive = [value for value in values if value > 0]
     notes = list(dict.fromkeys(curve.note for curve in curves if curve.note))
-    if title in LOGARITHMIC and positive and min(positive) < max(positive):
+    if title in LOGARITHMIC and positive and max(positive) > 1.000001 * min(positive):
         axes.append(_axis(curves, x_range, (min(positive), max(positive)), label, logarithmic=True))
         if len(positive) < len(values):
             notes.append("On the logarithmic axis, values that are not above 0 lie at its lower end.")

@@ -21,7 +21,7 @@ def confusion_matrix(report: dict) -> dict | None:
     names: dict[str, str] = {}  # the first spelling of each class
     counts, others = Counter(), Counter()
     for row in rows:
-        answers = {folded(answer): str(answer).strip() for answer in row["answers"]}
+        answers = {folded(answer): str(answer).strip() for answer in reversed(row["answers"])}
         if len(answers) != 1:
             return None
         for key, name in answers.items():
