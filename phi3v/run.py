@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .quiet import quiet_libraries
 from .ranks import is_first
 from .report.card import write_model_card
 from .report.page import write_page
-from .report.summary import describe_run, describe_sizes, questionable_settings
+from .report.summary import describe_mode, describe_run, describe_sizes, questionable_settings
 from .signals import stop_signals
 from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
@@ -219,9 +220,9 @@ class Run:
         plan, parameters, steps = micro_batches.plan, micro_batches.estimate.parameters, micro_batches.steps
         model, train_dataset = trainer.model, trainer.train_dataset
         activation_checkpointing.set_tower_checkpointing(model, plan.checkpointing)
-        data = describe_sizes(train_dataset.sizes, len(trainer.eval_dataset))
-        attention = describe_attention(args.attn_implementation, self.config.attention_dropout)
-        self.facts = {"memory": str(plan), "attention": attention, "data": data} | self.hub_commits
+        self.facts = {"mode": describe_mode(args), "model": args.model_name_or_path, "memory": str(plan)}
+        self.facts["attention"] = describe_attention(args.attn_implementation, self.config.attention_dropout)
+        self.facts |= {"data": describe_sizes(train_dataset.sizes, len(trainer.eval_dataset)), **self.hub_commits}
         details = {"precision": precision_of(training_args), "max_tokens": plan.tokens}
         details |= {"steps": steps, "n_parameters": parameters}
         if is_first():
@@ -250,6 +251,7 @@ class Run:
                 yield
         finally:
             self.write_page(trainer, before, None)
+        self.preemption.on_leaving = functools.partial(self.write_page, trainer, before, None)
         if self.preemption.stopped:
             say(f"stopped by a signal at step {trainer.state.global_step}, with a checkpoint")
             say(*self.preemption.advice)
@@ -263,10 +265,10 @@ class Run:
     def write_page(self, trainer: RecipeTrainer, before: dict | None, after: dict | None, left_out=None):
         """left_out: lines about the examples of all ranks; by default those that this rank knows of."""
         if is_first():
-            if left_out is None:
-                left_out = self.left_out(trainer.evaluation, trainer.health.problems)
-            example, state = trainer.evaluation.example, trainer.state
-            write_page(self.training_args, before, after, self.facts, example, state, left_out=left_out)
+            left_out = left_out or self.left_out(trainer.evaluation, trainer.health.problems)
+            ending = {"left_out": left_out, "stopped": self.preemption.ending, "error": sys.exception()}
+            shown = trainer.evaluation.example, trainer.state
+            write_page(self.training_args, before, after, self.facts, *shown, **ending)
 
     def save(self, trainer: RecipeTrainer):
         """Saves the model under the Hub's tensor names, or the adapter, and the processor.

@@ -7,8 +7,6 @@ from PIL import Image
 from phi3v.report.page import write_html_report
 
 VOID = {"meta", "link", "img", "input", "br"}
-
-
 SVG = {"path", "rect", "circle", "polyline"}
 
 
@@ -17,7 +15,7 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.tags, self.open, self.texts = [], [], []
+        self.tags, self.open, self.texts, self.texts_with_tags = [], [], [], []
         self.feed(html)
         self.close()
         assert not self.open, self.open
@@ -38,6 +36,11 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if not {"script", "style"} & set(self.open):
             self.texts.append(data)
+            self.texts_with_tags.append((self.open[-1] if self.open else "", data))
+
+    def texts_of(self, tag) -> list[str]:
+        """The texts directly inside of tags of this name."""
+        return [" ".join(text.split()) for of, text in self.texts_with_tags if of == tag]
 
     def all(self, tag, **attributes):
         return [a for t, a in self.tags if t == tag and all(a.get(k) == v for k, v in attributes.items())]

@@ -23,8 +23,30 @@ def confidence_interval(scores: list[float]) -> tuple[float, float, str]:
         middle = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
         half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
         return max(middle - half, 0.0), min(middle + half, 1.0), "Wilson"
-    rng = np.random.default_rng(0)
-    means = [rng.choice(scores, n).mean() for _ in range(RESAMPLES)]
+    return _bootstrap(scores)
+
+
+def interval_of_change(changes: list[float]) -> tuple[float, float, str]:
+    """The low and the high end of the 95% confidence interval of the mean change of scores, and the method's name.
+
+    changes: for each example the later score minus the earlier one. If all of them are -1, 0 or 1, this is the interval
+    of Bonett and Price for paired proportions (J. Educ. Behav. Stat. 37, 2012), which has a width also if no score has
+    changed; otherwise it has the percentiles of a bootstrap over the pairs. Raises ValueError if there are no changes.
+    """
+    if not changes:
+        raise ValueError("there are no changes")
+    if not set(changes) <= {-1, 0, 1}:
+        return _bootstrap(changes)
+    n = len(changes) + 2
+    up, down = (changes.count(1) + 1) / n, (changes.count(-1) + 1) / n
+    half = Z * math.sqrt((up + down - (up - down) ** 2) / n)
+    return max(up - down - half, -1.0), min(up - down + half, 1.0), "Bonett and Price"
+
+
+def _bootstrap(values: list[float]) -> tuple[float, float, str]:
+    """As `confidence_interval`, of the mean of any numbers."""
+    rng, values = np.random.default_rng(0), np.array(values)
+    means = [rng.choice(values, len(values)).mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, (2.5, 97.5)).tolist()
     return low, high, f"bootstrap, {RESAMPLES:,} resamples"
 
@@ -49,17 +71,20 @@ def result_of(report: dict) -> dict:
     return result
 
 
+def rows_by_id(report: dict) -> dict[tuple[str, int], dict]:
+    """The predictions of an evaluation by id and by how often that id has come, which is 1 unless ids are not unique:
+    the first of two equal ids is paired with the first of another evaluation, the second with the second."""
+    seen, rows = Counter(), {}
+    for row in report["predictions"]:
+        seen[str(row["id"])] += 1
+        rows[str(row["id"]), seen[str(row["id"])]] = row
+    return rows
+
+
 def paired_rows(before: dict | None, after: dict | None) -> list[dict]:
     """For each example its row in both evaluations, None if it has none, in the order of the later evaluation."""
 
-    def by_id(report):
-        seen, rows = Counter(), {}
-        for row in report["predictions"] if report is not None else ():
-            seen[str(row["id"])] += 1  # the first of two equal ids is paired with the first, the second with the second
-            rows[str(row["id"]), seen[str(row["id"])]] = row
-        return rows
-
-    old, new = by_id(before), by_id(after)
+    old, new = ({} if report is None else rows_by_id(report) for report in (before, after))
     return [{"before": old.get(key), "after": new.get(key)} for key in (old if after is None else new)]
 
 
@@ -69,9 +94,13 @@ def paired_change(rows: list[dict]) -> dict | None:
     if not pairs:
         return None
     up, down = sum(a > b for b, a in pairs), sum(a < b for b, a in pairs)
+    low, high, method = interval_of_change([a - b for b, a in pairs])
     return {
         "n": len(pairs),
         "change": sum(a - b for b, a in pairs) / len(pairs),
+        "low": low,
+        "high": high,
+        "method": method,
         "wrong_right": sum(b < RIGHT_SCORE <= a for b, a in pairs),
         "right_wrong": sum(a < RIGHT_SCORE <= b for b, a in pairs),
         "up": up,

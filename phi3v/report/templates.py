@@ -25,10 +25,15 @@ def _cut(text) -> str:
     return text if rest <= 0 else f"{text[:LONGEST_TEXT]} … ({rest:,} more characters)"
 
 
+def shown_text(value) -> str:
+    """The text that a reader of the page sees for a value."""
+    return printable(str(value), keep="\n\t")
+
+
 def _escaped(value):
     """What the templates apply to each value before they show it: names from outside may hold codes of a terminal."""
     is_text = isinstance(value, str) and not hasattr(value, "__html__")
-    return printable(value, keep="\n\t") if is_text else value
+    return shown_text(value) if is_text else value
 
 
 def _csp_hash(script: str) -> str:

@@ -36,12 +36,19 @@ class Preemption(TrainerCallback):
     one after a restart. While a run has nothing to save, a signal ends the process at once.
 
     advice: lines about how to go on after the run was stopped; none for a dry run.
+    on_leaving: called before an evaluation is left that has nothing to save.
     """
 
     def __init__(self, dry_run: bool = False):
         self.stopped, self.dry_run, self.advice = False, dry_run, []
+        self.leaving, self.on_leaving = False, lambda: None
         stop_signals.install()
         on_long_wait[:] = [self.give_up]
+
+    @property
+    def ending(self) -> list[str] | None:
+        """For the report: `advice` if a signal is ending this run, otherwise None."""
+        return self.advice if self.leaving or self.stopped else None
 
     def has_signal(self) -> bool:
         """Whether this rank has received a signal."""
@@ -62,6 +69,7 @@ class Preemption(TrainerCallback):
         if self.has_signal() and waited >= LONGEST_WAIT:
             reason = f"the processes that prepare images have made no batch for {waited:.0f} s"
             tell(f"stops waiting, as a signal has come: {reason}", to_stderr=True)
+            self.leaving, self.advice = True, [] if self.dry_run else [f"resume with: {command_to_resume()}"]
             raise Interrupted
 
     def check(self):
@@ -69,6 +77,8 @@ class Preemption(TrainerCallback):
         which leave nothing to save."""
         if self.requested():
             say(*self.advice)
+            self.leaving = True
+            self.on_leaving()
             raise Interrupted
 
     def on_train_begin(self, args, state, control, **kwargs):

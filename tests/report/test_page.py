@@ -3,17 +3,22 @@
 import base64
 import io
 import os
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
-from html_pages import evaluation, report
+from html_pages import Page, evaluation, example, report
 from PIL import Image
+
+from phi3v.report.page import write_page
 
 
 def test_the_page_shows_the_results_before_and_after_training(tmp_path):
     html, page = report(tmp_path)
     assert "Result: accuracy" in page.text and "0.5000" in page.text and "0.7500" in page.text
     assert "95% confidence interval 0.1500 to 0.8500 Wilson; 4 examples" in page.text
-    assert "+0.2500 2 wrong → right, 1 right → wrong" in page.text
+    assert "+0.2500 95% confidence interval -0.5515 to +0.8848 2 wrong → right, 1 right → wrong" in page.text
     assert [a["data-states"] for a in page.all("article")] == [
         "right changed improved",
         "right changed improved",
@@ -22,9 +27,10 @@ def test_the_page_shows_the_results_before_and_after_training(tmp_path):
     ]
     assert "What is shown in 3?" in page.text and "v-3" in page.text
     assert "torchrun train.py" in page.text and "2.14.1" in page.text
-    assert [b["data-filter"] for b in page.all("button")] == [
+    assert [b["data-filter"] for b in page.all("button") if "data-filter" in b] == [
         "all", "wrong", "right", "changed", "improved", "worsened"
     ]  # fmt: skip
+    assert "All 4 Wrong 1 Right 3 Changed 3 Improved 2 Worsened 1" in page.text
     assert "hidden" in page.all("div", id="toolbar")[0]  # without JavaScript there is nothing to filter with
 
 
@@ -142,3 +148,68 @@ def test_a_failure_leaves_the_old_report(tmp_path):
     with pytest.raises(KeyboardInterrupt):  # while the file is being written
         report(tmp_path, examples=lambda i: (_ for _ in ()).throw(KeyboardInterrupt))
     assert (tmp_path / "report.html").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+def written_page(folder, monkeypatch, **changes) -> Page:
+    """A page of a run that trains with LoRA, at step 40 of 120."""
+    monkeypatch.setattr(sys, "argv", ["finetune_hf_trainer_nlvr2.py", "--use_lora"])
+    training_args = SimpleNamespace(output_dir=str(folder), world_size=1, seed=1)
+    about = {"mode": "LoRA", "model": "microsoft/Phi-3.5-vision-instruct"}
+    state = SimpleNamespace(global_step=40, max_steps=120, log_history=[{"step": 10, "loss": 1.0}])
+    arguments = {"before": evaluation([0.0, 1.0]), "after": None, "about": about, "examples": example, "state": state}
+    write_page(training_args, **arguments | changes)
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_title_has_task_mode_model_and_date(tmp_path, monkeypatch):
+    today = r" · \d{4}-\d\d-\d\d"
+    title = written_page(tmp_path, monkeypatch).texts_of("h1")[0]
+    assert re.fullmatch(rf"nlvr2 · LoRA · microsoft/Phi-3.5-vision-instruct{today}", title)
+    (tmp_path / "my model").mkdir()
+    about = {"model": f"{tmp_path}/my model/", "commits": {}}  # as --evaluate_only gives it
+    page = written_page(tmp_path, monkeypatch, about=about, state=None, before=None, after=evaluation([1.0]))
+    assert re.fullmatch(rf"nlvr2 · evaluation · my model{today}", page.texts_of("h1")[0])
+    assert page.all("main") == [{"data-task": "nlvr2"}]
+
+
+def test_a_stopped_run_has_a_banner(tmp_path, monkeypatch):
+    page = written_page(tmp_path, monkeypatch, stopped=["resume with: python x.py --resume_from_checkpoint auto"])
+    assert re.search(r"Stopped by a signal at step 40 of 120, \d{4}-\d\d-\d\d \d\d:\d\d", page.text)
+    assert "exit status was 75" in page.text and "resume with: python x.py --resume_from_checkpoint auto" in page.text
+    assert "There is no evaluation after" not in page.text and "data-ended" in page.all("main")[0]
+    failed = written_page(tmp_path, monkeypatch, error=ValueError("memory ran out\n  hf_abcdefghijklmnopqrstuvwxyz"))
+    assert "Ended by an error at step 40 of 120" in failed.text and "memory ran out •••" in failed.text
+    finished = written_page(tmp_path, monkeypatch, after=evaluation([1.0, 1.0]))
+    assert not finished.all("div", **{"class": "notice ended"}) and "data-ended" not in finished.all("main")[0]
+
+
+def controls(page: Page) -> list[str]:
+    return [b["data-filter"] for b in page.all("button") if "data-filter" in b] + [
+        o["value"] for o in page.all("option")
+    ]
+
+
+@pytest.mark.parametrize(
+    "before, after, wanted",
+    [
+        (None, None, []),
+        (None, [1.0], []),
+        (None, [1.0, 1.0], []),
+        (None, [0.0, 1.0], ["all", "wrong", "right", "position 1", "score -1"]),  # the lowest score is first already
+        ([0.0, 1.0], [1.0, 1.0], ["all", "changed", "improved", "position 1", "change 1"]),
+        ([1.0, 0.2, 0.7], [0.0, 0.3, 0.6], ["all", "wrong", "right", "improved", "worsened", "position 1", "score -1",
+                                           "change 1", "change -1"]),
+    ],
+)  # fmt: skip
+def test_a_control_is_there_only_if_it_changes_something(tmp_path, before, after, wanted):
+    evaluations = {"before": before and evaluation(before), "after": after and evaluation(after)}
+    _, page = report(tmp_path, **evaluations)
+    assert controls(page) == wanted
+    assert bool(page.all("input")) == (len(after or ()) > 1)
+
+
+def test_values_to_sort_by(tmp_path):
+    _, page = report(tmp_path, before=evaluation([0.5, 1, 0]), after=evaluation([0.75, 0, 1]))
+    articles = page.all("article")
+    assert [float(a["data-score"]) for a in articles] == [0.75, 0, 1]
+    assert [float(a["data-change"]) for a in articles] == [0.25, -1, 1]

@@ -1,5 +1,6 @@
 """A signal stops a training with a checkpoint, and a killed training resumes."""
 
+import html
 import os
 import re
 import signal
@@ -25,13 +26,16 @@ def test_a_run_says_when_it_stops_and_how_to_go_on(tmp_path, monkeypatch, capfd)
     preemption = stopping.Preemption()
     preemption.on_train_begin(None, SimpleNamespace(compute_steps=lambda *_: None, max_steps=2), control)
     preemption.on_step_end(None, None, control)
-    assert not control.should_training_stop and not preemption.stopped
+    assert not control.should_training_stop and not preemption.stopped and preemption.ending is None
     os.kill(os.getpid(), signal.SIGINT)
     preemption.on_step_end(None, None, control)
     assert control.should_training_stop and control.should_save and preemption.stopped
     assert "SIGINT: stopping after this step, with a checkpoint; " in capfd.readouterr().err
+    left = []
+    preemption.on_leaving = lambda: left.append(preemption.ending)
     with pytest.raises(stopping.Interrupted) as status:
         preemption.check()
+    assert left == [preemption.advice] and len(preemption.advice) == 1  # the report says how to go on
     command = "python script.py --data_dir 'my data' --fp32"
     assert status.value.code == PREEMPTED
     assert capfd.readouterr().out == f"resume with: {command} --resume_from_checkpoint auto\n"
@@ -62,6 +66,8 @@ def test_ctrl_c_ends_a_run_of_two_ranks_with_a_checkpoint(toy_data, tmp_path):
     (command,) = re.findall("^resume with: (.*)$", output, re.MULTILINE)
     assert command.startswith("python -m torch.distributed.run --standalone --nproc_per_node=2 ")
     assert command.endswith("--num_train_epochs 50 --resume_from_checkpoint auto")
+    page = html.unescape((out / "report.html").read_text())
+    assert f"Stopped by a signal at step {step:,} of " in page and f"resume with: {command}" in page
     assert not any(str(out) in line for line in commands_of_processes())
 
 
