@@ -29,6 +29,7 @@ from .report.summary import describe_run, describe_sizes, questionable_settings
 from .signals import stop_signals
 from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
+from .training.dry_run import finish_dry_run
 from .training.evaluation import Evaluation, new_evaluation, write_evaluation
 from .training.feature_cache import cache_features
 from .training.folder_lock import unlock_folder
@@ -40,7 +41,7 @@ from .training.output_folder import ANEW, FINISHED, check_same_folder, enter_out
 from .training.resuming import check_states
 from .training.steps import shares_images
 from .training.stopping import AFTER_BATCH, AFTER_IMAGE, Interrupted, Preemption
-from .training.trainer import RecipeTrainer, finish_dry_run
+from .training.trainer import RecipeTrainer
 
 
 class Run:

@@ -1,9 +1,7 @@
 """The Trainer with what a long run needs: whole checkpoints, stopping in time, throughput, evaluation by answers."""
 
-import gc
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,9 +9,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..console import say
 from ..data.loading import largest_batch, make_loader, next_batch
 from ..data.sampler import EpochLoader
 from ..errors import InputError, blaming
@@ -21,8 +17,6 @@ from ..files import read_json, write_json
 from ..model.adapters import check_resumable, load_separators, save_separators
 from ..model.folder import check_files
 from ..model.generation import use_own_settings
-from ..old_versions import accelerator_memory
-from ..ranks import is_first
 from ..signals import stop_signals
 from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
 from .evaluation import Evaluation, write_evaluation
@@ -30,7 +24,7 @@ from .hardware import use_plain_cpu
 from .health import TrainingHealth
 from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
-from .own_files import MARK, UNFINISHED, claim, delete_own, free_name, is_best, strangers
+from .own_files import MARK, UNFINISHED, claim, free_name, is_best, strangers
 from .resuming import reading
 from .stopping import AFTER_BATCH, AFTER_REPORTS, Interrupted
 from .trackers import Trackers
@@ -261,28 +255,3 @@ class RecipeTrainer(Trainer):
     def _load_rng_state(self, checkpoint):
         with reading(checkpoint):
             super()._load_rng_state(checkpoint)
-
-
-def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
-    """Loads the saved model, lets it answer once more, and deletes the output folder. Every rank calls it.
-
-    after: the report of the evaluation before the model was saved; load_saved: returns the saved model.
-    Raises InputError on rank 0 if the saved model gives other answers.
-    """
-    stop_signals.until = None  # a dry run has nothing to save
-    folder, args, evaluation = Path(trainer.args.output_dir), trainer.args, trainer.evaluation
-    trainer.accelerator.free_memory()
-    for holder in (trainer, trainer.callback_handler):
-        holder.model = holder.optimizer = holder.lr_scheduler = None
-    trainer.model_wrapped = trainer.deepspeed = None
-    unset_hf_deepspeed_config()  # under ZeRO-3 it would split the next model while it loads
-    gc.collect()
-    if torch.accelerator.is_available():
-        accelerator_memory().empty_cache()
-    report = evaluation.report(load_saved(), args)
-    if is_first():
-        delete_own(folder)
-        pairs = zip(after["predictions"], report["predictions"], strict=True)
-        if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:
-            raise InputError(f"--dry_run: the saved model, loaded again, gives other answers to {', '.join(different)}")
-        say("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")
