@@ -31,7 +31,7 @@ from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.dry_run import finish_dry_run
 from .training.evaluation import Evaluation, new_evaluation, write_evaluation
-from .training.feature_cache import cache_features
+from .training.feature_cache import cache_features_of_run
 from .training.folder_lock import unlock_folder
 from .training.hardware import compute_dtype, describe_attention, peak_flops, precision_of
 from .training.kernels import check_kernels
@@ -229,13 +229,9 @@ class Run:
             say(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
             say(*questionable_settings(args, training_args, parameters, train_dataset.sizes, steps))
         if args.cache_vision_features:
-            options = {"earlier_choice": self.stored_settings.get("cached"), "is_stopped": self.preemption.has_signal}
-            options |= {"num_workers": training_args.dataloader_num_workers, "disable_tqdm": training_args.disable_tqdm}
-            limit, dtype = args.cache_vision_gib * 2**30, compute_dtype(training_args)
             with stop_signals.stopping(AFTER_IMAGE):
-                message = cache_features(
-                    model, train_dataset, args.cache_vision_features, limit, training_args.device, dtype, **options
-                )
+                stored, is_stopped = self.stored_settings.get("cached"), self.preemption.has_signal
+                message = cache_features_of_run(args, training_args, model, train_dataset, stored, is_stopped)
             self.settings["cached"] = train_dataset.feature_cache is not None
             say(message)
 
