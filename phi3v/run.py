@@ -30,6 +30,7 @@ from .signals import stop_signals
 from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.dry_run import finish_dry_run
+from .training.early_stopping import EarlyStopping
 from .training.evaluation import Evaluation, new_evaluation, write_evaluation
 from .training.feature_cache import cache_features_of_run
 from .training.folder_lock import unlock_folder
@@ -65,6 +66,7 @@ class Run:
         self.output_dir = Path(training_args.output_dir)
         quiet_console(args.no_tqdm)
         self.preemption = Preemption(args.dry_run)
+        self.early_stopping = EarlyStopping(args.early_stopping_patience, args.early_stopping_on)
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)
         if not (args.estimate or args.check_data):  # which write nothing
@@ -129,7 +131,7 @@ class Run:
             say(*changed_settings(folder, self.args.num_crops, self.args.exif_rotate))
         model = self.load_saved(self.saved)
         with stop_signals.stopping(AFTER_BATCH):
-            report = evaluation.report(model, self.training_args, self.preemption.check)
+            report = evaluation.report(model, self.training_args, self.preemption.check, with_loss=True)
         if is_first():
             path = new_evaluation(self.output_dir, self.args.model_name_or_path, self.args.eval_split)
             write_evaluation(path, report)
@@ -183,8 +185,8 @@ class Run:
             # A resumed run keeps what it began with: cached features differ from computed ones by rounding.
             cached=self.stored_settings.get("cached", False) if args.cache_vision_features else False,
         )
-        if is_finished(args, training_args, self.settings):
-            say(f"{self.output_dir} holds a finished run: there is nothing left to do; {ANEW}")
+        if finished := is_finished(args, training_args, self.settings):
+            say(f"{self.output_dir} holds {finished}: there is nothing left to do; {ANEW}")
             return None
         model_bytes, checkpoint_bytes = micro_batches.estimate.saved_bytes(args.use_lora)
         micro_batches.divide(self.config.original_max_position_embeddings)
@@ -260,7 +262,8 @@ class Run:
             if left_out is None:
                 left_out = self.left_out(trainer.evaluation, trainer.health.problems)
             example, state = trainer.evaluation.example, trainer.state
-            write_page(self.training_args, before, after, self.facts, example, state, left_out=left_out)
+            about = self.facts | self.early_stopping.facts()
+            write_page(self.training_args, before, after, about, example, state, left_out=left_out)
 
     def save(self, trainer: RecipeTrainer):
         """Saves the model under the Hub's tensor names, or the adapter, and the processor.
@@ -280,8 +283,8 @@ class Run:
         trainer.trackers.close()
         left_out = self.left_out(trainer.evaluation, trainer.health.skipped())
         state, name = trainer.state, after["metric"]
-        if is_first() and state.global_step >= state.max_steps:
-            write_json(self.output_dir / FINISHED, self.settings)
+        if is_first() and trainer.has_finished:
+            write_json(self.output_dir / FINISHED, self.settings | self.early_stopping.record(state.global_step))
         say(*listing(left_out))
         self.write_page(trainer, before, after, left_out)
         if is_first():

@@ -41,6 +41,7 @@ WITHOUT_A_TEST_FILE = {
     "report.templates": "report/test_page.py and report/test_card.py read what the templates render",
     "training.dry_run": "test_run.py makes dry runs",
     "training.forecast": "training/test_estimate.py reads what it prints",
+    "training.inference": "test_evaluation.py and test_answer_loss.py in training/ evaluate models in it",
     "training.meter": "it measures speed; training/test_trackers.py checks that its numbers are logged",
     "training.outline": "training/test_estimate.py compares what it estimates",
     "training.peak": "nullgpu/test_live_bytes.py compares it with what lives on a stand-in for a GPU",

@@ -22,7 +22,7 @@ CHARTS = {
     "mfu": ("MFU", True),
     "peak_memory_gib": ("Peak memory, GiB", True),
 }
-NO_CHART = re.compile(r"step|epoch|total_flos|train_.*|eval_(runtime|.*_per_second)|num_input_tokens_seen")
+NO_CHART = re.compile(r"step|epoch|total_flos|train_.*|eval_(runtime|examples|.*_per_second)|num_input_tokens_seen")
 
 
 def charts_of(history: list[dict]) -> list[dict]:
