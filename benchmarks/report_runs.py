@@ -38,6 +38,7 @@ with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints lines when it i
     from phi3v.model import fused
     from phi3v.model.image_processing_phi3v import num_image_tokens
     from phi3v.training import activation_checkpointing
+    from phi3v.training.early_stopping import EarlyStopping
     from phi3v.training.estimate import Estimate, Plan
     from phi3v.training.hardware import (
         USABLE_SHARE,
@@ -435,6 +436,7 @@ def train(
     )
     watch = Watch(found, meter, allocated, around_step)
     run = SimpleNamespace(sampler=sampler, meter=meter, preemption=TrainerCallback(), settings={})
+    run.early_stopping = EarlyStopping()
     run.fit = lambda model, collator: training_args  # a run measures its micro-batches here; these are planned
     processor = SimpleNamespace(image_processor=image_processor(setting))
     collator, trainer = PackingCollator(processor, length, args.share_images), None

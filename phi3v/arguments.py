@@ -105,6 +105,10 @@ class RunArguments:
     keep_best: bool = HfArg(
         default=False, help="with --eval_steps: keep the model that evaluates best, in OUTPUT_DIR/best"
     )
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="with --eval_steps: stop after this many evaluations in a row that are not better"
+    )
+    early_stopping_on: str = HfArg(default="metric", help="better in the metric, or in the validation loss: loss")
     preset: str | None = HfArg(
         default=None, help="settings of a published result: full, frozen, lora or qlora; other flags given here win"
     )

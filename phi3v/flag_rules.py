@@ -24,6 +24,8 @@ NEEDS = {
     "estimate_gpus": "estimate",
     "resume_anyway": "resume_from_checkpoint",
     "keep_best": "eval_steps",
+    "early_stopping_patience": "eval_steps",
+    "early_stopping_on": "early_stopping_patience",
 }
 
 
@@ -67,6 +69,8 @@ def check_values(args, trainer: dict, cores: int | None):
         raise InputError(f"--data_revision {args.data_revision} is for data on the Hub, and contradicts --data_dir")
     if args.on_bad_example not in ("error", "skip"):
         raise InputError(f"--on_bad_example is {args.on_bad_example}, must be error or skip")
+    if args.early_stopping_on not in ("metric", "loss"):
+        raise InputError(f"--early_stopping_on is {args.early_stopping_on}, must be metric or loss")
 
 
 def check_needed_flags(args, trainer: dict, given: set[str]):

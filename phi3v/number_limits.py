@@ -56,7 +56,9 @@ SHARE = Limits(0, 1, open_above=True)
 LIMITS = {
     # the scripts' own flags
     **dict.fromkeys(("max_train_samples", "max_eval_samples", "max_length"), AT_MOST_N),
-    **dict.fromkeys(("batch_size", "batch_size_per_gpu", "max_new_tokens", "estimate_gpus"), COUNT),
+    **dict.fromkeys(
+        ("batch_size", "batch_size_per_gpu", "max_new_tokens", "estimate_gpus", "early_stopping_patience"), COUNT
+    ),
     "num_crops": Limits(1, 16, too_many="but the model was trained with at most 16"),
     "lora_rank": Limits(1, 4096),  # no layer of the model has a higher rank than 3072
     "lora_alpha_ratio": Limits(0, 1e6, open_below=True),

@@ -23,7 +23,6 @@ from .files import write_json
 from .hub_names import check_data_revisions, data_commits
 from .model.loading import Saved, find_saved, load_saved, nf4_config
 from .model.processing_phi3v import changed_settings
-from .process_group import first_of_node
 from .quiet import quiet_libraries
 from .ranks import is_first
 from .report.card import write_model_card
@@ -32,8 +31,10 @@ from .report.summary import describe_mode, describe_run, describe_sizes, questio
 from .signals import stop_signals
 from .training import activation_checkpointing, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
+from .training.dry_run import finish_dry_run
+from .training.early_stopping import EarlyStopping
 from .training.evaluation import Evaluation, new_evaluation, write_evaluation
-from .training.feature_cache import cache_features
+from .training.feature_cache import cache_features_of_run
 from .training.finding import check_resumed, find_model
 from .training.folder_lock import unlock_folder
 from .training.hardware import compute_dtype, describe_attention, peak_flops, precision_of
@@ -44,7 +45,7 @@ from .training.output_folder import ANEW, FINISHED, check_same_folder, enter_out
 from .training.resuming import check_states
 from .training.steps import shares_images
 from .training.stopping import AFTER_BATCH, AFTER_IMAGE, Interrupted, Preemption
-from .training.trainer import RecipeTrainer, finish_dry_run
+from .training.trainer import RecipeTrainer
 
 
 class Run:
@@ -69,6 +70,7 @@ class Run:
         self.output_dir = Path(training_args.output_dir)
         quiet_libraries(args.no_tqdm)
         self.preemption = Preemption(args.dry_run)
+        self.early_stopping = EarlyStopping(args.early_stopping_patience, args.early_stopping_on)
         self.bad_examples = BadExamples(skip=args.on_bad_example == "skip")
         settings.check_flags_equal_on_all_ranks(args, training_args)
         if not (args.estimate or args.check_data):  # which write nothing
@@ -129,7 +131,7 @@ class Run:
             say(*changed_settings(folder, self.args.num_crops, self.args.exif_rotate))
         model = self.load_saved(self.saved)
         with stop_signals.stopping(AFTER_BATCH):
-            report = evaluation.report(model, self.training_args, self.preemption.check)
+            report = evaluation.report(model, self.training_args, self.preemption.check, with_loss=True)
         if is_first():
             path = new_evaluation(self.output_dir, self.args.model_name_or_path, self.args.eval_split)
             write_evaluation(path, report)
@@ -182,8 +184,8 @@ class Run:
             # A resumed run keeps what it began with: cached features differ from computed ones by rounding.
             cached=self.stored_settings.get("cached", False) if args.cache_vision_features else False,
         )
-        if is_finished(args, training_args, self.settings):
-            say(f"{self.output_dir} holds a finished run: there is nothing left to do; {ANEW}")
+        if finished := is_finished(args, training_args, self.settings):
+            say(f"{self.output_dir} holds {finished}: there is nothing left to do; {ANEW}")
             return None
         check_resumed(args, training_args, self.choose_trained, self.saved.folder)
         model_bytes, checkpoint_bytes = micro_batches.estimate.saved_bytes(args.use_lora)
@@ -232,13 +234,9 @@ class Run:
             say(f"MFU        of {self.peak_flops / 1e12:.3g} TFLOP/s, {self.peak_source}")
             say(*questionable_settings(args, training_args, parameters, train_dataset.sizes, steps))
         if args.cache_vision_features:
-            options = {"earlier_choice": self.stored_settings.get("cached"), "is_stopped": self.preemption.has_signal}
-            options |= {"num_workers": training_args.dataloader_num_workers, "disable_tqdm": training_args.disable_tqdm}
-            limit, dtype = args.cache_vision_gib * 2**30, compute_dtype(training_args)
             with stop_signals.stopping(AFTER_IMAGE):
-                message = cache_features(
-                    model, train_dataset, args.cache_vision_features, limit, training_args.device, dtype, **options
-                )
+                stored, is_stopped = self.stored_settings.get("cached"), self.preemption.has_signal
+                message = cache_features_of_run(args, training_args, model, train_dataset, stored, is_stopped)
             self.settings["cached"] = train_dataset.feature_cache is not None
             say(message)
 
@@ -267,8 +265,9 @@ class Run:
         if is_first():
             left_out = left_out or self.left_out(trainer.evaluation, trainer.health.problems)
             ending = {"left_out": left_out, "stopped": self.preemption.ending, "error": sys.exception()}
+            about = self.facts | self.early_stopping.facts()
             shown = trainer.evaluation.example, trainer.state
-            write_page(self.training_args, before, after, self.facts, *shown, **ending)
+            write_page(self.training_args, before, after, about, *shown, **ending)
 
     def save(self, trainer: RecipeTrainer):
         """Saves the model under the Hub's tensor names, or the adapter, and the processor.
@@ -288,8 +287,8 @@ class Run:
         trainer.trackers.close()
         left_out = self.left_out(trainer.evaluation, trainer.health.skipped())
         state, name = trainer.state, after["metric"]
-        if is_first() and state.global_step >= state.max_steps:
-            write_json(self.output_dir / FINISHED, self.settings)
+        if is_first() and trainer.has_finished:
+            write_json(self.output_dir / FINISHED, self.settings | self.early_stopping.record(state.global_step))
         say(*listing(left_out))
         self.write_page(trainer, before, after, left_out)
         if is_first():

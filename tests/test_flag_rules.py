@@ -14,7 +14,7 @@ DEFAULTS = {
     "quantize_vision": False, "train_separators": False, "batch_size": 16, "batch_size_per_gpu": 1,
     "max_tokens_per_gpu": None, "estimate": False, "estimate_gpus": None, "evaluate_only": False, "dry_run": False,
     "keep_best": False, "resume_anyway": False, "max_length": None, "max_new_tokens": 64, "data_dir": None,
-    "data_revision": None,
+    "data_revision": None, "early_stopping_patience": None, "early_stopping_on": "metric",
 }  # fmt: skip
 TRAINER = {
     "learning_rate": 4e-5, "num_train_epochs": 1, "save_steps": 500, "eval_steps": None, "save_total_limit": None,

@@ -7,8 +7,8 @@ An adapter from --use_qlora was trained on a base model that was rounded to 4 bi
 base model as it was before rounding, which is what most users of QLoRA do. With --dequantize it is merged into the
 rounded base model; then --dtype must be the precision of the run.
 
-Models larger than memory can be merged: at most one shard of the result, 5 GB, is in memory at the same time. OUTPUT_DIR
-appears when the merged model is whole.
+Models larger than memory can be merged: at most one shard of the result, 5 GB, is in memory at the same time.
+OUTPUT_DIR appears when the merged model is whole.
 """
 
 import os

@@ -29,7 +29,7 @@ VALIDATION_TITLE = "Validation loss"
 FROM_ZERO = {title for title, from_zero in CHARTS.values() if from_zero}
 LOGARITHMIC = {CHARTS["loss"][0], VALIDATION_TITLE}  # charts that can have a logarithmic axis
 LOG_FROM = 10  # and have it from the start if the largest value is this many times the smallest
-NO_CHART = re.compile(r"step|epoch|total_flos|train_.*|eval_(runtime|.*_per_second)|num_input_tokens_seen")
+NO_CHART = re.compile(r"step|epoch|total_flos|train_.*|eval_(runtime|examples|.*_per_second)|num_input_tokens_seen")
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Evaluation by generated answers: all ranks generate in batches, and every answer gets a score."""
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -27,10 +28,11 @@ from ..files import write_json
 from ..model.generation import use_own_settings
 from ..model.modeling_phi3v import Phi3VForCausalLM
 from ..model.processing_phi3v import Phi3VProcessor
+from .answer_loss import LastAnswers, answer_loss
+from .inference import evaluating
 from .own_files import is_best, is_checkpoint
 
 
-@torch.no_grad()
 def generate_answers(
     model: Phi3VForCausalLM,
     processor: Phi3VProcessor,
@@ -62,9 +64,6 @@ def generate_answers(
     # examples are answered twice.
     own = [order[i % len(order)] for i in range(rank, -(-len(order) // world_size) * world_size, world_size)]
     device = device or model.device
-    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]  # by ZeRO-3, on the right device already
-    if not partitioned:
-        model.to(device)
     loader = make_loader(
         Subset(dataset, own),
         batch_size=batch_size,
@@ -74,15 +73,12 @@ def generate_answers(
         collate_fn=Collator(processor, "left", normalise=False),
     )
     use_own_settings(model, processor)
-    was_training = model.training
-    model.eval()
     answers, problems = [], []
-    autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
     lower = (
         f"--per_device_eval_batch_size, which is {batch_size}" if batch_size > 1 else "--num_crops or --max_new_tokens"
     )
     too_much = lowering(f"answers were generated: lower {lower}")
-    with too_much, _gathered_parameters(model, partitioned), autocast:
+    with too_much, evaluating(model, device, compute_dtype):
         batches = batches_of(loader)
         for batch in tqdm(batches, desc="generating", total=len(loader), disable=disable_tqdm or rank != 0):
             on_batch()
@@ -94,21 +90,10 @@ def generate_answers(
             ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
             new_ids = ids[:, batch["input_ids"].shape[1] :]
             answers += [text.strip() for text in processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
-    model.train(was_training)
     gathered = {i: found for i, *found in gather_object(list(zip(own, answers, problems, strict=True)))}
     if left_out is not None:
         left_out.update((i, problem) for i, (_, problem) in sorted(gathered.items()) if problem)
     return [gathered[i][0] for i in range(len(dataset))]
-
-
-def _gathered_parameters(model, partitioned: list):
-    """A context in which every rank has all of the parameters that ZeRO-3 partitions. A DeepSpeed engine gathers them
-    itself, layer by layer, through hooks of the modules."""
-    if not partitioned or any(module._forward_pre_hooks for module in model.modules()):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(partitioned)
 
 
 @dataclass
@@ -131,8 +116,15 @@ class Evaluation:
     compute_dtype: torch.dtype
     left_out: dict[int, str] = field(default_factory=dict)
 
-    def report(self, model, args: TrainingArguments, on_batch=lambda: None) -> dict:
-        """The metric over the evaluation set and all predictions. Every rank must call it, and gets the same report."""
+    def report(
+        self, model, args: TrainingArguments, on_batch=lambda: None, with_loss: bool = False, most_tokens=math.inf
+    ) -> dict:
+        """The metric over the evaluation set and all predictions. Every rank must call it, and gets the same report.
+
+        with_loss: the report also has `loss`, the mean over all tokens of the right answers, `loss_tokens`, their
+            number, and `loss_examples`, how many examples have an answer; nothing of this if none has.
+        most_tokens: as `answer_loss` takes it.
+        """
         predictions = generate_answers(
             model,
             self.dataset.processor,
@@ -156,7 +148,30 @@ class Evaluation:
         if not rows:
             raise InputError(f"no example of the evaluation can be read: {self.left_out[0]}")
         mean = sum(row["score"] for row in rows) / len(rows)
-        return {"metric": self.metric, self.metric: mean, "num_examples": len(rows), "predictions": rows}
+        loss = self._loss(model, args, on_batch, most_tokens) if with_loss else {}
+        # The loss comes last, because files are recognised as a run's by what they begin with.
+        return {"metric": self.metric, self.metric: mean, "num_examples": len(rows), "predictions": rows, **loss}
+
+    def _loss(self, model, args: TrainingArguments, on_batch, most_tokens: float) -> dict:
+        loss, tokens = answer_loss(
+            model,
+            self.answers,
+            args.per_device_eval_batch_size,
+            most_tokens,
+            device=args.device,
+            compute_dtype=self.compute_dtype,
+            num_workers=args.dataloader_num_workers,
+            disable_tqdm=args.disable_tqdm,
+            on_batch=on_batch,
+        )
+        if loss is None:
+            return {}
+        count = sum(i not in self.left_out and self.answers.has_answer(i) for i in range(len(self.answers)))
+        return {"loss": loss, "loss_tokens": tokens, "loss_examples": count}
+
+    @functools.cached_property
+    def answers(self) -> LastAnswers:
+        return LastAnswers(self.dataset)
 
     def example(self, i: int) -> dict:
         """The images and the question of prediction i of a report, as `write_html_report` takes them."""
@@ -186,7 +201,17 @@ def new_evaluation(output_dir: Path, model: str, split: str | None) -> Path:
 
 
 def write_evaluation(path: Path, report: dict):
-    """Writes a report as json, whole or not at all, and prints its metric."""
+    """Writes a report as json, whole or not at all, and prints its metric and its loss."""
     write_json(path, report)
     value = report[report["metric"]]
-    say(f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples")
+    text = f"{path}: {report['metric']} {value:.4f} over {report['num_examples']} examples"
+    if "loss" in report:
+        text += (
+            f", loss {report['loss']:.4f} over {report['loss_tokens']:,} tokens of {report['loss_examples']} answers"
+        )
+    say(text)
+
+
+def numbers_of(report: dict) -> dict[str, float]:
+    """What is logged of a report, under the names that the Trainer gives to numbers of an evaluation."""
+    return {f"eval_{name}": report[name] for name in (report["metric"], "loss") if name in report}

@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..model.adapters import inner_model
 from ..model.modeling_phi3v import Phi3VForCausalLM, Phi3VImageEmbedding
 from .feature_files import FeatureCache, all_finite, bytes_in, reading_seconds, write_features
-from .hardware import wait_for_device
+from .hardware import compute_dtype, wait_for_device
 from .stopping import Interrupted
 
 TIMED_IMAGES = 8  # on each rank, before reading is compared with computing
@@ -175,6 +175,24 @@ def cache_features(
         f"vision features of {crops:,} crops ({cache.bytes_of(crops) / 2**30:.2f} GiB) are read from {cache.folder}; "
         f"newly computed images: {written:,}"
         + (f", {replaced:,} of them because their files were damaged" if replaced else "")
+    )
+
+
+def cache_features_of_run(
+    args, training_args, model, dataset, earlier_choice: bool | None, is_stopped: Callable[[], bool]
+) -> str:
+    """`cache_features` as a run's flags say. args: a script's flags; training_args: a TrainingArguments."""
+    return cache_features(
+        model,
+        dataset,
+        args.cache_vision_features,
+        args.cache_vision_gib * 2**30,
+        training_args.device,
+        compute_dtype(training_args),
+        num_workers=training_args.dataloader_num_workers,
+        disable_tqdm=training_args.disable_tqdm,
+        earlier_choice=earlier_choice,
+        is_stopped=is_stopped,
     )
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from ..deepspeed_config import zero_stage
-from ..errors import first_of_node
 from ..model.loading import Saved, find_saved, refuse_adapter
+from ..process_group import first_of_node
 from .hardware import compute_dtype
 from .memory_check import check_training, check_weights
 from .output_folder import FINISHED

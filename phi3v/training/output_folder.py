@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..files import read_json
 from ..ranks import is_first
 from .checkpoints import being_written, checkpoints, clear_unfinished, file_sizes, numbered, step_of, stored_settings
+from .early_stopping import take_record
 from .folder_lock import lock_folder
 from .own_files import (
     ADAPTER,
@@ -110,25 +111,27 @@ def _foreign_files(output_dir: Path, names: str) -> list[str]:
     return [path.name for path in found if not is_own_file(path, recorded)]
 
 
-def is_finished(args, training_args, settings: dict) -> bool:
-    """Whether `--resume_from_checkpoint auto` finds a finished run with the same settings in the output folder.
+def is_finished(args, training_args, settings: dict) -> str | None:
+    """A text that says which finished run with the same settings `--resume_from_checkpoint auto` finds in the output
+    folder; None if it finds none.
 
     Raises InputError if that run had other settings; with --resume_anyway, training resumes instead.
     """
     finished = Path(training_args.output_dir) / FINISHED
     if training_args.resume_from_checkpoint != "auto" or not finished.is_file():
-        return False
+        return None
     before = read_json(finished)
     if problem := problem_of_settings(before):
         raise InputError(f"{finished} {problem}: delete it, or choose another --output_dir")
-    now = settings | {"cached": before.get("cached")}  # known only once training has begun
+    early, how = take_record(before, args)
+    now = settings | early | {"cached": before.get("cached")}  # known only once training has begun
     if args.max_tokens_per_gpu == "auto":
         now["tokens"] = before.get("tokens")  # likewise, because a micro-batch is measured
     before = with_defaults(before, now, args, training_args)
     if before != now and args.resume_anyway:
-        return False
+        return None
     check_settings(before, now, finished, anyway=False)
-    return True
+    return f"a finished run{how}"
 
 
 def prepare_output(

@@ -66,6 +66,8 @@ NEUTRAL = {
     "eval_strategy",
     "do_eval",  # follows from eval_strategy
     "eval_delay",
+    "early_stopping_patience",
+    "early_stopping_on",
     "save_steps",
     "save_strategy",
     "save_total_limit",

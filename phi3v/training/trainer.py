@@ -1,9 +1,7 @@
 """The Trainer with what a long run needs: whole checkpoints, stopping in time, throughput, evaluation by answers."""
 
-import gc
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,10 +9,8 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .. import phases
-from ..console import say
 from ..data.loading import largest_batch, make_loader, next_batch
 from ..data.sampler import EpochLoader
 from ..errors import InputError, blaming
@@ -22,16 +18,15 @@ from ..files import read_json, write_json
 from ..model.adapters import check_resumable, load_separators, save_separators
 from ..model.folder import check_files
 from ..model.generation import use_own_settings
-from ..old_versions import accelerator_memory
-from ..ranks import is_first
 from ..signals import stop_signals
 from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
-from .evaluation import Evaluation, write_evaluation
+from .early_stopping import EXAMPLES
+from .evaluation import Evaluation, numbers_of, write_evaluation
 from .hardware import use_plain_cpu
 from .health import TrainingHealth
 from .optimizer import set_part_rates
 from .output_folder import BEST, BEST_EVALUATION, REPLACED_BEST
-from .own_files import MARK, UNFINISHED, claim, delete_own, free_name, is_best, strangers
+from .own_files import MARK, UNFINISHED, claim, free_name, is_best, strangers
 from .resuming import reading
 from .stopping import AFTER_BATCH, AFTER_REPORTS, Interrupted
 from .trackers import Trackers
@@ -60,7 +55,7 @@ class RecipeTrainer(Trainer):
     evaluation: the questions to answer, and how answers are scored.
     run: the parts of the run that training uses: `fit`, which measures micro-batches before anything else holds the
         model, and returns the arguments to train with; `sampler` (this rank's micro-batches), `meter` (throughput and
-        memory), `preemption` (signals), and `settings` (kept in every checkpoint).
+        memory), `preemption` (signals), `early_stopping`, and `settings` (kept in every checkpoint).
     vision_lr, projector_lr: learning rates of the tower and the projector, if they differ from the others'.
     keep_best: whether the model that evaluates best is kept, in the folder BEST.
     """
@@ -80,7 +75,7 @@ class RecipeTrainer(Trainer):
         try:
             use_plain_cpu(kwargs["args"])
             with blaming("report_to", kwargs["args"].report_to):
-                super().__init__(callbacks=[run.preemption], **kwargs)
+                super().__init__(callbacks=[run.preemption, run.early_stopping], **kwargs)
         except RuntimeError as e:
             if "requires" not in str(e):  # otherwise it names a tracker that is not installed
                 raise
@@ -97,6 +92,8 @@ class RecipeTrainer(Trainer):
         self.sampler = run.sampler
         self.meter = run.meter
         self.preemption = run.preemption
+        self.early_stopping = run.early_stopping
+        self.early_stopping.metric = evaluation and evaluation.metric
         self.settings = run.settings
         self.part_rates = vision_lr, projector_lr
         self.keep_best = keep_best
@@ -143,6 +140,29 @@ class RecipeTrainer(Trainer):
         self.health.add(loss, problems)
         return loss
 
+    def _run_epoch(self, *args, **kwargs):
+        """As the Trainer's own, for a run that resumes: does the evaluation of the checkpoint's step if a signal came
+        in it, and trains no further if that was the last step."""
+        step, state = self.state.global_step, self.state
+        if step and self.args.eval_strategy != "no" and step >= self.args.eval_delay:
+            name = f"eval_{self.evaluation.metric}"
+            is_due = step % state.eval_steps == 0 or step >= state.max_steps
+            if is_due and not any(entry["step"] == step and name in entry for entry in state.log_history):
+                self._evaluate(None, None)
+        if not self.control.should_training_stop and step < state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _evaluate(self, *args, **kwargs):
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except KeyError:  # ReduceLROnPlateau finds no loss if a signal has ended the evaluation
+            if not self.preemption.stopped:
+                raise
+            return {}
+
+    def _determine_best_metric(self, metrics, trial):
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         is_read = self.control.should_log or self.control.should_save
         with self.meter.paused(is_read):  # logging, evaluation and saving do not count as time of training
@@ -156,6 +176,8 @@ class RecipeTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / UNFINISHED / f"{PREFIX}{self.state.global_step}"
         keep, self.args.save_total_limit = self.args.save_total_limit, None  # `publish` deletes the others
+        if self.early_stopping.line or self.preemption.stopped:  # decided after the health of this step was checked
+            self.health.check_weights(self)
         with disk_full_as_input_error(folder):
             if self.is_world_process_zero():
                 claim(folder)
@@ -171,7 +193,12 @@ class RecipeTrainer(Trainer):
 
     def _report(self) -> dict:
         model = self.accelerator.unwrap_model(self.model)
-        return self.evaluation.report(model, self.args, on_batch=self.preemption.check)
+        # With --eval_steps, all evaluations have the loss, so that its curve can be compared with those at both ends.
+        with_loss, sampler = self.args.eval_strategy != "no", self.sampler
+        longest = max(size.tokens for size in self.train_dataset.sizes)
+        most_tokens = sampler.max_tokens or sampler.examples_per_gpu * longest  # as in training
+        options = {"with_loss": with_loss, "most_tokens": most_tokens}
+        return self.evaluation.report(model, self.args, on_batch=self.preemption.check, **options)
 
     def evaluate_and_save(self, name: str, before: dict | None = None) -> dict:
         """Evaluates before or after training; returns the metric and all predictions. Writes them to the file `name` in
@@ -182,7 +209,7 @@ class RecipeTrainer(Trainer):
             stop_signals.until = AFTER_REPORTS
         if self.is_world_process_zero():
             write_evaluation(Path(self.args.output_dir) / name, report)
-        self.trackers.log({f"eval_{report['metric']}": report[report["metric"]]})
+        self.trackers.log(numbers_of(report))
         if self.is_world_process_zero() and self.state.global_step:
             self.trackers.log_samples(report, before, self.evaluation.example)
         if self.keep_best and self.state.global_step:
@@ -191,16 +218,23 @@ class RecipeTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         try:
-            report = self._report()
+            with torch.random.fork_rng([]):  # training draws the same numbers after an evaluation that was interrupted
+                report = self._report()
         except Interrupted:  # training can still be saved, so it ends with a checkpoint
             self.preemption.stop_training(self.control)
             return {}
-        metrics = {f"{metric_key_prefix}_{report['metric']}": report[report["metric"]]}
+        metrics = numbers_of(report)
         self.log(metrics)
+        self.state.log_history[-1][EXAMPLES] = report["num_examples"]
         if self.keep_best:
             self.save_if_best(report)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether training has come to its end: after its last step, or early because it no longer got better."""
+        return self.state.global_step >= self.state.max_steps or self.early_stopping.line is not None
 
     def save_if_best(self, report: dict):
         """Keeps the model in the folder BEST if it evaluates better than all before. Every rank must call it."""
@@ -264,28 +298,3 @@ class RecipeTrainer(Trainer):
     def _load_rng_state(self, checkpoint):
         with reading(checkpoint):
             super()._load_rng_state(checkpoint)
-
-
-def finish_dry_run(trainer: RecipeTrainer, after: dict, load_saved: Callable):
-    """Loads the saved model, lets it answer once more, and deletes the output folder. Every rank calls it.
-
-    after: the report of the evaluation before the model was saved; load_saved: returns the saved model.
-    Raises InputError on rank 0 if the saved model gives other answers.
-    """
-    stop_signals.until = None  # a dry run has nothing to save
-    folder, args, evaluation = Path(trainer.args.output_dir), trainer.args, trainer.evaluation
-    trainer.accelerator.free_memory()
-    for holder in (trainer, trainer.callback_handler):
-        holder.model = holder.optimizer = holder.lr_scheduler = None
-    trainer.model_wrapped = trainer.deepspeed = None
-    unset_hf_deepspeed_config()  # under ZeRO-3 it would split the next model while it loads
-    gc.collect()
-    if torch.accelerator.is_available():
-        accelerator_memory().empty_cache()
-    report = evaluation.report(load_saved(), args)
-    if is_first():
-        delete_own(folder)
-        pairs = zip(after["predictions"], report["predictions"], strict=True)
-        if different := [row["id"] for row, again in pairs if row["prediction"] != again["prediction"]]:
-            raise InputError(f"--dry_run: the saved model, loaded again, gives other answers to {', '.join(different)}")
-        say("dry run passed: trained, evaluated, saved, and the saved model gives the same answers")

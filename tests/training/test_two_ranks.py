@@ -37,6 +37,7 @@ from helpers import (
 from safetensors.torch import load_file
 from two_ranks import LAUNCH_TWO_RANKS, TwoRanks
 
+import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.data.annotations import read_conversations
 from phi3v.data.conversations import ConversationDataset
@@ -111,6 +112,32 @@ def test_two_ranks_with_micro_batches_filled_by_tokens_are_one_training(ranks, t
     first, second = ranks.train(*arguments(toy_data, tmp_path / "out", *flags))
     assert first == second and first["engine"] == "DeepSpeedEngine"
     assert_same_run(first["losses"], tmp_path / "out", one_process)
+
+
+@pytest.mark.parametrize("config", ["none", "zero2", "zero3"])
+def test_two_ranks_find_the_validation_loss_of_one_process(config, ranks, toy_data, tmp_path):
+    """Of five examples, so that one rank has fewer than the other."""
+    one = "none" if config == "none" else ROOT / "ds_config" / f"{config}.json"
+    flags = [
+        *SIX_STEPS,
+        "--max_steps",
+        "2",
+        "--eval_steps",
+        "1",
+        "--max_eval_samples",
+        "5",
+        "--early_stopping_patience",
+    ]
+    flags += ["1", "--early_stopping_on", "loss", "--per_device_eval_batch_size", "1", "--deepspeed", one]
+    found = ranks.train(*arguments(toy_data, tmp_path / "out", *flags))
+    assert "losses" in found[0] and found[0]["losses"] == found[1]["losses"]
+    report = json.loads((tmp_path / "out" / "eval_after.json").read_text())
+    only = ["--evaluate_only", "--fp32", "--max_eval_samples", "5", "--model_name_or_path", tmp_path / "out"]
+    script.main(arguments(toy_data, tmp_path / "e", *only))  # in one process
+    alone = json.loads((tmp_path / "e" / "evaluation-val.json").read_text())
+    assert alone["loss"] == pytest.approx(report["loss"], rel=1e-6)
+    assert (alone["loss_tokens"], alone["loss_examples"]) == (report["loss_tokens"], report["loss_examples"])
+    assert report["loss_examples"] == 5
 
 
 def test_a_whole_run_with_frozen_vision_in_bf16(ranks, toy_data, tmp_path):
