@@ -17,18 +17,17 @@ from .command_line import parse_flags
 from .console import say
 from .deepspeed_config import read_deepspeed_config
 from .errors import InputError
-from .files import read_json
 from .flag_rules import check_flags
 from .hub_names import data_revisions, is_hub_name, model_and_revision
-from .model.loading import base_and_adapter, refuse_adapter
 from .ranks import join_after_restart, local_world_size, start_alone, world_size
 from .signals import stop_signals
 from .training.adapter_rate import rate_of_adapters
-from .training.checkpoints import MANIFEST, find_checkpoint, stored_settings
+from .training.checkpoints import find_checkpoint, stored_settings
 from .training.hardware import choose_attention, choose_precision, disable_direct_links, use_plain_cpu
 from .training.optimizer import check_optimizer
-from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, folder_for_evaluation, make_output_dir
+from .training.output_folder import folder_for_evaluation, make_output_dir
 from .training.settings import fills_by_default
+from .training.start import check_model, num_crops_of_run
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
 LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
@@ -196,7 +195,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
         trainer["resume_from_checkpoint"] = None  # so that either flag can be added to the command of any run
     elif restarted and find_checkpoint("auto", Path(trainer["output_dir"]))[0]:
         trainer["resume_from_checkpoint"] = "auto"  # not the checkpoint that the first attempt may have resumed from
-    _check_model(args, trainer["output_dir"])
+    check_model(args, trainer["output_dir"])
     resume = trainer["resume_from_checkpoint"]
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise InputError(f"--resume_from_checkpoint {resume} does not exist: give a folder checkpoint-N, or auto")
@@ -248,47 +247,3 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     if not args.evaluate_only:
         check_optimizer(training_args)
     return training_args
-
-
-def _check_model(args, output_dir: str):
-    if not args.evaluate_only:
-        refuse_adapter(args.model_name_or_path, Path(args.model_name_or_path))
-    base = base_and_adapter(args.model_name_or_path)[0]
-    _check_model_folder(base)
-    folder = Path(output_dir).resolve()
-    if not args.evaluate_only and Path(base).resolve() in (folder, folder / BEST):
-        raise InputError(
-            f"--model_name_or_path {base} is what --output_dir {output_dir} holds, and it would be moved away when "
-            "training begins: choose another --output_dir"
-        )
-
-
-def _check_model_folder(name: str):
-    folder = Path(name)
-    is_hub_name = name.count("/") == 1 and folder.parts[0] not in ("/", ".", "..", "~") and not folder.parent.is_dir()
-    if is_hub_name:
-        return
-    try:
-        model_type = read_json(folder / "config.json").get("model_type")
-    except OSError:
-        raise InputError(f"--model_name_or_path {name}: there is no such folder with a config.json in it") from None
-    except InputError as e:
-        raise InputError(f"--model_name_or_path {name}: {e}") from None
-    except (ValueError, AttributeError):
-        raise InputError(f"--model_name_or_path {name}: its config.json is not a JSON object") from None
-    if model_type != "phi3_v":
-        raise InputError(f"--model_name_or_path {name} holds a model of type {model_type}, must be phi3_v")
-
-
-def num_crops_of_run(name: str | Path) -> int | None:
-    """--num_crops of the run that saved this model or adapter; None if no run of these scripts did."""
-    folder = Path(name)
-    marks = (FINISHED, BEST_EVALUATION, MANIFEST, "adapter_config.json")
-    try:
-        return read_json(folder / "preprocessor_config.json")["num_crops"] if _has_any(folder, marks) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
-    return any((folder / name).is_file() for name in names)

@@ -10,7 +10,6 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from . import Phi3VConfig
-from .arguments import num_crops_of_run
 from .console import quiet_console, say
 from .data.check import check_data
 from .data.conversations import ConversationDataset
@@ -20,7 +19,7 @@ from .deepspeed_config import check_agreement
 from .errors import BadExamples, blaming, first_of_node, listing
 from .files import write_json
 from .hub_names import check_data_revisions, data_commits
-from .model.loading import Saved, find_saved, load_saved, nf4_config, refuse_adapter
+from .model.loading import Saved, find_saved, load_saved, nf4_config
 from .model.processing_phi3v import changed_settings
 from .ranks import is_first
 from .report.card import write_model_card
@@ -38,6 +37,7 @@ from .training.meter import Meter
 from .training.micro_batches import MicroBatches
 from .training.output_folder import ANEW, FINISHED, check_same_folder, enter_output, is_finished, prepare_output
 from .training.resuming import check_states
+from .training.start import find_start, num_crops_of_run
 from .training.steps import shares_images
 from .training.stopping import AFTER_BATCH, AFTER_IMAGE, Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
@@ -70,10 +70,7 @@ class Run:
             enter_output(self.output_dir, args, training_args.report_to)
         data_commits.clear()  # of an earlier run in this process
         with first_of_node(training_args, "model"):
-            name, weights = args.model_name_or_path, not (args.estimate or args.check_data)
-            check = None if args.evaluate_only else functools.partial(refuse_adapter, name)
-            self.saved = find_saved(name, args.model_revision, weights=weights, check=check)
-        args.model_revision = self.saved.commits.get(name)
+            self.saved = find_start(args)
         if args.num_crops is None:
             args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
         self.checkpoint, messages = find_checkpoint(training_args.resume_from_checkpoint, self.output_dir)
