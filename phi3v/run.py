@@ -10,6 +10,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from . import Phi3VConfig
+from .arguments import find_model
 from .console import quiet_console, say
 from .data.check import check_data
 from .data.conversations import ConversationDataset
@@ -21,6 +22,7 @@ from .files import write_json
 from .hub_names import check_data_revisions, data_commits
 from .model.loading import Saved, find_saved, load_saved, nf4_config
 from .model.processing_phi3v import changed_settings
+from .model.vision_parts import round_parts
 from .ranks import is_first
 from .report.card import write_model_card
 from .report.page import write_page
@@ -37,7 +39,6 @@ from .training.meter import Meter
 from .training.micro_batches import MicroBatches
 from .training.output_folder import ANEW, FINISHED, check_same_folder, enter_output, is_finished, prepare_output
 from .training.resuming import check_states
-from .training.start import find_start, num_crops_of_run
 from .training.steps import shares_images
 from .training.stopping import AFTER_BATCH, AFTER_IMAGE, Interrupted, Preemption
 from .training.trainer import RecipeTrainer, finish_dry_run
@@ -70,9 +71,7 @@ class Run:
             enter_output(self.output_dir, args, training_args.report_to)
         data_commits.clear()  # of an earlier run in this process
         with first_of_node(training_args, "model"):
-            self.saved = find_start(args)
-        if args.num_crops is None:
-            args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
+            self.saved = find_model(args, training_args)
         self.checkpoint, messages = find_checkpoint(training_args.resume_from_checkpoint, self.output_dir)
         say(*messages)
         check_same_folder(self.checkpoint, self.output_dir)
@@ -127,11 +126,13 @@ class Run:
         with stop_signals.stopping(AFTER_BATCH):
             report = evaluation.report(model, self.training_args, self.preemption.check)
         if is_first():
-            path = new_evaluation(self.output_dir, self.args.model_name_or_path, self.args.eval_split)
+            path = new_evaluation(
+                self.output_dir, self.args.adapter or self.args.model_name_or_path, self.args.eval_split
+            )
             write_evaluation(path, report)
             left_out, page = self.left_out(evaluation), path.with_suffix(".html").name
             say(*listing(left_out))
-            about = {"model": self.args.model_name_or_path} | commits
+            about = {"model": self.args.adapter or self.args.model_name_or_path} | commits
             write_page(self.training_args, None, report, about, evaluation.example, name=page, left_out=left_out)
 
     def load_saved(self, saved: Saved):
@@ -174,7 +175,7 @@ class Run:
             training_args,
             tokens=micro_batches.plan.tokens,
             data=fingerprint(sizes),
-            model=args.model_revision or settings.model_fingerprint(args.model_name_or_path),
+            **settings.fingerprints(args),
             **({"data_commits": dict(sorted(data_commits.items()))} if data_commits else {}),
             # A resumed run keeps what it began with: cached features differ from computed ones by rounding.
             cached=self.stored_settings.get("cached", False) if args.cache_vision_features else False,
@@ -270,6 +271,8 @@ class Run:
         trainer.health.check_weights(trainer)
         if not self.args.use_lora:
             trainer.model.to(compute_dtype(self.training_args))  # so that the saved model is what is evaluated
+        else:
+            round_parts(trainer.model, compute_dtype(self.training_args))
         with disk_full_as_input_error(self.output_dir):
             trainer.save_model()
         self.preemption.model_saved(self.output_dir, trainer.state.global_step)

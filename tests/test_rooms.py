@@ -43,7 +43,6 @@ WITHOUT_A_TEST_FILE = {
     "training.meter": "it measures speed; training/test_trackers.py checks that its numbers are logged",
     "training.outline": "training/test_estimate.py compares what it estimates",
     "training.peak": "nullgpu/test_live_bytes.py compares it with what lives on a stand-in for a GPU",
-    "training.start": "scripts/test_wrong_flags.py and test_hub_names.py start from models of all kinds",
     "training.steps": "data/test_sampler.py tests the sampler, and training/test_trainer.py counts the steps of runs",
     "training.workload": "training/test_costs.py compares costs of its workloads with what torch counts",
 }
