@@ -61,8 +61,9 @@ from phi3v.data.seen_images import without_seen_images
 from phi3v.data.stored_lines import load_once_per_node
 from phi3v.data.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys
 from phi3v.errors import BadExamples, blaming, exit_on_input_error
-from phi3v.model.adapters import add_adapter
+from phi3v.model.adapters import add_adapter, continue_adapter
 from phi3v.model.loading import check_complete, nf4_config
+from phi3v.model.vision_parts import train_vision_alone
 from phi3v.training.evaluation import Evaluation
 from phi3v.training.hardware import compute_dtype, weights_dtype
 from phi3v.training.trainer import RecipeTrainer
@@ -94,7 +95,7 @@ class RecipeArguments(RunArguments):
     model_name_or_path: str = HfArg(default="microsoft/Phi-3.5-vision-instruct", help="a folder, or a name on the Hub")
     freeze_vision_model: bool = HfArg(default=False, help="freeze tower, projector and separators")
     train_projector: bool = HfArg(default=False, help="with --freeze_vision_model: train the projector nevertheless")
-    use_lora: bool = HfArg(default=False, help="train adapters alone; needs no DeepSpeed")
+    use_lora: bool = HfArg(default=False, help="train adapters; needs no DeepSpeed")
     use_qlora: bool = HfArg(default=False, help="--use_lora on a base in 4 bits (NF4): a third of the memory, slower")
     quantize_vision: bool = HfArg(default=False, help="with QLoRA: vision model in 4 bits too; less accurate")
     lora_rank: int = HfArg(default=64, help="rank of the adapters")
@@ -102,6 +103,11 @@ class RecipeArguments(RunArguments):
     lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
     use_dora: bool = HfArg(default=False, help="with LoRA: DoRA, often a bit better, and slower")
     train_separators: bool = HfArg(default=False, help="with LoRA: train the separators of crop rows and images too")
+    vision_training: str = HfArg(
+        default="default",
+        help="all, tower or projector: train that part of the vision model fully; the language model has adapters with "
+        "--use_lora and is frozen without; default: as the other flags say",
+    )
     batch_size: int = HfArg(default=16, help="examples per optimizer step, over all processes")
     batch_size_per_gpu: int = HfArg(default=1, help="examples in a micro-batch; default: 1; on a GPU as many as fit")
     wd: float = HfArg(default=0.01, help="weight decay")
@@ -211,9 +217,11 @@ def load_model(args: RecipeArguments, training_args: TrainingArguments):
 def choose_trained(model: Phi3VForCausalLM, args: RecipeArguments):
     """Freezes the parts of the model that the flags leave out, or freezes all of it and adds adapters."""
     vision = model.model.vision_embed_tokens
+    if args.adapter_folder:  # of --adapter, which says what trains
+        return continue_adapter(model, args.adapter_folder, args.model_revision)
     if args.use_lora:
         targets = r"lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-        if not args.freeze_vision_model:
+        if not args.freeze_vision_model and args.vision_training == "default":
             # The tower's last layer is never run: features come from the one before.
             used = "|".join(str(i) for i in range(len(vision.img_processor.vision_model.encoder.layers) - 1))
             layers = rf"img_processor\.vision_model\.encoder\.layers\.({used})"
@@ -229,7 +237,9 @@ def choose_trained(model: Phi3VForCausalLM, args: RecipeArguments):
             init_lora_weights="gaussian",
             target_modules=targets,
         )
-        return add_adapter(model, config, args.train_separators)
+        return add_adapter(model, config, args.train_separators, args.vision_training)
+    if args.vision_training != "default":
+        return train_vision_alone(model, args.vision_training)
     if args.freeze_vision_model:
         vision.requires_grad_(False)
         vision.img_projection.requires_grad_(args.train_projector)

@@ -5,7 +5,8 @@ decides what they leave open and makes the output folder.
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,19 +19,20 @@ from .command_line import parse_flags
 from .console import say
 from .deepspeed_config import read_deepspeed_config
 from .errors import InputError
-from .files import read_json
-from .flag_rules import check_flags
+from .flag_rules import check_deepspeed, check_flags, check_trained_parts
 from .hub_names import data_revisions, is_hub_name, model_and_revision
-from .model.loading import base_and_adapter, refuse_adapter
+from .model.loading import Saved
 from .process_group import join_after_restart
 from .ranks import local_world_size, start_alone, world_size
 from .signals import stop_signals
-from .training.adapter_rate import rate_of_adapters
-from .training.checkpoints import MANIFEST, find_checkpoint, stored_settings
+from .training.adapter_rate import choose_rates_beside_adapters, rate_of_adapters
+from .training.checkpoints import find_checkpoint, stored_settings
+from .training.finding import memory_check
 from .training.hardware import choose_attention, choose_precision, disable_direct_links, use_plain_cpu
 from .training.optimizer import check_optimizer
-from .training.output_folder import BEST, BEST_EVALUATION, FINISHED, folder_for_evaluation, make_output_dir
+from .training.output_folder import folder_for_evaluation, make_output_dir
 from .training.settings import fills_by_default
+from .training.start import base_of_adapter, check_model, explicit_flags, find_start, num_crops_of_run
 
 # What `accelerate launch` has set; the Trainer later sets the same names for itself.
 LAUNCHER = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
@@ -97,6 +99,16 @@ class RunArguments:
         "epochs and runs; used only if reading is measured to be faster than computing; 0.9 MB a crop",
     )
     cache_vision_gib: float = HfArg(default=100.0, help="the most that this folder may hold, in GiB")
+    adapter: str | None = HfArg(
+        default=None,
+        help="with --use_lora or --use_qlora: train this saved adapter further, a run's output, its checkpoint-N, or "
+        "OWNER/NAME@REVISION on the Hub; rank, layers and --num_crops are the adapter's, and so is the base unless "
+        "--model_name_or_path is given",
+    )
+    explicit: list[str] = field(
+        default_factory=list, init=False
+    )  # flags on the command line that an adapter decides on
+    adapter_folder: str | None = field(default=None, init=False)  # where the adapter of --adapter lies
     evaluate_only: bool = HfArg(
         default=False,
         help="evaluate --model_name_or_path, which may be a run's output with an adapter, and end; writes "
@@ -131,6 +143,7 @@ class RunArguments:
         "max_length": "data",
         "model_revision": "model",
         "max_tokens_per_gpu": "optimisation",
+        "adapter": "model",
         "evaluate_only": "evaluation",
         "preset": "the run",
     }
@@ -172,12 +185,14 @@ def parse_arguments(
     args, trainer, given = parse_flags(recipe_class, defaults, presets, doc.splitlines()[0], argv)
     start_alone()
     args.use_lora |= args.use_qlora
+    args.explicit = explicit_flags(given)
     if "deepspeed" not in given and not (args.use_lora or args.evaluate_only):
         trainer["deepspeed"] = deepspeed  # adapters are small, and an evaluation has no optimizer
     trainer["deepspeed"] = read_deepspeed_config(trainer["deepspeed"])
     if args.use_lora and "learning_rate" not in given and "learning_rate" not in presets.get(args.preset, {}):
         trainer["learning_rate"] = rate_of_adapters(args, trainer)
     check_flags(args, trainer, given, world_size(), torch.accelerator.is_available(), LAUNCHER, os.cpu_count())
+    choose_rates_beside_adapters(args)
     return args, resolve(args, trainer, given | presets.get(args.preset, {}).keys())
 
 
@@ -188,6 +203,7 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     Raises InputError for a model folder or an output folder that can't be used, and for a precision or an attention
     implementation that this machine lacks.
     """
+    args.model_name_or_path = base_of_adapter(args)
     args.model_name_or_path, args.model_revision = model_and_revision(args.model_name_or_path, args.model_revision)
     data_revisions(args.data_revision)
     say(*disable_direct_links())  # before a process group is made
@@ -196,19 +212,19 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     if args.max_tokens_per_gpu not in (None, "auto"):
         args.max_tokens_per_gpu = int(args.max_tokens_per_gpu)
     if args.evaluate_only and "output_dir" not in given:
-        trainer["output_dir"] = folder_for_evaluation(args.model_name_or_path) or trainer["output_dir"]
+        trainer["output_dir"] = folder_for_evaluation(args.adapter or args.model_name_or_path) or trainer["output_dir"]
     trainer["output_dir"] = os.path.expanduser(trainer["output_dir"])
     restarted = join_after_restart(trainer["ddp_timeout"])
     if args.evaluate_only or args.dry_run:
         trainer["resume_from_checkpoint"] = None  # so that either flag can be added to the command of any run
     elif restarted and find_checkpoint("auto", Path(trainer["output_dir"]))[0]:
         trainer["resume_from_checkpoint"] = "auto"  # not the checkpoint that the first attempt may have resumed from
-    _check_model(args, trainer["output_dir"])
+    check_model(args, trainer["output_dir"])
     resume = trainer["resume_from_checkpoint"]
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise InputError(f"--resume_from_checkpoint {resume} does not exist: give a folder checkpoint-N, or auto")
-    if args.evaluate_only and "num_crops" not in given:
-        if is_hub_name(args.model_name_or_path):
+    if (args.evaluate_only or args.adapter) and "num_crops" not in given:
+        if args.adapter or is_hub_name(args.model_name_or_path):
             args.num_crops = None  # as the repository says, or else the default: `Run` asks for it
         else:
             args.num_crops = num_crops_of_run(args.model_name_or_path) or args.num_crops
@@ -258,45 +274,15 @@ def resolve(args, trainer: dict, given: set[str]) -> TrainingArguments:
     return training_args
 
 
-def _check_model(args, output_dir: str):
-    if not args.evaluate_only:
-        refuse_adapter(args.model_name_or_path, Path(args.model_name_or_path))
-    base = base_and_adapter(args.model_name_or_path)[0]
-    _check_model_folder(base)
-    folder = Path(output_dir).resolve()
-    if not args.evaluate_only and Path(base).resolve() in (folder, folder / BEST):
-        raise InputError(
-            f"--model_name_or_path {base} is what --output_dir {output_dir} holds, and it would be moved away when "
-            "training begins: choose another --output_dir"
-        )
+def find_model(args, training_args: TrainingArguments, choose_trained: Callable) -> Saved:
+    """Finds what the run starts from, as `find_start` does, and decides what the model or the adapter leaves open.
 
-
-def _check_model_folder(name: str):
-    folder = Path(name)
-    is_hub_name = name.count("/") == 1 and folder.parts[0] not in ("/", ".", "..", "~") and not folder.parent.is_dir()
-    if is_hub_name:
-        return
-    try:
-        model_type = read_json(folder / "config.json").get("model_type")
-    except OSError:
-        raise InputError(f"--model_name_or_path {name}: there is no such folder with a config.json in it") from None
-    except InputError as e:
-        raise InputError(f"--model_name_or_path {name}: {e}") from None
-    except (ValueError, AttributeError):
-        raise InputError(f"--model_name_or_path {name}: its config.json is not a JSON object") from None
-    if model_type != "phi3_v":
-        raise InputError(f"--model_name_or_path {name} holds a model of type {model_type}, must be phi3_v")
-
-
-def num_crops_of_run(name: str | Path) -> int | None:
-    """--num_crops of the run that saved this model or adapter; None if no run of these scripts did."""
-    folder = Path(name)
-    marks = (FINISHED, BEST_EVALUATION, MANIFEST, "adapter_config.json")
-    try:
-        return read_json(folder / "preprocessor_config.json")["num_crops"] if _has_any(folder, marks) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
-    return any((folder / name).is_file() for name in names)
+    choose_trained: as `Run` takes it.
+    Raises InputError if they can't be had, can't fit into memory, or contradict the flags."""
+    saved = find_start(args, memory_check(args, training_args, choose_trained))
+    if args.adapter and not args.evaluate_only:
+        check_trained_parts(args, set())
+        check_deepspeed(args, training_args.deepspeed or {})
+    if args.num_crops is None:
+        args.num_crops = num_crops_of_run(saved.folder) or type(args).num_crops
+    return saved

@@ -231,5 +231,7 @@ def parse_flags(
             raise InputError(f"--preset is {preset}, must be {', '.join(presets)}")
         parser.set_defaults(**presets[preset])
         values = vars(parser.parse_args(argv))
-    recipe = recipe_class(**{field.name: values.pop(field.name) for field in dataclasses.fields(recipe_class)})
+    recipe = recipe_class(
+        **{field.name: values.pop(field.name) for field in dataclasses.fields(recipe_class) if field.init}
+    )
     return recipe, values, given

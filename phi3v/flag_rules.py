@@ -12,6 +12,7 @@ from .number_limits import LARGEST_COUNT, check_numbers, most_workers
 
 # Each of these flags only says how something is done; the flag beside it says that it is done at all.
 NEEDS = {
+    "adapter": "use_lora",
     "train_projector": "freeze_vision_model",
     "cache_vision_features": "freeze_vision_model",
     "cache_vision_gib": "cache_vision_features",
@@ -40,6 +41,7 @@ def check_flags(
     cores: of this machine's CPUs; None if that is not known.
     """
     check_values(args, trainer, cores)
+    check_vision_training(args, given)
     check_needed_flags(args, trainer, given)
     check_trained_parts(args, given)
     check_deepspeed(args, trainer["deepspeed"] or {})
@@ -74,9 +76,33 @@ def check_values(args, trainer: dict, cores: int | None):
 
 
 def check_needed_flags(args, trainer: dict, given: set[str]):
+    if "adapter" in given and "model_revision" in given and "model_name_or_path" not in given:
+        raise InputError("--model_revision is of --model_name_or_path: give that too, or --adapter OWNER/NAME@REVISION")
     for flag, needed in NEEDS.items():
+        if flag == "adapter" and args.evaluate_only:  # which evaluates the adapter, and trains nothing
+            continue
         if flag in given and not getattr(args, needed, trainer.get(needed)):
             raise InputError(f"--{flag} has no effect without --{needed}")
+
+
+def check_vision_training(args, given: set[str]):
+    """The rules about --vision_training, which names the parts of the vision model that train fully."""
+    value = args.vision_training
+    if value == "default":
+        return
+    reasons = {
+        "freeze_vision_model": "which trains nothing of the vision model",
+        "train_projector": "which says alone what trains",
+        "quantize_vision": "because weights in 4 bits can't train",
+        "cache_vision_features": "which changes the cached features",
+    }
+    for flag, reason in reasons.items():
+        if getattr(args, flag):
+            raise InputError(f"--{flag} contradicts --vision_training {value}, {reason}")
+    if value == "projector" and "vision_lr" in given:
+        raise InputError("--vision_lr has no effect with --vision_training projector, which leaves the tower as it is")
+    if value == "tower" and "projector_lr" in given and not args.train_separators:
+        raise InputError("--projector_lr has no effect with --vision_training tower, which trains no projector")
 
 
 def check_trained_parts(args, given: set[str]):
@@ -97,6 +123,11 @@ def check_deepspeed(args, deepspeed: dict):
         )
     if deepspeed and args.train_separators:
         raise InputError("--train_separators can't run under DeepSpeed: leave out --deepspeed")
+    if deepspeed and args.use_lora and args.vision_training != "default":
+        raise InputError(
+            f"--vision_training {args.vision_training} with adapters can't run under DeepSpeed, which would round "
+            "the weights that train to half precision: leave out --deepspeed"
+        )
     if zero_stage(deepspeed) == 3:
         if args.use_qlora:
             raise InputError("--use_qlora can't run under ZeRO-3, which can't split 4-bit weights: remove --deepspeed")

@@ -37,7 +37,7 @@ TOKENIZER += ["tokenizer.model", "chat_template.jinja", "chat_template.json", "a
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = [*CONFIGS, *TOKENIZER, INDEX, "generation_config.json", "preprocessor_config.json"]
 SMALL_FILES += ["processor_config.json", "finished.json"]  # the last by which the output of a run is known
-WEIGHTS = ["model.safetensors", "adapter_model.safetensors", "separators.safetensors"]
+WEIGHTS = ["model.safetensors", "adapter_model.safetensors", "separators.safetensors", "vision.safetensors"]
 CARDS = ["README.md", "dataset_infos.json", ".huggingface.yaml"]  # what describes a data set's columns and files
 
 ATTEMPTS = 3  # to reach a server, or to get an answer other than an error

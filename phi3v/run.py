@@ -11,7 +11,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from . import Phi3VConfig
-from .arguments import num_crops_of_run
+from .arguments import find_model
 from .console import say
 from .data.check import check_data
 from .data.conversations import ConversationDataset
@@ -23,6 +23,8 @@ from .files import write_json
 from .hub_names import check_data_revisions, data_commits
 from .model.loading import Saved, find_saved, load_saved, nf4_config
 from .model.processing_phi3v import changed_settings
+from .model.vision_parts import round_parts
+from .process_group import first_of_node
 from .quiet import quiet_libraries
 from .ranks import is_first
 from .report.card import write_model_card
@@ -35,7 +37,7 @@ from .training.dry_run import finish_dry_run
 from .training.early_stopping import EarlyStopping
 from .training.evaluation import Evaluation, new_evaluation, write_evaluation
 from .training.feature_cache import cache_features_of_run
-from .training.finding import check_resumed, find_model
+from .training.finding import check_resumed
 from .training.folder_lock import unlock_folder
 from .training.hardware import compute_dtype, describe_attention, peak_flops, precision_of
 from .training.kernels import check_kernels
@@ -76,9 +78,8 @@ class Run:
         if not (args.estimate or args.check_data):  # which write nothing
             enter_output(self.output_dir, args, training_args.report_to)
         data_commits.clear()  # of an earlier run in this process
-        self.saved = find_model(args, training_args, choose_trained)
-        if args.num_crops is None:
-            args.num_crops = num_crops_of_run(self.saved.folder) or type(args).num_crops
+        with first_of_node(training_args, "model"):
+            self.saved = find_model(args, training_args, choose_trained)
         self.checkpoint, messages = find_checkpoint(training_args.resume_from_checkpoint, self.output_dir)
         say(*messages)
         check_same_folder(self.checkpoint, self.output_dir)
@@ -133,11 +134,13 @@ class Run:
         with stop_signals.stopping(AFTER_BATCH):
             report = evaluation.report(model, self.training_args, self.preemption.check, with_loss=True)
         if is_first():
-            path = new_evaluation(self.output_dir, self.args.model_name_or_path, self.args.eval_split)
+            path = new_evaluation(
+                self.output_dir, self.args.adapter or self.args.model_name_or_path, self.args.eval_split
+            )
             write_evaluation(path, report)
             left_out, page = self.left_out(evaluation), path.with_suffix(".html").name
             say(*listing(left_out))
-            about = {"model": self.args.model_name_or_path} | commits
+            about = {"model": self.args.adapter or self.args.model_name_or_path} | commits
             write_page(self.training_args, None, report, about, evaluation.example, name=page, left_out=left_out)
 
     def load_saved(self, saved: Saved):
@@ -179,7 +182,7 @@ class Run:
             training_args,
             tokens=micro_batches.plan.tokens,
             data=fingerprint(sizes),
-            model=args.model_revision or settings.model_fingerprint(args.model_name_or_path),
+            **settings.fingerprints(args),
             **({"data_commits": dict(sorted(data_commits.items()))} if data_commits else {}),
             # A resumed run keeps what it began with: cached features differ from computed ones by rounding.
             cached=self.stored_settings.get("cached", False) if args.cache_vision_features else False,
@@ -277,6 +280,8 @@ class Run:
         trainer.health.check_weights(trainer)
         if not self.args.use_lora:
             trainer.model.to(compute_dtype(self.training_args))  # so that the saved model is what is evaluated
+        else:
+            round_parts(trainer.model, compute_dtype(self.training_args))
         with disk_full_as_input_error(self.output_dir):
             trainer.save_model()
         self.preemption.model_saved(self.output_dir, trainer.state.global_step)

@@ -39,6 +39,7 @@ SAVED_MODES = {
     "lora": ["--use_lora"],
     "separators": ["--use_lora", "--train_separators"],
     "qlora": ["--use_qlora"],
+    "whole vision": ["--use_lora", "--vision_training", "all", "--vision_lr", "2e-3", "--projector_lr", "2e-3"],
 }
 
 # A training of 12 steps with a checkpoint every 2 steps. The 24 examples make 6 steps an epoch, so checkpoint-8 is in
@@ -51,6 +52,7 @@ RESUMABLE_MODES = {
     "frozen, no sharing": ["--deepspeed", "none", "--freeze_vision_model", "--no_share_images"],
     "lora": ["--use_lora", "--lora_rank", "4", "--lora_dropout", "0.1", "--train_separators"],
     "qlora": ["--use_lora", "--use_qlora", "--lora_rank", "4", "--batch_size_per_gpu", "4"],
+    "lora, whole vision": ["--use_lora", "--vision_training", "all", "--batch_size_per_gpu", "4"],
 }
 
 # The modes of training, each with all of its parameters looked at.
@@ -63,6 +65,12 @@ MODES = {
     "dora": "--use_lora --lora_rank 4 --use_dora --train_separators",
     "qlora": "--use_qlora --lora_rank 4",
     "qlora, all in 4 bits": "--use_qlora --lora_rank 4 --quantize_vision",
+    "vision alone": "--vision_training all",
+    "tower alone": "--vision_training tower",
+    "projector alone": "--vision_training projector",
+    "lora, whole vision": "--use_lora --lora_rank 4 --vision_training all",
+    "lora, whole projector": "--use_lora --lora_rank 4 --vision_training projector --train_separators",
+    "qlora, whole tower": "--use_qlora --lora_rank 4 --vision_training tower",
 }
 MODES_COMMON = [*BASE, "--num_crops", "4", "--deepspeed", "none", "--max_new_tokens", "4", "--max_eval_samples", "2"]
 
@@ -299,11 +307,15 @@ def real_size_model(mode: str, dtype: torch.dtype, checkpointing="none", attenti
     from phi3v import Phi3VConfig, Phi3VForCausalLM
     from phi3v.model.adapters import add_adapter
     from phi3v.model.loading import nf4_config, not_quantized
+    from phi3v.model.vision_parts import train_vision_alone
 
     config = Phi3VConfig(**sizes)
     config._attn_implementation = attention
     with torch.device("meta"):
         base = model = Phi3VForCausalLM(config).to(dtype).train()
+        part = mode.rpartition("_")[2]  # of "lora+whole_tower" and "alone_tower"
+        if mode.startswith("alone"):
+            train_vision_alone(base, part)
         if mode.startswith("frozen"):
             base.model.vision_embed_tokens.requires_grad_(False)
             base.model.vision_embed_tokens.img_projection.requires_grad_("projector" in mode)
@@ -311,8 +323,10 @@ def real_size_model(mode: str, dtype: torch.dtype, checkpointing="none", attenti
             replace_with_bnb_linear(base, not_quantized(quantize_vision=False), nf4_config(dtype))
             base.is_loaded_in_4bit = True
         if "lora" in mode:
-            targets = DECODER_LAYERS if "frozen" in mode else f"{DECODER_LAYERS}|{VISION_LAYERS}"
-            model = add_adapter(base, LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=targets))
+            without = "frozen" in mode or "whole" in mode
+            targets = DECODER_LAYERS if without else f"{DECODER_LAYERS}|{VISION_LAYERS}"
+            config = LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=targets)
+            model = add_adapter(base, config, vision_training=part if "whole" in mode else "default")
     if checkpointing != "none":
         base.checkpoint_tower = checkpointing == "all"
         base.activation_checkpointing_enable({"use_reentrant": False})

@@ -15,6 +15,7 @@ DEFAULTS = {
     "max_tokens_per_gpu": None, "estimate": False, "estimate_gpus": None, "evaluate_only": False, "dry_run": False,
     "keep_best": False, "resume_anyway": False, "max_length": None, "max_new_tokens": 64, "data_dir": None,
     "data_revision": None, "early_stopping_patience": None, "early_stopping_on": "metric",
+    "vision_training": "default", "adapter": None,
 }  # fmt: skip
 TRAINER = {
     "learning_rate": 4e-5, "num_train_epochs": 1, "save_steps": 500, "eval_steps": None, "save_total_limit": None,
@@ -60,6 +61,36 @@ def check(world_size=1, has_accelerator=True, launcher=None, cores=None, **flags
             "--train_projector contradicts --use_lora",
             {"train_projector": True, "use_lora": True, "freeze_vision_model": True},
         ),
+        ("--adapter has no effect without --use_lora", {"adapter": "a"}),
+        (
+            "--model_revision is of --model_name_or_path: give that too",
+            {"adapter": "a/b", "use_lora": True, "model_revision": "v1"},
+        ),
+        (
+            "--freeze_vision_model contradicts --vision_training tower",
+            {"vision_training": "tower", "freeze_vision_model": True},
+        ),
+        (
+            "--train_projector contradicts --vision_training projector",
+            {"vision_training": "projector", "train_projector": True},
+        ),
+        (
+            "--quantize_vision contradicts --vision_training all, because weights in 4 bits can't train",
+            {"vision_training": "all", "use_lora": True, "use_qlora": True, "quantize_vision": True},
+        ),
+        (
+            "--cache_vision_features contradicts --vision_training projector, which changes the cached features",
+            {"vision_training": "projector", "cache_vision_features": "x"},
+        ),
+        (
+            "--vision_lr has no effect with --vision_training projector",
+            {"vision_training": "projector", "vision_lr": 1.0},
+        ),
+        ("--projector_lr has no effect with --vision_training tower", {"vision_training": "tower", "projector_lr": 1}),
+        (
+            "--vision_training all with adapters can't run under DeepSpeed",
+            {"vision_training": "all", "use_lora": True, "deepspeed": ZERO3},
+        ),
         ("--use_qlora can't run under ZeRO-3", {"use_qlora": True, "use_lora": True, "deepspeed": ZERO3}),
         (
             "--cache_vision_features can't run under ZeRO-3",
@@ -91,6 +122,9 @@ def test_a_broken_rule_is_one_line(message, flags):
     [
         {},
         {"use_lora": True, "lora_rank": 1, "use_dora": True},
+        {"vision_training": "all", "vision_lr": 1e-5, "projector_lr": 1e-4, "deepspeed": ZERO3},
+        {"vision_training": "tower", "use_lora": True, "train_separators": True, "projector_lr": 1e-4},
+        {"adapter": "a", "evaluate_only": True},
         {"freeze_vision_model": True, "train_projector": True, "projector_lr": 1e-3},
         {"max_tokens_per_gpu": "4096"},
         {"evaluate_only": True, "world_size": 3},

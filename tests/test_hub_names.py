@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers import BASE, CHECKPOINT, arguments
+from helpers import BASE, CHECKPOINT, arguments, digest_of_weights
 from hub_repositories import CAULDRON, MINI, MODEL, VIDEOS
 from safetensors.torch import load_file, save_file
 from test_hub import own_copy, reachable  # noqa: F401 (a fixture)
@@ -229,6 +229,20 @@ def test_an_adapter_of_the_hub_is_as_a_local_one(reachable, adapter, toy_data, t
         script.main(arguments(toy_data, tmp_path / str(number), common=own))
         results.append(json.loads((tmp_path / str(number) / "evaluation-val.json").read_text()))
     assert results[0] == results[1] == json.loads((adapter / "eval_after.json").read_text())
+
+    digests = []
+    for number, name in enumerate((str(adapter), "me/adapter")):
+        out = tmp_path / f"further-{number}"
+        script.main(arguments(toy_data, out, "--use_lora", "--adapter", name, common=TRAIN))
+        digests.append(digest_of_weights(out))
+    assert digests[0] == digests[1] != digest_of_weights(adapter)
+    stored = json.loads((tmp_path / "further-1" / "finished.json").read_text())
+    assert stored["adapter"] == f"me/adapter@{reachable.commit('me/adapter')}"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (stored["model_name_or_path"], stored["model"]) == (
+        MODEL,
+        config["revision"],
+    )  # not main, which has moved on
 
     answers = []
     for name in (str(adapter), "me/adapter"):

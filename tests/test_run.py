@@ -170,7 +170,7 @@ def test_training_from_an_adapter_is_refused(toy_data, saved_run, tmp_path):
 # --dry_run
 
 
-@pytest.mark.parametrize("flags", [[], ["--use_lora", "--train_separators"]])
+@pytest.mark.parametrize("flags", [[], ["--use_lora", "--train_separators"], ["--vision_training", "projector"]])
 def test_a_dry_run_leaves_nothing_and_says_that_it_passed(toy_data, tmp_path, capsys, flags):
     script.main(arguments(toy_data, tmp_path, "--dry_run", *flags))
     assert "dry run passed" in capsys.readouterr().out

@@ -85,8 +85,8 @@ def refuse_adapter(name: str, folder: Path):
     base, _, adapter = base_and_adapter(folder)
     if adapter:
         raise InputError(
-            f"--model_name_or_path {name} holds an adapter: give its base {base}, or merge them with "
-            "tools/merge_adapter.py, or --evaluate_only"
+            f"--model_name_or_path {name} holds an adapter: give its base {base}, with --adapter {name} to train the "
+            "adapter further, or merge them with tools/merge_adapter.py, or --evaluate_only"
         )
 
 
@@ -112,6 +112,7 @@ def find_saved(
     *,
     base: str | None = None,
     weights: bool = True,
+    adapter_weights: bool = False,
     check: Callable[[Path], None] | None = None,
     base_help: str = "",
 ) -> Saved:
@@ -120,7 +121,7 @@ def find_saved(
     name: a folder, or a repository on the Hub; revision: of that repository.
     base: the adapter's base, if it is not the one that the adapter names: a folder, or owner/name or
         owner/name@revision. The base that it names is loaded at the commit with which the adapter was trained.
-    weights: whether weights are fetched and checked too.
+    weights: whether weights are fetched and checked too; adapter_weights: whether those of `name` are fetched anyway.
     check: called with the folder of `name` before its weights are fetched.
     Raises InputError if something can't be fetched, which for a base ends in `base_help`; if an adapter does not name
     its base; and for files that can't be read or do not fit together.
@@ -131,7 +132,7 @@ def find_saved(
         if check:
             check(folder)
 
-    folder = fetch_model(name, weights, revision, look)
+    folder = fetch_model(name, weights or adapter_weights, revision, look)
     commits = {name: folder.name} if is_hub_name(name) else {}
     named_base, base_revision, adapter = base_and_adapter(folder)
     if adapter is None:

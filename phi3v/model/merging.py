@@ -22,11 +22,11 @@ from ..errors import InputError
 from ..files import let_others_read, replacing, write_json
 from ..hub import INDEX
 from . import weights
-from .adapters import SEPARATORS_FILE, check_separators
 from .configuration_phi3v import Phi3VConfig
 from .loading import Saved, outline_of
 from .lora_config import PREFIX, WEIGHTS, config_of_layer, lora_config
 from .modeling_phi3v import Phi3VForCausalLM
+from .vision_parts import files_beside, parts_beside
 from .weights import OF_QUANTIZED, weight_files
 
 FORMAT = {"format": "pt"}  # what transformers says in files of weights
@@ -93,15 +93,15 @@ class MergedWeights:
             self.rounded = {n: m for n, m in in_4_bits.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
         self.base = _open(weight_files(saved.base_folder))
         self.of_adapter = _open([saved.adapter / WEIGHTS])
-        has_separators = check_separators(self.outline, saved.adapter)
-        self.separators = _open([saved.adapter / SEPARATORS_FILE]) if has_separators else {}
+        parts_beside(self.outline, saved.adapter)  # checks them
+        self.trained_fully = _open(files_beside(saved.adapter))
         self.beside = {}  # what bitsandbytes has saved beside a weight in 4 or 8 bits, by the layer's name
         for name in self.base:
             if match := OF_QUANTIZED.fullmatch(name):
                 self.beside.setdefault(match[1], []).append(name)
-        for file in (self.of_adapter, self.separators):
+        for file in (self.of_adapter, self.trained_fully):
             for name in file:
-                if ("lora_" in name or file is self.separators) and not file[name].get_tensor(name).isfinite().all():
+                if ("lora_" in name or file is self.trained_fully) and not file[name].get_tensor(name).isfinite().all():
                     raise InputError(f"{saved.adapter}: the adapter's weights {name} hold NaN or infinity")
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -118,8 +118,8 @@ class MergedWeights:
         for key in (f"{PREFIX}{name}", f"{PREFIX}{module}.base_layer.{kind}"):
             if key in self.of_adapter:
                 return self.of_adapter[key].get_tensor(key)
-        if name in self.separators:
-            return self.separators[name].get_tensor(name)
+        if name in self.trained_fully:
+            return self.trained_fully[name].get_tensor(name)
         tensor = self.base[name].get_tensor(name)
         if kind == "weight" and module in self.beside:
             tensor = self._dequantize(module, tensor)

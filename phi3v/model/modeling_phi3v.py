@@ -202,9 +202,12 @@ class Phi3VImageEmbedding(nn.Module):
         """Freezes the tower's last layer and its norm. Features come from the layer before, so these two are in the
         checkpoint but never run. They get no gradient, and an optimizer must not have them, because weight decay would
         shrink them."""
+        for module in self.unused_modules():
+            module.requires_grad_(False)
+
+    def unused_modules(self) -> tuple[nn.Module, nn.Module]:
         tower = self.img_processor.vision_model
-        tower.encoder.layers[-1].requires_grad_(False)
-        tower.post_layernorm.requires_grad_(False)
+        return tower.encoder.layers[-1], tower.post_layernorm
 
     def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
         """Normalised crops (n_crops, 3, S, S) → features of 2x2 merged patches (n_crops * g * g, 4 * width)."""
@@ -436,11 +439,14 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         The micro-batches of other ranks may have images. DDP waits for a gradient of every trainable parameter. ZeRO-2
         collects gradients in the order in which the backward pass computes them: if this order differs between ranks,
         it silently adds up gradients of different parameters. The same graph on every rank gives the same order.
+        With a frozen language model, a loss would have no gradient at all.
         """
         if is_deepspeed_zero3_enabled():  # all ranks gather parameters module by module, in evaluation too
             return dist.is_initialized()
-        trained = self.training and torch.is_grad_enabled() and dist.is_initialized()
-        return trained and any(p.requires_grad for p in self.vision_embed_tokens.parameters())
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        vision = any(p.requires_grad for p in self.vision_embed_tokens.parameters())
+        return vision and (dist.is_initialized() or not any(p.requires_grad for p in self.layers.parameters()))
 
     def _check_images(self, is_image, image_sizes, crops_per_image, n_crops):
         """Raises ValueError if the numbers of image tokens and of crops are not those that the sizes need.

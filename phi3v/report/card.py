@@ -27,9 +27,10 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
     folder, script = Path(training_args.output_dir), Path(sys.argv[0]).name
     task = Path(sys.argv[0]).stem.removeprefix("finetune_hf_trainer_")
     name, commits = args.model_name_or_path, about.get("commits", {})
+    start = (args.adapter or "").partition("@")[0]  # a repository whose adapter is trained further is no data set
     metadata = ModelCardData(
         base_model=printable(name) if not Path(name).exists() else None,
-        datasets=[printable(repository) for repository in commits if repository != name] or None,
+        datasets=[printable(repository) for repository in commits if repository not in (name, start)] or None,
         library_name="peft" if args.use_lora else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["phi3_v", "lora" if args.use_lora else "full-fine-tuning"],
@@ -59,6 +60,7 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
             if args.use_lora
             else {}
         ),
+        **({"an adapter that was trained further": args.adapter} if args.adapter else {}),
         "seed": training_args.seed,
         "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
     }
@@ -80,6 +82,11 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         adapter=args.use_lora,
         quantized=args.use_qlora,
         has_before=before is not None,
-        separators=args.train_separators,
+        beside="vision weights"
+        if args.vision_training != "default"
+        else "separators"
+        if args.train_separators
+        else None,
+        start=args.adapter,
     )
     write_text(folder / "README.md", without_secrets(text))

@@ -9,7 +9,9 @@ from ..deepspeed_config import zero_stage
 
 LARGE = 1e9  # parameters; the rates below hold for models of this size and larger, not for small ones
 # (lowest, highest) learning rate of each mode; outside of these, training has hardly ever gone well.
-SENSIBLE_RATES = {"full": (1e-6, 1e-4), "frozen": (5e-6, 3e-4), "lora": (5e-5, 1e-3)}
+SENSIBLE_RATES = {"full": (1e-6, 1e-4), "frozen": (5e-6, 3e-4), "lora": (5e-5, 1e-3), "projector": (5e-6, 2e-3)}
+# What --vision_training trains, for the description of a mode.
+VISION = {"all": "vision model", "tower": "vision tower", "projector": "projector"}
 
 
 def describe_run(
@@ -69,10 +71,16 @@ def describe_run(
 
 
 def describe_mode(args) -> str:
-    """The mode that the flags ask for: "full", "frozen vision", "LoRA", "QLoRA without vision", …"""
+    """The mode that the flags ask for: "full", "frozen vision", "LoRA", "QLoRA without vision",
+    "vision tower alone", "LoRA and the whole projector", …"""
+    vision = VISION.get(args.vision_training)
+    if not args.use_lora and vision:
+        return f"{vision} alone"
     if not args.use_lora:
         return "frozen vision" if args.freeze_vision_model else "full"
     mode = ("QDoRA" if args.use_dora else "QLoRA") if args.use_qlora else "DoRA" if args.use_dora else "LoRA"
+    if vision:
+        return f"{mode} and the whole {vision}"
     return f"{mode} without vision" if args.freeze_vision_model else mode
 
 
@@ -85,6 +93,7 @@ def questionable_settings(
     """
     found = []
     kind = "lora" if args.use_lora else "frozen" if args.freeze_vision_model else "full"
+    kind = "projector" if kind == "full" and args.vision_training == "projector" else kind
     low, high = SENSIBLE_RATES[kind]
     rate = training_args.learning_rate
     if n_parameters >= LARGE and not low <= rate <= high:

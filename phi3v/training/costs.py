@@ -71,13 +71,13 @@ class Costs:
         (self.recomputed_bytes if self.is_recomputed else self.kept_bytes)[unit] += n_bytes
 
     def _round(self, part, *modules):
-        """Counts the copies that autocast makes of weights that train. The backward pass needs them too, and with
-        activation checkpointing it makes them again.
+        """Counts the copies that autocast makes of weights that train, or through which gradients pass. The backward
+        pass needs them too, and with activation checkpointing it makes them again.
 
         part: "tower", "projector" or "decoder". None for weights whose copies the backward pass does not need.
         """
         for p in (p for module in modules for p in module.parameters(recurse=False)):
-            if p.requires_grad and p.element_size() > self.compute_bytes:
+            if (p.requires_grad or self.needs_gradient) and p.element_size() > self.compute_bytes:
                 self.rounded_bytes += p.numel() * self.compute_bytes
                 if part:
                     self._keep(part, p.numel() * self.compute_bytes)
@@ -110,6 +110,8 @@ class Costs:
         tower = self.model.model.vision_embed_tokens.img_processor.vision_model
         config, patch_embedding = tower.config, tower.embeddings.patch_embedding
         width, layers = config.hidden_size, tower.encoder.layers[:-1]  # the last layer's features are not used
+        # A tower that trains in fp32 beside a base in half precision has a residual stream in fp32.
+        stream_bytes, self.stream_bytes = self.stream_bytes, tower.embeddings.class_embedding.element_size()
         self.patches = (config.image_size // config.patch_size) ** 2 + 1  # with the class token
         trains_patches = patch_embedding.weight.requires_grad
         self._count("crop", 2 * (self.patches - 1) * 3 * config.patch_size**2 * width, trains_patches)
@@ -136,7 +138,7 @@ class Costs:
                 unit="patch",
                 pair_unit="patch pair",
             )
-        self.is_recomputed = False
+        self.is_recomputed, self.stream_bytes = False, stream_bytes
 
     def _projector(self):
         vision, row = self.model.model.vision_embed_tokens, "projected row"

@@ -20,7 +20,7 @@ LOCK = ".locked-by-a-run"  # folder_lock.py: there while a run is in the folder,
 MARK = ".written-by-a-run"  # empty; first file in a folder that is filled or deleted step by step
 
 FULL_MODEL = r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-ADAPTER = r"adapter_config\.json|adapter_model\.safetensors|separators\.safetensors"
+ADAPTER = r"adapter_config\.json|adapter_model\.safetensors|(separators|vision)\.safetensors"
 PROCESSOR = (
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)"
     r"|preprocessor_config\.json|processor_config\.json|training_args\.bin"

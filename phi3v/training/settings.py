@@ -85,6 +85,8 @@ NEUTRAL = {
     "activation_checkpointing_kwargs",
     "local_rank",
     "use_cpu",
+    "explicit",
+    "adapter_folder",  # the adapter's name and its weights are compared
 }
 
 # Settings that decide the shape or the content of the optimizer's state. A checkpoint can't be resumed with other
@@ -93,6 +95,7 @@ STRUCTURAL = {
     "world_size": "start as many processes as before",
     "deepspeed": "give the same --deepspeed as before",
     "model_name_or_path": "give the same model as before",
+    "adapter": "give the same --adapter as before",
     "bf16": "use the same precision as before",
     "fp16": "use the same precision as before",
     "optim": "give the same --optim as before",
@@ -104,6 +107,7 @@ STRUCTURAL = {
             "use_lora",
             "use_qlora",
             "quantize_vision",
+            "vision_training",
         ),
         "train the same part of the model",
     ),
@@ -163,6 +167,12 @@ def model_fingerprint(name: str) -> str | None:
     return digest.hexdigest()[:16] if files else None
 
 
+def fingerprints(args) -> dict[str, str | None]:
+    """What stands for the content of the model, and of the adapter of --adapter, among the settings of a run."""
+    found = {"model": args.model_revision or model_fingerprint(args.model_name_or_path)}
+    return found | ({"adapter_weights": model_fingerprint(args.adapter_folder)} if args.adapter else {})
+
+
 def problem_of_settings(stored) -> str | None:
     """What is wrong with settings that a checkpoint or a finished run has stored; None if nothing is."""
     if not isinstance(stored, dict):
@@ -170,6 +180,7 @@ def problem_of_settings(stored) -> str | None:
     commits = stored.get("data_commits")
     fits = {
         "model": isinstance(stored.get("model"), str | None),
+        "adapter_weights": isinstance(stored.get("adapter_weights"), str | None),
         "cached": isinstance(stored.get("cached"), bool | None),
         "tokens": stored.get("tokens") is None or type(stored["tokens"]) is int and stored["tokens"] > 0,
         "data_commits": commits is None or isinstance(commits, dict) and all(map(_is_text, commits.values())),

@@ -15,9 +15,10 @@ from ..data.loading import largest_batch, make_loader, next_batch
 from ..data.sampler import EpochLoader
 from ..errors import InputError, blaming
 from ..files import read_json, write_json
-from ..model.adapters import check_resumable, load_separators, save_separators
+from ..model.adapters import check_resumable
 from ..model.folder import check_files
 from ..model.generation import use_own_settings
+from ..model.vision_parts import load_parts, save_parts
 from ..signals import stop_signals
 from .checkpoints import PREFIX, clear_unfinished, disk_full_as_input_error, publish
 from .early_stopping import EXAMPLES
@@ -277,7 +278,7 @@ class RecipeTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to load one
         if isinstance(self.model, PeftModel) and self.args.should_save:
-            save_separators(self.model, folder)
+            save_parts(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with reading(resume_from_checkpoint):
@@ -285,7 +286,7 @@ class RecipeTrainer(Trainer):
             check_resumable(self.model, Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if isinstance(self.model, PeftModel):
-                load_separators(self.model.get_base_model(), Path(resume_from_checkpoint))
+                load_parts(self.model.get_base_model(), Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with reading(checkpoint):

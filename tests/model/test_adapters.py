@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import CHECKPOINT
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -21,7 +22,9 @@ from transformers import (
 )
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.model.adapters import add_adapter, load_adapter, save_separators
+from phi3v.model.adapters import add_adapter, continue_adapter, load_adapter
+from phi3v.model.loading import outline_of
+from phi3v.model.vision_parts import save_parts
 from tools import merge_adapter as merge_tool
 
 PROMPT = "<|user|>\n<|image_1|>\nWhat digit is this?<|end|>\n<|assistant|>\n"
@@ -124,7 +127,7 @@ def test_another_user_may_read_the_weights(adapter, merged, tmp_path):
     before = os.umask(0o027)
     try:
         model.save_pretrained(tmp_path)
-        save_separators(model, tmp_path)
+        save_parts(model, tmp_path)
     finally:
         os.umask(before)
     weights = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*.safetensors")}
@@ -132,3 +135,35 @@ def test_another_user_may_read_the_weights(adapter, merged, tmp_path):
     for folder, config in ((adapter, "adapter_config.json"), (merged, "config.json")):
         for path in folder.glob("*.safetensors"):
             assert path.stat().st_mode == (folder / config).stat().st_mode
+
+
+# ---- Training an adapter further
+
+
+def test_our_own_adapter_keeps_its_pattern_and_its_new_base(adapter, tmp_path):
+    model = continue_adapter(base(), adapter, "v2")
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    model.save_pretrained(tmp_path)
+    again = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert again["target_modules"] == saved["target_modules"] == TARGETS and again["revision"] == "v2"
+    assert again["base_model_name_or_path"] == str(CHECKPOINT)
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_adapter_in_half_precision_is_trained_further_in_fp32(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "half")
+    half = {name: tensor.bfloat16() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(half, tmp_path / "half" / "adapter_model.safetensors")
+    model = continue_adapter(base().bfloat16(), tmp_path / "half")
+    state = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
+    assert state.keys() == half.keys()
+    assert all(p.dtype == torch.float32 and torch.equal(p, half[name].float()) for name, p in state.items())
+
+
+def test_without_weights_an_adapter_gets_its_layers(adapter):
+    outline = outline_of(base().config)
+    model = continue_adapter(outline, adapter)
+    assert all(p.is_meta for p in model.parameters())
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert saved.keys() == {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}

@@ -9,13 +9,13 @@ import torch
 from bad_adapters import ADAPTERS, CONFIG, LORA
 from bad_models import edit, tensors
 from helpers import CHECKPOINT, RESUMABLE_MODES, copy_up_to_checkpoint, train_resumable
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.errors import InputError
 from phi3v.model import lora_config
-from phi3v.model.adapters import add_adapter, check_resumable, load_adapter
+from phi3v.model.adapters import add_adapter, check_resumable, continue_adapter, load_adapter
 from phi3v.model.loading import find_saved
 from phi3v.model.merging import MergedWeights
 from tools import ask
@@ -112,6 +112,39 @@ def test_magnitudes_of_dora_under_their_older_name(tmp_path):
     torch.testing.assert_close(logits(load_adapter(base(), tmp_path)), logits(model), rtol=0, atol=0)
     name, merged = "model.layers.0.self_attn.o_proj.weight", MergedWeights(find_saved(str(tmp_path)))
     assert torch.equal(merged[name], model.merge_and_unload().get_parameter(name))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_an_adapter_of_peft_is_trained_further_from_its_own_loss(name, toy_batch, tmp_path):
+    trained = get_peft_model(
+        base(), LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4} | GOOD[name] | {"lora_dropout": 0})
+    )
+    random_weights(trained)
+    trained.save_pretrained(tmp_path)
+    if "modules_to_save" in GOOD[name]:
+        with pytest.raises(InputError, match="holds whole modules .* merge it with tools/merge_adapter.py"):
+            continue_adapter(base(), tmp_path)
+        return
+    model = continue_adapter(base(), tmp_path).train()
+    assert torch.equal(model(**toy_batch).loss, trained.train()(**toy_batch).loss)
+    saved = load_file(tmp_path / LORA)
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert saved.keys() >= found.keys() and all(torch.equal(tensor, saved[key]) for key, tensor in found.items())
+    for key, parameter in model.named_parameters():  # an adapter of the tower's last layer is never run
+        assert parameter.requires_grad == ("lora_" in key and ".encoder.layers.2." not in key), key
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(load_adapter(base(), tmp_path / "again").train()(**toy_batch).loss, model(**toy_batch).loss)
+
+
+def test_an_output_layer_that_the_adapter_has_changed_is_refused(tmp_path):
+    model = get_peft_model(base(), LoraConfig(r=4, target_modules=["lm_head", "o_proj"]))
+    model.save_pretrained(tmp_path)
+    assert any("base_layer" in name for name in load_file(tmp_path / LORA))
+    continue_adapter(base(), tmp_path)
+    model.get_base_model().lm_head.base_layer.weight.data += 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds lm_head.base_layer.weight, which differs from the base's"):
+        continue_adapter(base(), tmp_path)
 
 
 # ---- What can't be loaded exactly

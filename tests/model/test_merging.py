@@ -15,9 +15,10 @@ from transformers import BitsAndBytesConfig
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.errors import InputError
 from phi3v.model import merging, weights
-from phi3v.model.adapters import SEPARATORS, add_adapter, load_adapter, save_separators
+from phi3v.model.adapters import add_adapter, load_adapter
 from phi3v.model.loading import find_saved, load_saved, nf4_config
 from phi3v.model.merging import MergedWeights
+from phi3v.model.vision_parts import SEPARATORS, save_parts
 from tools import merge_adapter as merge_tool
 
 TARGETS = r"lm_head|model\.layers.*_proj|model\.vision_embed_tokens.*(q_proj|fc1|img_projection\.0)"
@@ -54,7 +55,7 @@ def adapter_on(tmp_path_factory):
                 if "lora_" in parameter_name or parameter_name.endswith(SEPARATORS):
                     parameter.data += torch.randn_like(parameter) * 0.1
             model.save_pretrained(made[name])
-            save_separators(model, made[name])
+            save_parts(model, made[name])
         return made[name]
 
     return get

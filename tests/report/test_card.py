@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from phi3v.report.card import write_model_card
 
 
-@pytest.mark.parametrize("mode", ["full", "separators"])
+@pytest.mark.parametrize("mode", ["full", "separators", "whole vision"])
 def test_the_card_is_true_and_its_code_runs(saved_run, tmp_path, mode, monkeypatch):
     folder = saved_run(mode)
     _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
     card, after = yaml.safe_load(metadata), json.loads((folder / "eval_after.json").read_text())
-    assert card["library_name"] == ("peft" if mode == "separators" else "transformers")
+    assert card["library_name"] == ("transformers" if mode == "full" else "peft")
     (result,) = card["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "value": after["accuracy"]}]
     assert f"| after training | {after['accuracy']:.4f} |" in text and "| learning rate | 0.005, linear |" in text
@@ -37,7 +37,7 @@ def test_the_card_is_true_and_its_code_runs(saved_run, tmp_path, mode, monkeypat
     if mode == "full":
         wanted = load_file(folder / "model.safetensors")
     else:
-        wanted = load_file(folder / "separators.safetensors")
+        wanted = load_file(folder / ("separators.safetensors" if mode == "separators" else "vision.safetensors"))
         loaded = loaded.get_base_model()
         assert any("lora_B" in name and weight.any() for name, weight in loaded.named_parameters())
     state = loaded.state_dict()
@@ -54,6 +54,7 @@ def card(folder, monkeypatch, name="owner/model", value="1", data="owner/data", 
     monkeypatch.setattr(sys, "argv", [script, "--prompt", value])
     flags = {"model_name_or_path": name, "use_lora": True, "use_qlora": False, "use_dora": False, "batch_size": 4}
     flags |= {"wd": 0.0, "num_crops": 4, "lora_rank": 4, "lora_alpha_ratio": 2, "train_separators": False}
+    flags |= {"vision_training": "default", "adapter": None}
     training = {"output_dir": str(folder), "learning_rate": 1e-3, "seed": 0}
     training["lr_scheduler_type"] = SimpleNamespace(value="linear")
     facts = {"data": {"training examples": "3"}, "epochs": "1", "steps": 2, "commits": {name: "0" * 40, data: value}}

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model import processing_phi3v
-from phi3v.model.adapters import SEPARATORS, SEPARATORS_FILE, add_adapter
+from phi3v.model.adapters import add_adapter
+from phi3v.model.vision_parts import SEPARATORS, SEPARATORS_FILE
 from tools import ask
 from tools import merge_adapter as merge_tool
 

@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
-from phi3v.model.adapters import SEPARATORS, load_adapter
+from phi3v.model.adapters import load_adapter
+from phi3v.model.vision_parts import SEPARATORS
 from tools import merge_adapter as merge_tool
 
 
-@pytest.fixture(scope="module", params=["lora", "dora", "qlora"])
+@pytest.fixture(scope="module", params=["lora", "dora", "qlora", "lora, whole vision"])
 def trained(request, toy_data, tmp_path_factory):
     """A mode, the output folder of a short run, and the trainer."""
     out = tmp_path_factory.mktemp(request.param)
@@ -42,6 +43,7 @@ def test_an_adapter_holds_no_base_weights(trained):
     assert trainer.model.peft_config["default"].task_type == "CAUSAL_LM"
     assert not (out / "model.safetensors").exists()
     assert (out / "separators.safetensors").exists() == (mode == "dora")
+    assert (out / "vision.safetensors").exists() == ("whole" in mode)
 
 
 def test_a_saved_adapter_is_the_trained_model(trained, toy_batch):

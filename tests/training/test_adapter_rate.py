@@ -8,6 +8,8 @@ from helpers import ROOT, arguments, parse_command
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_ucf101 as script
+from phi3v.errors import InputError
+from phi3v.training.adapter_rate import FULL_RATE
 
 SAID = "adapters train at a learning rate of 0.0002, because --learning_rate is not given\n"
 
@@ -28,6 +30,29 @@ def test_the_default_rate(flags, rate, tmp_path, capsys):
     _, training = parse_command(docvqa, arguments("data", tmp_path, *flags.split()))
     assert training.learning_rate == rate
     assert (SAID in capsys.readouterr().out) == (flags in ("--use_lora", "--use_qlora"))
+
+
+@pytest.mark.parametrize(
+    "flags, rates",
+    [
+        ("--use_lora", (2e-4, None, None)),
+        ("--vision_training all", (4e-5, None, None)),
+        ("--use_lora --vision_training all", (2e-4, 4e-5, 4e-5)),
+        ("--use_qlora --vision_training tower --learning_rate 1e-4", (1e-4, 4e-5, None)),
+        ("--use_lora --vision_training tower --train_separators", (2e-4, 4e-5, 4e-5)),
+        ("--use_lora --vision_training projector --projector_lr 1e-3", (2e-4, None, 1e-3)),
+    ],
+)
+def test_the_rates_of_what_trains_fully_beside_adapters(flags, rates, tmp_path, capsys):
+    args, training = parse_command(docvqa, arguments("data", tmp_path, *flags.split()))
+    assert (training.learning_rate, args.vision_lr, args.projector_lr) == rates
+    said = "the rate of what trains fully is 4e-05, because --vision_lr" in capsys.readouterr().out
+    assert said == ("use" in flags and rates[1] is not None) and docvqa.TRAINING["learning_rate"] == FULL_RATE
+
+
+def test_an_unknown_part_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--vision_training is full, must be default, all, tower, projector"):
+        parse_command(docvqa, arguments("data", tmp_path, "--vision_training", "full"))
 
 
 def test_a_run_of_an_earlier_version_resumes_at_its_own_rate(tmp_path, capsys):

@@ -24,6 +24,8 @@ MODES = ["full", "frozen", "frozen+projector", "lora", "lora+frozen"]
 KINDS = ["none", "decoder", "all"]
 # The decoder's layers are alike, so that a few show as much as all 32, which are in one case.
 FLOPS = [(mode, kind, 4) for mode in MODES for kind in KINDS] + [("lora", "decoder", 32)]
+WITH_WHOLE_PARTS = ["alone_all", "alone_tower", "alone_projector", "lora+whole_all", "lora+whole_projector"]
+FLOPS += [(mode, kind, 4) for mode, kind in zip(WITH_WHOLE_PARTS, [*KINDS, "none", "decoder"], strict=True)]
 
 
 @pytest.mark.parametrize(("mode", "checkpointing", "layers"), FLOPS)
@@ -54,6 +56,12 @@ CASES = [  # with 4 of the decoder's 32 layers, and the first with all
     ("lora under autocast", torch.bfloat16, "none", "3x4"),
     ("lora under autocast", torch.bfloat16, "decoder", "two"),
     ("lora+frozen under autocast", torch.bfloat16, "none", "two"),
+    ("alone_all", torch.bfloat16, "none", "two"),
+    ("alone_projector", torch.bfloat16, "decoder", "two"),
+    ("alone_tower under autocast", torch.float32, "none", "3x4"),
+    ("lora+whole_all under autocast", torch.bfloat16, "none", "two"),
+    ("lora+whole_all under autocast", torch.bfloat16, "all", "3x4"),
+    ("lora+whole_projector under autocast", torch.bfloat16, "none", "two"),
 ]
 
 

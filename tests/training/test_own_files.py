@@ -83,7 +83,7 @@ def test_a_dry_run_clears_what_one_that_was_killed_has_left(tmp_path):
 
 
 def test_a_run_knows_what_it_has_written(saved_run, finished_run):
-    for folder in (saved_run("full"), saved_run("separators"), finished_run("full")):
+    for folder in (saved_run("full"), saved_run("separators"), saved_run("whole vision"), finished_run("full")):
         assert own_files.has_record(folder) and own_files.strangers(folder) == []
         for path in folder.iterdir():
             known = own_files.is_checkpoint(path) if path.is_dir() else own_files.is_own_file(path, True)

@@ -32,6 +32,7 @@ from helpers import (
     digest_of_weights,
     environment,
     start_training,
+    train_losses,
     wait_for_checkpoint,
 )
 from safetensors.torch import load_file
@@ -105,6 +106,30 @@ def test_two_ranks_without_deepspeed_are_one_training(ranks, toy_data, tmp_path,
     first, second = ranks.train(*arguments(toy_data, tmp_path / "out", *flags))
     assert first == second and first["engine"] == "DistributedDataParallel"
     assert_same_run(first["losses"], tmp_path / "out", one_process)
+
+
+WHOLE_PARTS = {
+    "vision alone": ("--vision_training all", "DeepSpeedEngine"),  # ZeRO-2, as by default
+    "adapters and the whole vision model": (
+        "--use_lora --lora_rank 4 --vision_training all --vision_lr 0.05 --projector_lr 0.05",
+        "DistributedDataParallel",
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", WHOLE_PARTS)
+def test_two_ranks_that_train_whole_parts_are_one_training(mode, ranks, toy_data, tmp_path):
+    flags, engine = WHOLE_PARTS[mode]
+    flags = [*SIX_STEPS, "--batch_size_per_gpu", "1", *flags.split()]
+    first, second = ranks.train(*arguments(toy_data, tmp_path / "two", *flags))
+    assert first == second and first["engine"] == engine
+    assert first["losses"] == pytest.approx(
+        train_losses(toy_data, tmp_path / "one", *flags, "--deepspeed", "none"), rel=1e-5
+    )
+    for path in (tmp_path / "one").glob("*.safetensors"):
+        found = load_file(tmp_path / "two" / path.name)
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_two_ranks_with_micro_batches_filled_by_tokens_are_one_training(ranks, toy_data, tmp_path, one_process):
