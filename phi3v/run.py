@@ -111,7 +111,8 @@ class Run:
         """Conversations to train on, or with `for_generation` to evaluate on, encoded when they are needed."""
         max_length = self.config.max_position_embeddings if for_generation else self.max_length
         truncate, skip_bad = self.args.truncate and not for_generation, self.bad_examples.skip
-        return ConversationDataset(conversations, processor, for_generation, max_length, truncate, skip_bad)
+        loss_on = self.args.loss_on
+        return ConversationDataset(conversations, processor, for_generation, max_length, truncate, skip_bad, loss_on)
 
     def check_data(self, train, held_out, processor):
         """For --check_data: decodes every image and prints a summary. Raises InputError for data with problems."""

@@ -16,6 +16,7 @@ from ..inside import Inside, Outside, open_file, real_folders
 from ..model.processing_phi3v import IMAGE_TAG
 from ..model.tokenizer import END_TOKENS, OTHER_TOKENS, ROLE_TOKENS
 from .image_folder import ImageFolder
+from .places import places_problem, put_in_place
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 
 ROLES = ("user", "assistant")
@@ -35,21 +36,25 @@ def read_conversations(
     bad: BadExamples | None = None,
     follow_links: bool = False,
     literal_tags: bool = False,
+    loss_on: str | None = None,
 ) -> list[dict]:
-    """Reads one object per line, `{"id", "conversations": [turn, …]}`, as `convert_ucf101.py` writes it.
+    """Reads one object per line, `{"id", "system": text, "conversations": [turn, …]}`; id and system may be missing.
 
-    A turn is `{"images": [names], "user": text, "assistant": text}`. Image names are relative to `images_dir` and
-    become paths. A line without an id gets the id `path:line`. Rank 0 names other fields, which are not used.
+    A turn is `{"images": [names], "user": text, "assistant": text}`, and may have `"train": false`. Image names are
+    relative to `images_dir` and become paths. A line without an id gets the id `path:line`. The first turn gets the
+    text of `system`, and turns with images inside of their text are marked, as `conversations.py` describes turns.
+    Rank 0 names other fields, which are not used.
 
     bad: decides about bad lines; by default they are an error. follow_links: as in `ImageFolder`, and whether `path`
-    itself may be a link out of its folder. literal_tags: whether tags such as <video> may stand in texts.
+    itself may be a link out of its folder. literal_tags: whether tags such as <video> and <image> are text.
+    loss_on: --loss_on if the examples are to be trained on, which then must have an answer to learn.
     Raises one InputError, which names file, line, field and value of the first ten problems and counts all of them.
     Problems are: a line that has another form, an image that does not exist or lies outside `images_dir`, an id that
     occurs twice, a text that is empty or contains a token of the chat format or a place for another medium, and a field
     that the model can't use, such as video. Raises InputError in any case if the file can't be read or has no examples.
     """
     bad = bad or BadExamples()
-    read = _Reader(ImageFolder(images_dir, follow_links), bad, literal_tags)
+    read = _Reader(ImageFolder(images_dir, follow_links), bad, literal_tags, loss_on)
     examples, seen = [], {}
     for number, line in lines_of(path if follow_links else Inside(str(path), real_folders(path.parent))):
         where = f"{path}:{number}"
@@ -154,7 +159,7 @@ def parse_json(line: bytes):
 _MISPLACED = {
     "image": "images belong into a turn, in its list images",
     "images": "images belong into a turn, in its list images",
-    "system": "put it before the text of the first turn's user",
+    "system": "it belongs beside conversations, as the system text of the whole conversation",
     "messages": "convert the file with tools/convert_conversations.py",
 }
 
@@ -162,8 +167,8 @@ _MISPLACED = {
 class _Reader:
     """Checks examples and adds their problems to `bad`. unused: the fields that were not used."""
 
-    def __init__(self, images: ImageFolder, bad: BadExamples, literal_tags: bool):
-        self.images, self.bad, self.literal_tags = images, bad, literal_tags
+    def __init__(self, images: ImageFolder, bad: BadExamples, literal_tags: bool, loss_on: str | None):
+        self.images, self.bad, self.literal_tags, self.loss_on = images, bad, literal_tags, loss_on
         self.unused = UnusedFields()
 
     def conversation(self, example, where: str) -> dict | None:
@@ -181,19 +186,34 @@ class _Reader:
         elif isinstance(id, str) and not id.isascii() and _SURROGATE.search(id):
             return self.bad.add(where, f"id is {_SHORT.repr(id)}, which is not valid Unicode")
         checked = [self.turn(turn, f"conversations[{i}]", where) for i, turn in enumerate(turns)]
-        others = {k: v for k, v in example.items() if k not in ("id", "source", "conversations")}
+        if self.loss_on and all(checked) and (problem := nothing_to_learn(checked, self.loss_on)):
+            self.bad.add(where, problem)
+        if not is_empty(system := example.get("system")):
+            if problem := text_problem(system) or self.tag_problem(system):
+                self.bad.add(where, f"system {problem}")
+            elif checked[0]:
+                checked[0]["system"] = sys.intern(system)
+        others = {k: v for k, v in example.items() if k not in ("id", "source", "system", "conversations")}
         self.other_fields(others, "", where, any(turn and turn["images"] for turn in checked))
         return {"id": id, "conversations": checked}
+
+    def tag_problem(self, text: str) -> str | None:
+        return None if self.literal_tags else tag_problem(text)
 
     def turn(self, turn, field: str, where: str) -> dict | None:
         if not isinstance(turn, dict):
             return self.bad.add(where, f"{field} must be an object with images, user and assistant")
-        for role in ROLES:
-            text = turn.get(role)
-            if problem := text_problem(text) or (None if self.literal_tags else tag_problem(text)):
-                self.bad.add(where, f"{field}.{role} {problem}")
         names, paths = turn.get("images", []), []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        for role in ROLES:
+            problem = text_problem(text := turn.get(role))
+            if not problem and role == "user" and are_names and not self.literal_tags:
+                problem = places_problem(text, len(names))
+            elif not problem:
+                problem = self.tag_problem(text)
+            if problem:
+                self.bad.add(where, f"{field}.{role} {problem}")
+        if not are_names:
             return self.bad.add(
                 where, f"{field}.images is {_SHORT.repr(names)}, must be a list of file names (empty for none)"
             )
@@ -202,11 +222,18 @@ class _Reader:
             if path is None:
                 self.bad.add(where, f"{field}.images[{k}] is {_SHORT.repr(name)}, {self.images.problem(name)}")
             paths.append(path)
-        others = {key: value for key, value in turn.items() if key not in ("images", *ROLES)}
+        others = {key: value for key, value in turn.items() if key not in ("images", "train", *ROLES)}
         self.other_fields(others, f"{field}.", where, bool(names))
+        train = turn.get("train")
+        if train is not None and not isinstance(train, bool):
+            self.bad.add(where, f"{field}.train is {_SHORT.repr(train)}, must be true or false")
+        made = {"images": paths, "user": turn.get("user"), "assistant": turn.get("assistant")}
+        made |= {role: "" for role in ROLES if not isinstance(made[role], str)}
+        if not self.literal_tags:
+            put_in_place(made)
         # Every line of a video data set asks the same question, so keep one copy of it in memory.
-        user, assistant = (sys.intern(text) if isinstance(text, str) else "" for text in map(turn.get, ROLES))
-        return {"images": paths, "user": user, "assistant": assistant}
+        made |= {role: sys.intern(made[role]) for role in ROLES}
+        return made | {"train": False} if train is False else made
 
     def other_fields(self, fields: dict, prefix: str, where: str, has_images: bool):
         """Adds a problem for each field whose content would be lost, and counts the others as unused."""
@@ -219,6 +246,19 @@ class _Reader:
                 self.bad.add(where, f"{prefix}{name} {problem}")
             else:
                 self.unused.add(f"conversations[].{name}" if prefix else name, value)
+
+
+def nothing_to_learn(turns: list[dict], loss_on: str) -> str | None:
+    """What is wrong with a conversation that is to be trained on, if no answer of it is learned; else None."""
+    last = len(turns) - 1
+    if loss_on == "last" and not turns[-1].get("train", True):
+        return (
+            f"conversations[{last}].train is false, but --loss_on last trains this answer alone: remove the field, or "
+            "the example, or give --loss_on all"
+        )
+    if not any(turn.get("train", True) for turn in turns):
+        return "no answer is learned, because train is false in all turns: remove the field from a turn, or the example"
+    return None
 
 
 def text_problem(text) -> str | None:
