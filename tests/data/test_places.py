@@ -188,8 +188,8 @@ def test_an_example_whose_only_learned_answer_is_cut_off_is_named(processor):
 
 
 def random_parts(rng):
-    """Texts and images in any order. A text right behind images at the beginning begins with no white space, which would
-    belong to their places."""
+    """Texts and images in any order. A text right behind images at the beginning has no blank at its own beginning,
+    which would belong to the places."""
     kinds = rng.choices(["text", "image"], k=rng.randint(1, 5)) + ["text"]
     rng.shuffle(kinds)
     parts = [{"type": kind} for kind in kinds]
