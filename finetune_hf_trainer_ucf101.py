@@ -20,8 +20,10 @@ Data: DATA holds `ucf101_train.jsonl`, `ucf101_val.jsonl` and `images/`. A line 
     {"id": "val-0000000300", "source": "ucf101", "conversations": [
         {"images": ["val/BabyCrawling/v_BabyCrawling_g21_c04.0.jpg", …], "user": "Classify the video …",
          "assistant": "BabyCrawling"}]}
-A conversation has one turn or several, each with images or none. Training learns all answers of a conversation;
-evaluation asks for the last one. Metric: accuracy, the share of exact matches.
+A conversation has one turn or several, each with images or none, and may have a "system" text. `<image>` in a user's
+text is the place of an image inside of it. Training learns all answers of a conversation, except those of turns with
+"train": false, or with --loss_on last the last one; evaluation asks for the last one. Metric: accuracy, the share of
+exact matches.
 """
 
 import os
@@ -56,6 +58,7 @@ from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.annotations import StoredConversations, store_conversations
 from phi3v.data.collate import PackingCollator
 from phi3v.data.split import warn_of_shared_images
+from phi3v.data.stored_lines import load_once_per_node
 from phi3v.errors import BadExamples, InputError, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter, continue_adapter
 from phi3v.model.loading import check_complete, nf4_config
@@ -77,7 +80,7 @@ class RecipeArguments(RunArguments):
     data_dir: str = HfArg(help="folder with ucf101_train.jsonl, ucf101_val.jsonl and images/")
     eval_split: str = HfArg(default="val", help="evaluate on DATA_DIR/ucf101_SPLIT.jsonl")
     follow_links: bool = HfArg(default=False, help="use images behind links that lead out of DATA_DIR/images")
-    literal_tags: bool = HfArg(default=False, help="allow tags such as <video> in texts, where they are read as text")
+    literal_tags: bool = HfArg(default=False, help="allow tags such as <video> and <image> in texts, as plain text")
     num_crops: int = HfArg(default=4, help="at most this many crops per image, 1 to 16; video frames need few")
     # shared: flags
     max_train_samples: int | None = HfArg(default=None, help="train on the first N examples only")
@@ -138,12 +141,12 @@ def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[St
     folder = Path(args.data_dir)
     if not folder.is_dir():
         raise InputError(f"--data_dir {folder} is not a folder: give one that a converter has made")
-    train, held_out = (
-        store_conversations(
-            folder / f"ucf101_{split}.jsonl", folder / "images", bad, args.follow_links, args.literal_tags
-        )
-        for split in ("train", args.eval_split)
-    )
+
+    def load(split: str, loss_on: str | None = None) -> StoredConversations:
+        path, images = folder / f"ucf101_{split}.jsonl", folder / "images"
+        return store_conversations(path, images, bad, args.follow_links, args.literal_tags, loss_on)
+
+    train, held_out = load("train", args.loss_on), load(args.eval_split)
     warn_of_shared_images(train, held_out)
     return train, held_out
 

@@ -48,6 +48,7 @@ class RunArguments:
     truncate: bool = HfArg(
         default=False, help="cut off the end of longer examples, if all images and some of the answer stay"
     )
+    loss_on: str = HfArg(default="all", help="all: learn every answer of a conversation; last: the last answer alone")
     on_bad_example: str = HfArg(
         default="error",
         help="error, or skip: leave out examples that are wrong or whose images can't be read, and list them",

@@ -69,6 +69,8 @@ def check_values(args, trainer: dict, cores: int | None):
             raise InputError(f"--lr_scheduler_kwargs is {options[:100]}, must be a JSON object")
     if args.data_revision and args.data_dir:
         raise InputError(f"--data_revision {args.data_revision} is for data on the Hub, and contradicts --data_dir")
+    if args.loss_on not in ("all", "last"):
+        raise InputError(f"--loss_on is {args.loss_on}, must be all or last")
     if args.on_bad_example not in ("error", "skip"):
         raise InputError(f"--on_bad_example is {args.on_bad_example}, must be error or skip")
     if args.early_stopping_on not in ("metric", "loss"):

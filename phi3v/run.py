@@ -115,7 +115,8 @@ class Run:
         """Conversations to train on, or with `for_generation` to evaluate on, encoded when they are needed."""
         max_length = self.config.max_position_embeddings if for_generation else self.max_length
         truncate, skip_bad = self.args.truncate and not for_generation, self.bad_examples.skip
-        return ConversationDataset(conversations, processor, for_generation, max_length, truncate, skip_bad)
+        loss_on = self.args.loss_on
+        return ConversationDataset(conversations, processor, for_generation, max_length, truncate, skip_bad, loss_on)
 
     def check_data(self, train, held_out, processor):
         """For --check_data: decodes every image and prints a summary. Raises InputError for data with problems."""
@@ -177,16 +178,8 @@ class Run:
         if args.estimate:
             say(*micro_batches.describe())
             return None
-        self.settings = settings.settings_of(
-            args,
-            training_args,
-            tokens=micro_batches.plan.tokens,
-            data=fingerprint(sizes),
-            **settings.fingerprints(args),
-            **({"data_commits": dict(sorted(data_commits.items()))} if data_commits else {}),
-            # A resumed run keeps what it began with: cached features differ from computed ones by rounding.
-            cached=self.stored_settings.get("cached", False) if args.cache_vision_features else False,
-        )
+        tokens, data = micro_batches.plan.tokens, fingerprint(sizes)
+        self.settings = settings.settings_of_run(args, training_args, tokens, data, self.stored_settings)
         if finished := is_finished(args, training_args, self.settings):
             say(f"{self.output_dir} holds {finished}: there is nothing left to do; {ANEW}")
             return None

@@ -118,7 +118,12 @@ ANNOTATIONS = {
     # fields and tags whose content would be lost
     "images_beside_the_turns": (line(images=["a.png"]), "{path}:1: images is ['a.png'], but images belong into a turn"),
     "image_in_a_turn": (turn(image="a.png"), "{path}:1: conversations[0].image is 'a.png', but images belong"),
-    "system": (line(system="Be brief."), "{path}:1: system is 'Be brief.', but put it before the text"),
+    "system_in_a_turn": (turn(system="Be brief."), "conversations[0].system is 'Be brief.', but it belongs beside"),
+    "system_is_number": (line(system=3), "{path}:1: system is 3, must be a text that is not empty"),
+    "system_with_a_token": (line(system="a<|end|>"), "{path}:1: system holds '<|end|>'"),
+    "system_with_a_place": (line(system="see <image>"), "{path}:1: system holds '<image>', which stands for"),
+    "train_is_text": (turn(train="no"), "{path}:1: conversations[0].train is 'no', must be true or false"),
+    "train_is_number": (turn(train=0), "{path}:1: conversations[0].train is 0, must be true or false"),
     "messages": (line(messages=[1]), "{path}:1: messages is [1], but convert the file with tools/"),
     "video": (line(video="v.mp4"), "{path}:1: video is 'v.mp4', but the model sees images only"),
     "video_in_a_turn": (turn(videos=["v.mp4"]), "{path}:1: conversations[0].videos is ['v.mp4'], but the model"),
@@ -128,6 +133,21 @@ ANNOTATIONS = {
         "{path}:1: picture is 'a.png', but no field of this name is read",
     ),
     "video_tag": (turn(user="<video>\nWhich?"), "{path}:1: conversations[0].user holds '<video>', which stands for"),
+    "too_many_places": (
+        turn(user="<image> or <image>?"),
+        "{path}:1: conversations[0].user is '<image> or <image>?', with 2 of the places <image> for 1 images: write",
+    ),
+    "too_few_places": (
+        turn(images=["a.png", "folder/c.png", "a.png"], user="Is <image> larger than <image>?"),
+        "{path}:1: conversations[0].user is 'Is <image> larger than <image>?', with 2 of the places <image> for 3",
+    ),
+    "nothing_but_places": (
+        turn(user=" <image>\n"),
+        "conversations[0].user is ' <image>\\n', which holds no text beside",
+    ),
+    "a_place_without_images": (turn(images=[], user="Is <image> red?"), "conversations[0].user holds '<image>', which"),
+    "a_place_of_another_kind": (turn(user="<Image> <image> red?"), "conversations[0].user holds '<Image>', which"),
+    "a_place_with_a_backslash": (turn(user="\\<image> red?"), "conversations[0].user holds '<image>', which"),
     "image_tag_of_llava": (turn(assistant="see <image>"), "{path}:1: conversations[0].assistant holds '<image>'"),
     # several at once
     "several": (
@@ -149,6 +169,9 @@ ACCEPTED = {
     "empty_fields": line(image=None, images=[], video="", tools=[], system=None),
     "tags_of_html": turn(user='<video src="a.mp4">, <b>, <img src="a.png">'),
     "no_images": without("images"),
+    "system": line(system="Be brief."),
+    "train": line(conversations=[TURN | {"train": False}, TURN | {"train": True}, TURN | {"train": None}]),
+    "a_place": turn(user="Is <image> red?"),
     "link_inside": turn(images=["inside.png"]),
     "unusual_spelling": turn(images=["./folder//c.png"]),
     "any_script": turn(user="日本語 🙂 עברית", assistant="Zoë"),

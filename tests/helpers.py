@@ -198,6 +198,73 @@ def write_toy_data(folder: Path, n_train: int = 24, n_val: int = 6):
         (folder / f"ucf101_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+# Conversations in the format of jsonl, and the prompts that they are, written by hand. A prompt is cut into pieces:
+# (text, number of the answer that it is if that can be learned, or None).
+WRITTEN = [
+    (
+        {"system": "Be brief.", "conversations": [
+            {"images": ["a.png", "b.png"], "user": "1: <image> 2: <image> Which?", "assistant": "2", "train": False},
+            {"images": [], "user": "Why?", "assistant": "no"}]},
+        [("<|system|>\nBe brief.<|end|>\n<|user|>\n1: <|image_1|> 2: <|image_2|> Which?<|end|>\n<|assistant|>\n", None),
+         ("2<|end|>\n", None), ("<|user|>\nWhy?<|end|>\n<|assistant|>\n", None), ("no<|end|>\n<|endoftext|>", 2)],
+    ),
+    (
+        {"conversations": [
+            {"images": ["a.png"], "user": "<image>\nWhere?", "assistant": "yes"},
+            {"images": ["b.png"], "user": "Is <image> red?", "assistant": "True no"}]},
+        [("<|user|>\n<|image_1|>\nWhere?<|end|>\n<|assistant|>\n", None), ("yes<|end|>\n", 1),
+         ("<|user|>\nIs <|image_2|> red?<|end|>\n<|assistant|>\n", None), ("True no<|end|>\n<|endoftext|>", 2)],
+    ),
+    (
+        {"conversations": [{"images": ["a.png"], "user": "Is it <image>?", "assistant": "SlideUp"}]},
+        [("<|user|>\nIs it <|image_1|>?<|end|>\n<|assistant|>\n", None), ("SlideUp<|end|>\n<|endoftext|>", 1)],
+    ),
+    (
+        {"conversations": [{"images": ["a.png"], "user": "Is it?", "assistant": "no no"}]},
+        [("<|user|>\n<|image_1|>\nIs it?<|end|>\n<|assistant|>\n", None), ("no no<|end|>\n<|endoftext|>", 1)],
+    ),
+]  # fmt: skip
+
+
+def write_written_data(folder: Path):
+    """Data of WRITTEN for the training, and the last of them for the evaluation."""
+    (folder / "images").mkdir(parents=True)
+    for seed, (name, size) in enumerate({"a.png": (60, 40), "b.png": (50, 90)}.items()):
+        pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / name)
+    lines = [json.dumps(example) for example, _ in WRITTEN]
+    for split, own in (("train", lines), ("val", lines[-1:])):
+        (folder / f"ucf101_{split}.jsonl").write_text("\n".join(own) + "\n", encoding="utf-8")
+
+
+def loss_by_hand(folder: Path, loss_on: str = "all", num_crops: int = 4) -> float:
+    """The mean cross entropy of the base model over the answers of WRITTEN that are learned, computed with the public
+    processor and model, one prompt after another."""
+    from phi3v import Phi3VForCausalLM, Phi3VProcessor
+
+    processor = Phi3VProcessor.from_pretrained(CHECKPOINT, num_crops=num_crops)
+    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for example, pieces in WRITTEN:
+        names = [name for turn in example["conversations"] for name in turn["images"]]
+        images = [Image.open(folder / "images" / name) for name in names]
+        batch = processor("".join(text for text, _ in pieces), images)
+        ids, text, n, start = batch["input_ids"][0], "", len(example["conversations"]), 0
+        with torch.no_grad():
+            logits = model(**batch).logits[0].double()
+        for piece, answer in pieces:
+            text += piece
+            own = images[: text.count("<|image_")]
+            end = processor(text, own)["input_ids"].shape[1]
+            assert torch.equal(processor(text, own)["input_ids"][0], ids[:end])
+            if answer == n or answer and loss_on == "all":
+                losses = torch.nn.functional.cross_entropy(logits[start - 1 : end - 1], ids[start:end], reduction="sum")
+                total, count = total + losses.item(), count + end - start
+            start = end
+        assert end == len(ids)
+    return total / count
+
+
 def png_cell(seed: int) -> dict:
     """An image as a table of the Hub stores it; every seed gives another picture."""
     buffer = io.BytesIO()

@@ -10,6 +10,7 @@ from phi3v.flag_rules import check_flags
 DEFAULTS = {
     "num_crops": 16, "lora_dropout": 0.0, "lora_alpha_ratio": 2.0, "lora_rank": 64, "vision_lr": None,
     "projector_lr": None, "cache_vision_gib": 100.0, "cache_vision_features": None, "on_bad_example": "error",
+    "loss_on": "all",
     "freeze_vision_model": False, "train_projector": False, "use_lora": False, "use_qlora": False, "use_dora": False,
     "quantize_vision": False, "train_separators": False, "batch_size": 16, "batch_size_per_gpu": 1,
     "max_tokens_per_gpu": None, "estimate": False, "estimate_gpus": None, "evaluate_only": False, "dry_run": False,
@@ -54,6 +55,7 @@ def check(world_size=1, has_accelerator=True, launcher=None, cores=None, **flags
             {"dataloader_num_workers": 5000, "cores": 2},
         ),
         ("--on_bad_example is drop, must be error or skip", {"on_bad_example": "drop"}),
+        ("--loss_on is first, must be all or last", {"loss_on": "first"}),
         ("--use_dora has no effect without --use_lora", {"use_dora": True}),
         ("--resume_anyway has no effect without --resume_from_checkpoint", {"resume_anyway": True}),
         ("--vision_lr contradicts --freeze_vision_model", {"vision_lr": 1e-5, "freeze_vision_model": True}),

@@ -46,6 +46,7 @@ WITHOUT_A_TEST_FILE = {
     "data.image_folder": "data/test_annotations.py reads files that name images inside and outside of a folder",
     "data.seen_images": "data/test_tables.py reads tables whose splits share images",
     "data.preview": "report/test_summary.py trains, and reads the example that is printed before the first step",
+    "data.texts": "data/test_annotations.py, data/test_tables.py and tools/test_ask.py give texts that can not be used",
     "report.templates": "report/test_page.py and report/test_card.py read what the templates render",
     "training.dry_run": "test_run.py makes dry runs",
     "training.forecast": "training/test_estimate.py reads what it prints",

@@ -5,7 +5,8 @@
     python tools/ask.py output/ < questions.txt         # a conversation without images, one question per line
 
 The folder holds a whole model, or an adapter whose base model is loaded too. The images come before the first
-question. An empty line or Ctrl-D ends the conversation.
+question, or at its places <image>, as in --question "Is <image> larger than <image>?". An empty line or Ctrl-D ends the
+conversation.
 """
 
 import argparse
@@ -28,9 +29,10 @@ import torch
 from transformers import TextStreamer
 
 from phi3v.console import tell
-from phi3v.data.annotations import check_text
 from phi3v.data.collate import Collator
 from phi3v.data.conversations import encode_conversation
+from phi3v.data.places import PLACE, places_problem, put_in_place
+from phi3v.data.texts import check_text
 from phi3v.errors import InputError, Parser, exit_on_input_error, lowering
 from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.adapters import load_adapter
@@ -48,6 +50,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", help="output folder of a run, a merged model, or a repository on the Hub")
     parser.add_argument("images", nargs="*", help="image files, in the order in which the model sees them")
     parser.add_argument("--question", help="ask only this; default: questions from standard input, one per line")
+    parser.add_argument("--system", help="a text for the system, before the conversation, as in training")
+    parser.add_argument("--literal_tags", action="store_true", help="<image> in a question is text, and no place")
     parser.add_argument("--base", help="the adapter's base model, if it is not where adapter_config.json says")
     parser.add_argument(
         "--load_in_4bit",
@@ -62,7 +66,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.max_new_tokens < 1 or (args.num_crops is not None and args.num_crops < 1):
         raise InputError(f"--num_crops {args.num_crops}, --max_new_tokens {args.max_new_tokens}: must be at least 1")
     if args.question is not None:
-        check_text(args.question, "--question")
+        make_turn(args, args.question, "--question", is_first=True)
+    if args.system is not None:
+        check_text(args.system, "--system")
     args.folder, args.revision = split_revision(args.folder, "folder")
     if not Path(args.folder).is_dir() and not is_hub_name(args.folder):
         raise InputError(f"{args.folder} is not a folder: give the model's folder first, then the images")
@@ -76,6 +82,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     except InputError as e:  # the message names the flags of the training scripts
         raise InputError(re.sub(r"--(bf16|fp16|fp32)\b", r"--dtype \1", str(e))) from None
     return args
+
+
+def make_turn(args: argparse.Namespace, question: str, name: str, is_first: bool) -> dict:
+    """A turn of a conversation without its answer; the first has the images and the system text.
+
+    Raises InputError, with the question's name, for a question that can't be asked.
+    """
+    check_text(question, name)
+    turn = {"images": args.images if is_first else [], "user": question, "assistant": ""}
+    if turn["images"] and PLACE in question and not args.literal_tags:
+        if problem := places_problem(question, len(turn["images"])):
+            raise InputError(f"{name} {problem}")
+        put_in_place(turn)
+    return turn | {"system": args.system} if is_first and args.system is not None else turn
 
 
 def check_base(args: argparse.Namespace, folder: Path):
@@ -156,8 +176,7 @@ def main(argv: list[str] | None = None):
         asked = iter(lambda: (input("> ") if sys.stdin.isatty() else sys.stdin.readline()).strip(), "")
     try:
         for question in asked:
-            check_text(question, f"question {len(turns) + 1}")
-            turns.append({"images": [] if turns else args.images, "user": question, "assistant": ""})
+            turns.append(make_turn(args, question, f"question {len(turns) + 1}", is_first=not turns))
             turns[-1]["assistant"] = answer(model, processor, turns, args.max_new_tokens)
     except EOFError:
         print()

@@ -13,10 +13,10 @@ It reads
 
 Images are copied, and share their blocks with the originals where the file system can. With --link they are hard links,
 which need no room, but are the same files: whoever edits one edits the other. The images of a turn come before its
-text, and a system text comes before the first question. Every n-th example is kept for evaluation, with n = 1 /
---val_share; examples that share an image stay together. Nothing is left out in silence: a field that can't be used is
-an error or is named at the end, and a row that can't be used is an error, or with --on_bad_example skip it is listed,
-also in OUT_DIR/left_out.txt.
+text, or stay inside or behind it, at places <image>. A system text at the beginning stays a text of the system. Every
+n-th example is kept for evaluation, with n = 1 / --val_share; examples that share an image stay together. Nothing is
+left out in silence: a field that can't be used is an error or is named at the end, and a row that can't be used is an
+error, or with --on_bad_example skip it is listed, also in OUT_DIR/left_out.txt.
 """
 
 import argparse
@@ -147,7 +147,8 @@ def read_examples(args: argparse.Namespace, bad: BadExamples, images: Images) ->
         with bad.catching(where):
             for turn in turns:
                 turn["images"] = [images.find(name) for name in turn["images"]]
-            examples.append({"id": number, "conversations": turns})
+            system = {"system": turns[0].pop("system")} if "system" in turns[0] else {}
+            examples.append({"id": number, **system, "conversations": turns})
     bad.settle(str(args.source), len(examples))
     notes = [f"note: {args.source}: {n:,} examples: {text}" for text, n in rows.notes.items() if n]
     return examples, rows.unused.lines(args.source) + notes
@@ -178,7 +179,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--literal_tags",
         action="store_true",
-        help="keep tags such as <video> as text, and <image> in answers and in examples without images",
+        help="keep tags such as <video> as text, and <image> in answers and in examples without images; other images "
+        "then come before their text",
     )
     parser.add_argument(
         "--exif_rotate",

@@ -4,7 +4,6 @@ import array
 import functools
 import json
 import os
-import re
 import reprlib
 import sys
 from collections.abc import Iterator
@@ -15,17 +14,14 @@ import numpy as np
 from ..console import say
 from ..errors import BadExamples, InputError
 from ..inside import Inside, real_folders
-from ..model.chat import END_TOKENS, IMAGE_TAG, OTHER_TOKENS, ROLE_TOKENS
 from .image_folder import ImageFolder
+from .places import places_problem, put_in_place
 from .stored_lines import StoredLines
 from .text_files import lines_of, parse_json
+from .texts import SURROGATE, text_problem
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 
 ROLES = ("user", "assistant")
-_RESERVED = re.compile(
-    "|".join(map(re.escape, ROLE_TOKENS + END_TOKENS + OTHER_TOKENS)) + r"|<\|placeholder\d+\|>|" + IMAGE_TAG.pattern
-)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHORT = reprlib.Repr()  # shortens values of any length and depth for messages
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -36,14 +32,18 @@ def read_conversations(
     bad: BadExamples | None = None,
     follow_links: bool = False,
     literal_tags: bool = False,
+    loss_on: str | None = None,
 ) -> list[dict]:
-    """Reads one object per line, `{"id", "conversations": [turn, …]}`, as `convert_ucf101.py` writes it.
+    """Reads one object per line, `{"id", "system": text, "conversations": [turn, …]}`; id and system may be missing.
 
-    A turn is `{"images": [names], "user": text, "assistant": text}`. Image names are relative to `images_dir` and
-    become paths. A line without an id gets the id `path:line`. Rank 0 names other fields, which are not used.
+    A turn is `{"images": [names], "user": text, "assistant": text}`, and may have `"train": false`. Image names are
+    relative to `images_dir` and become paths. A line without an id gets the id `path:line`. The first turn gets the
+    text of `system`, and turns with images inside of their text are marked, as `conversations.py` describes turns.
+    Rank 0 names other fields, which are not used.
 
     bad: decides about bad lines; by default they are an error. follow_links: as in `ImageFolder`, and whether `path`
-    itself may be a link out of its folder. literal_tags: whether tags such as <video> may stand in texts.
+    itself may be a link out of its folder. literal_tags: whether tags such as <video> and <image> are text.
+    loss_on: --loss_on if the examples are to be trained on, which then must have an answer to learn.
     Raises one InputError, which names file, line, field and value of the first ten problems and counts all of them.
     Problems are: a line that has another form, an image that does not exist or lies outside `images_dir`, an id that
     occurs twice, a text that is empty or contains a token of the chat format or a place for another medium, and a field
@@ -51,11 +51,11 @@ def read_conversations(
     """
     images = ImageFolder(images_dir, follow_links)
     examples = []
-    for _, example in _checked(path, images, bad or BadExamples(), literal_tags):
-        example = _example(example, images)
+    for _, example in _checked(path, images, bad or BadExamples(), literal_tags, loss_on):
+        example = _example(example, images, literal_tags)
         # Every line of a video data set asks the same question, so keep one copy of it in memory.
         for turn in example["conversations"]:
-            turn |= {role: sys.intern(turn[role]) for role in ROLES}
+            turn |= {role: sys.intern(turn[role]) for role in (*ROLES, "system") if role in turn}
         examples.append(example)
     return examples
 
@@ -66,19 +66,20 @@ def store_conversations(
     bad: BadExamples | None = None,
     follow_links: bool = False,
     literal_tags: bool = False,
+    loss_on: str | None = None,
 ) -> "StoredConversations":
     """What `read_conversations` returns and raises, but the examples are in a file, and not in memory."""
-    return StoredConversations(path, ImageFolder(images_dir, follow_links), bad or BadExamples(), literal_tags)
+    return StoredConversations(path, ImageFolder(images_dir, follow_links), bad or BadExamples(), literal_tags, loss_on)
 
 
 class StoredConversations(StoredLines):
     """Examples in a file, as `store_conversations` returns them. `hashes` are those of their images' names."""
 
-    def __init__(self, path: Path, images: ImageFolder, bad: BadExamples, literal_tags: bool):
+    def __init__(self, path: Path, images: ImageFolder, bad: BadExamples, literal_tags: bool, loss_on: str | None):
         self.root, hashes = images.root, array.array("q")
 
         def lines() -> Iterator[bytes]:
-            for line, example in _checked(path, images, bad, literal_tags):
+            for line, example in _checked(path, images, bad, literal_tags, loss_on):
                 for turn in example["conversations"]:
                     names = turn.get("images", ())
                     joined = "\0".join(names)
@@ -86,7 +87,7 @@ class StoredConversations(StoredLines):
                     hashes.extend(map(hash, names if is_normal else map(os.path.normpath, names)))
                 yield line
 
-        super().__init__(lines(), functools.partial(_example_of_line, images=images))
+        super().__init__(lines(), functools.partial(_example_of_line, images=images, literal_tags=literal_tags))
         images.listings.clear()
         self.hashes = np.frombuffer(hashes, np.int64)
 
@@ -100,29 +101,38 @@ class StoredConversations(StoredLines):
         return bool(np.isin(other.hashes, self.hashes).any())
 
 
-def _example_of_line(line: bytes, images: ImageFolder) -> dict:
-    return _example(json.loads(line.decode("utf-8")), images)
+def _example_of_line(line: bytes, images: ImageFolder, literal_tags: bool) -> dict:
+    return _example(json.loads(line.decode("utf-8")), images, literal_tags)
 
 
-def _example(example: dict, images: ImageFolder) -> dict:
-    """An example that was checked, with paths of its images."""
+def _example(example: dict, images: ImageFolder, literal_tags: bool) -> dict:
+    """An example that was checked, as `read_conversations` returns it."""
     example = _used_fields(example)
-    for turn in example["conversations"]:
+    turns = example["conversations"]
+    for turn in turns:
         turn["images"] = list(map(images.path, turn["images"]))
+        if not literal_tags:
+            put_in_place(turn)
+    if "system" in example:
+        turns[0]["system"] = example.pop("system")
     return example
 
 
 def _used_fields(example: dict) -> dict:
     turns = [
         {"images": turn.get("images", []), "user": turn["user"], "assistant": turn["assistant"]}
+        | ({"train": False} if turn.get("train") is False else {})
         for turn in example["conversations"]
     ]
-    return {"id": example["id"], "conversations": turns}
+    used = {"id": example["id"], "conversations": turns}
+    return used if is_empty(system := example.get("system")) else used | {"system": system}
 
 
-def _checked(path: Path, images: ImageFolder, bad: BadExamples, literal_tags: bool) -> Iterator[tuple[bytes, dict]]:
+def _checked(
+    path: Path, images: ImageFolder, bad: BadExamples, literal_tags: bool, loss_on: str | None
+) -> Iterator[tuple[bytes, dict]]:
     """Yields the JSON of each example that can be used, and the object that it stands for. Both have an id."""
-    check = _Check(images, bad, literal_tags)
+    check = _Check(images, bad, literal_tags, loss_on)
     used, seen = 0, {}
     for number, line in lines_of(path if images.follow_links else Inside(str(path), real_folders(path.parent))):
         where = f"{path}:{number}"
@@ -155,21 +165,21 @@ def _checked(path: Path, images: ImageFolder, bad: BadExamples, literal_tags: bo
 _MISPLACED = {
     "image": "images belong into a turn, in its list images",
     "images": "images belong into a turn, in its list images",
-    "system": "put it before the text of the first turn's user",
+    "system": "it belongs beside conversations, as the system text of the whole conversation",
     "messages": "convert the file with tools/convert_conversations.py",
 }
 
 
-_EXAMPLE_FIELDS = {"id", "source", "conversations"}
-_TURN_FIELDS = {"images", *ROLES}
+_EXAMPLE_FIELDS = {"id", "source", "system", "conversations"}
+_TURN_FIELDS = {"images", "train", *ROLES}
 
 
 class _Check:
     """Adds the problems of examples to `bad`. unused: the fields that were not used. is_plain: whether the example that
     was checked last has an id, and no field that is not used and may be of any size or depth."""
 
-    def __init__(self, images: ImageFolder, bad: BadExamples, literal_tags: bool):
-        self.images, self.bad, self.literal_tags = images, bad, literal_tags
+    def __init__(self, images: ImageFolder, bad: BadExamples, literal_tags: bool, loss_on: str | None):
+        self.images, self.bad, self.literal_tags, self.loss_on = images, bad, literal_tags, loss_on
         self.unused, self.is_plain = UnusedFields(), True
 
     def example(self, example, where: str) -> bool:
@@ -184,11 +194,17 @@ class _Check:
             pass
         elif isinstance(id, bool) or not isinstance(id, (str, int)) or id == "":
             return self.refuse(where, f"id is {_SHORT.repr(id)}, must be a text or a whole number")
-        elif isinstance(id, str) and not id.isascii() and _SURROGATE.search(id):
+        elif isinstance(id, str) and not id.isascii() and SURROGATE.search(id):
             return self.refuse(where, f"id is {_SHORT.repr(id)}, which is not valid Unicode")
         has_images, self.is_plain = False, id is not None and isinstance(example.get("source", ""), str)
         for i, turn in enumerate(turns):
             has_images |= self.turn(turn, i, where)
+        if self.loss_on and all(isinstance(turn, dict) for turn in turns):
+            if problem := nothing_to_learn(turns, self.loss_on):
+                self.bad.add(where, problem)
+        if not is_empty(system := example.get("system")):
+            if problem := text_problem(system) or self.tag_problem(system):
+                self.bad.add(where, f"system {problem}")
         if not example.keys() <= _EXAMPLE_FIELDS:
             self.is_plain = False
             others = {key: value for key, value in example.items() if key not in _EXAMPLE_FIELDS}
@@ -199,22 +215,33 @@ class _Check:
         """Whether the turn has images."""
         if not isinstance(turn, dict):
             return self.refuse(where, f"conversations[{number}] must be an object with images, user and assistant")
-        for role in ROLES:
-            text = turn.get(role)
-            if problem := text_problem(text) or (None if self.literal_tags else tag_problem(text)):
-                self.bad.add(where, f"conversations[{number}].{role} {problem}")
         names = turn.get("images", [])
-        if not isinstance(names, list) or not set(map(type, names)) <= {str}:
+        are_names = isinstance(names, list) and set(map(type, names)) <= {str}
+        for role in ROLES:
+            problem = text_problem(text := turn.get(role))
+            if not problem and role == "user" and are_names and not self.literal_tags:
+                problem = places_problem(text, len(names))
+            elif not problem:
+                problem = self.tag_problem(text)
+            if problem:
+                self.bad.add(where, f"conversations[{number}].{role} {problem}")
+        if not are_names:
             problem = f"is {_SHORT.repr(names)}, must be a list of file names (empty for none)"
             return self.refuse(where, f"conversations[{number}].images {problem}")
         for k in self.images.missing(names):
             problem = f"{_SHORT.repr(names[k])}, {self.images.problem(names[k])}"
             self.bad.add(where, f"conversations[{number}].images[{k}] is {problem}")
+        train = turn.get("train")
+        if train is not None and not isinstance(train, bool):
+            self.bad.add(where, f"conversations[{number}].train is {_SHORT.repr(train)}, must be true or false")
         if not turn.keys() <= _TURN_FIELDS:
             self.is_plain = False
             others = {key: value for key, value in turn.items() if key not in _TURN_FIELDS}
             self.other_fields(others, f"conversations[{number}].", where, bool(names))
         return bool(names)
+
+    def tag_problem(self, text: str) -> str | None:
+        return None if self.literal_tags else tag_problem(text)
 
     def refuse(self, where: str, problem: str) -> bool:
         self.bad.add(where, problem)
@@ -233,32 +260,14 @@ class _Check:
                 self.unused.add(f"conversations[].{name}" if prefix else name, value)
 
 
-def text_problem(text) -> str | None:
-    """What is wrong with a text of a conversation, worded to follow the text's name; None if nothing is."""
-    if not isinstance(text, str) or not text.strip():
-        return f"is {_SHORT.repr(text)}, must be a text that is not empty"
-    if not text.isascii() and _SURROGATE.search(text):
-        return f"is {_SHORT.repr(text)}, which is not valid Unicode: it holds half of a surrogate pair"
-    if "\0" in text:
-        return f"is {_SHORT.repr(text)}, which holds a NUL character: remove it"
-    if "<" in text and (found := _RESERVED.search(text)):
+def nothing_to_learn(turns: list[dict], loss_on: str) -> str | None:
+    """What is wrong with a conversation that is to be trained on, if no answer of it is learned; else None."""
+    last = len(turns) - 1
+    if loss_on == "last" and turns[-1].get("train") is False:
         return (
-            f"holds {_SHORT.repr(found[0])}, which the chat format reserves: remove it (list images in the field "
-            "images; their tags are put before the text automatically)"
+            f"conversations[{last}].train is false, but --loss_on last trains this answer alone: remove the field, or "
+            "the example, or give --loss_on all"
         )
+    if all(turn.get("train") is False for turn in turns):
+        return "no answer is learned, because train is false in all turns: remove the field from a turn, or the example"
     return None
-
-
-def check_text(text, where: str) -> str:
-    """Returns `text` if it can be used in a conversation; raises InputError with its name `where` otherwise."""
-    if problem := text_problem(text):
-        raise InputError(f"{where} {problem}")
-    return text
-
-
-def check_texts(texts, where: str):
-    """Raises InputError unless `texts` is a list with at least one text, all of which can stand in a conversation."""
-    if not texts:
-        raise InputError(f"{where} is empty")
-    for i, text in enumerate(texts):
-        check_text(text, f"{where}[{i}]")

@@ -1,7 +1,9 @@
 """Turns conversations with images into token ids, labels and the images' sub-crops.
 
 A conversation is a list of turns `{"images": [...], "user": text, "assistant": text}`. The images of a turn stand
-before its text, and images are numbered from 1 over all turns.
+before its text, or with `"places": True` where the text has `<image>`; images are numbered from 1 over all turns. A
+turn may have `"system"`, a text that comes before it with the role of the system, and `"train": False` if its answer
+has no targets.
 """
 
 from collections.abc import Sequence
@@ -17,21 +19,32 @@ from ..model.packing import IGNORE_INDEX
 from ..model.processing_phi3v import Phi3VProcessor, image_tag
 from .images import State, image_name, image_size, read_image
 from .measuring import Size, measure
+from .places import text_with_tags
 
 
-def encode_conversation(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> dict:
+def encode_conversation(
+    processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False, loss_on: str = "all"
+) -> dict:
     """Token ids, labels and sub-crops of one conversation, in the official chat template.
 
     Every turn ends with `<|end|>\\n`, and the last one also with `<|endoftext|>`. The loss covers each answer and its
-    end tokens. `for_generation` leaves out the last answer: the ids are exactly those that precede it in training.
-    Images in `turns` are given in any form that `open_image` takes.
+    end tokens, as `learned_answers` says. `for_generation` leaves out the last answer: the ids are exactly those that
+    precede it in training. Images in `turns` are given in any form that `open_image` takes.
 
     Returns `input_ids` and `labels` int64 (length,), the sub-crops `tiles` uint8 (n_tiles, S, S, 3), and `grids`, for
     each image the number of its sub-crops (down, across). Raises InputError for an image that can't be read.
     """
     text, images = chat_text(processor, turns, for_generation)
     tiles, grids = encode_images(processor, images)
-    return {**_encode_text(processor, text, grids), "tiles": tiles, "grids": grids}
+    return {**_encode_text(processor, text, grids, learned_answers(turns, loss_on)), "tiles": tiles, "grids": grids}
+
+
+def learned_answers(turns: list[dict], loss_on: str = "all") -> tuple[bool, ...] | None:
+    """Which answers of a conversation have targets; None if all have. loss_on: as --loss_on says, all or last."""
+    found = tuple(
+        turn.get("train", True) and (loss_on == "all" or i == len(turns)) for i, turn in enumerate(turns, start=1)
+    )
+    return None if all(found) else found
 
 
 def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool = False) -> tuple[str, list]:
@@ -40,18 +53,20 @@ def chat_text(processor: Phi3VProcessor, turns: list[dict], for_generation: bool
     for turn in turns:
         first = len(images) + 1
         images += turn["images"]
-        tags = "".join(map(image_tag, range(first, len(images) + 1)))
-        messages.append({"role": "user", "content": f"{tags}\n{turn['user']}" if tags else turn["user"]})
+        if system := turn.get("system"):
+            messages.append({"role": "system", "content": system})
+        tags = map(image_tag, range(first, len(images) + 1))
+        messages.append({"role": "user", "content": text_with_tags(turn, tags)})
         messages.append({"role": "assistant", "content": turn["assistant"]})
     if for_generation:
         return render(messages[:-1], add_generation_prompt=True), images
     return render(messages) + END_OF_CONVERSATION, images
 
 
-def _encode_text(processor: Phi3VProcessor, text: str, grids: list[tuple[int, int]]) -> dict:
+def _encode_text(processor: Phi3VProcessor, text: str, grids: list[tuple[int, int]], learned) -> dict:
     g = processor.image_processor.crop_tokens_per_side
     ids, _ = processor.tokenize(text, [num_image_tokens(h, w, g) for h, w in grids])
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(_answer_labels(ids, processor.tokenizer))}
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(_answer_labels(ids, processor.tokenizer, learned))}
 
 
 def encode_images(processor: Phi3VProcessor, images: list) -> tuple[torch.Tensor, list[tuple[int, int]]]:
@@ -77,13 +92,13 @@ def _grid(image_processor, image, size: tuple[int, int]) -> tuple[int, int]:
         raise InputError(f"{image_name(image)}: {e}") from None
 
 
-def _answer_labels(ids: list[int], tokenizer) -> list[int]:
-    """The ids of every answer up to the next turn, and IGNORE_INDEX for all other tokens."""
+def _answer_labels(ids: list[int], tokenizer, learned: Sequence[bool] | None) -> list[int]:
+    """The ids of every answer that is learned up to the next turn, and IGNORE_INDEX for all other tokens."""
     roles = dict(zip(tokenizer.convert_tokens_to_ids(list(ROLE_TOKENS)), ROLE_TOKENS, strict=True))
-    labels, answering = [], False
+    labels, answering, answers = [], False, iter(learned or ())
     for token in ids:
         if token in roles:
-            answering = roles[token] == ASSISTANT
+            answering = roles[token] == ASSISTANT and next(answers, True)
             labels.append(IGNORE_INDEX)
         else:
             labels.append(token if answering else IGNORE_INDEX)
@@ -103,6 +118,7 @@ class ConversationDataset(Dataset):
         raised only if that would cut an image or leave nothing of the answer.
     skip_bad: an example whose images can't be read gets blank images and no targets, and its item has the error as
         `problem`. Otherwise InputError is raised.
+    loss_on: as in `learned_answers`.
     """
 
     def __init__(
@@ -113,6 +129,7 @@ class ConversationDataset(Dataset):
         max_length: int | None = None,
         truncate: bool = False,
         skip_bad: bool = False,
+        loss_on: str = "all",
     ):
         self.conversations = conversations
         self.processor = processor
@@ -120,6 +137,7 @@ class ConversationDataset(Dataset):
         self.max_length = max_length
         self.truncate = truncate
         self.skip_bad = skip_bad
+        self.loss_on = loss_on
         self.sizes: list[Size] | None = None  # set by `all_sizes`
         self.feature_cache = None  # set by `cache_features`
 
@@ -134,12 +152,12 @@ class ConversationDataset(Dataset):
         examples, last_key, encoded, grids, problem = [], None, None, None, None
         for i in indices:
             index = i if i >= 0 else ~i
-            text, images = self.chat(index)
+            text, images, learned = self.chat(index)
             key = self.images_key(index)
             if key is None or key != last_key:
                 encoded, grids, problem = self._read_images(images)
                 last_key = key
-            example = self.encode_text(index, text, grids)
+            example = self.encode_text(index, text, grids, learned)
             if i < 0 or problem:
                 example["labels"] = torch.full_like(example["labels"], IGNORE_INDEX)
             examples.append({**example, form: encoded, "grids": grids, "images_key": key})
@@ -162,9 +180,10 @@ class ConversationDataset(Dataset):
             tiles, grids = encode_images(self.processor, blanks)
             return cache.blank(grids) if cache else tiles, grids, str(e)
 
-    def chat(self, index: int) -> tuple[str, list]:
-        """The text of an example and its images, as `chat_text` makes them."""
-        return chat_text(self.processor, self.conversations[index]["conversations"], self.for_generation)
+    def chat(self, index: int) -> tuple[str, list, tuple[bool, ...] | None]:
+        """The text of an example and its images, as `chat_text` makes them, and its `learned_answers`."""
+        turns = self.conversations[index]["conversations"]
+        return *chat_text(self.processor, turns, self.for_generation), learned_answers(turns, self.loss_on)
 
     def _size_or_square(self, image, state: State = None) -> tuple[tuple[int, int], bool]:
         """(width, height) of an image in pixels; those of a single crop, and False, if they can't be read or used."""
@@ -187,9 +206,9 @@ class ConversationDataset(Dataset):
     def _image_size(self, image, state: State = None) -> tuple[int, int]:
         return image_size(image, self.processor.image_processor.exif_rotate, state)
 
-    def encode_text(self, index: int, text: str, grids) -> dict:
-        """Ids and labels of an example, cut off as `truncate` says."""
-        example = _encode_text(self.processor, text, grids)
+    def encode_text(self, index: int, text: str, grids, learned: tuple[bool, ...] | None = None) -> dict:
+        """Ids and labels of an example, cut off as `truncate` says. text, learned: as `chat` returns them."""
+        example = _encode_text(self.processor, text, grids, learned)
         ids, labels, limit = example["input_ids"], example["labels"], self.max_length
         if limit is None or len(ids) <= limit:
             return example

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import BadExamples, InputError
+from ..model.chat import join_pieces
 from . import csv_rows, json_rows
-from .annotations import text_problem
+from .places import PLACE, places_problem
+from .texts import text_problem
 from .unsupported import UnusedFields, field_problem, is_empty, media_problem, tag_problem
 
 # With a number, or for the next image. The search looks at each space once: it would take quadratic time to try every
 # space of a long row of them as the first one.
 IMAGE_PLACE = re.compile(r"(?:(?<!\s)\s+)?(?:<image>|<\|image_(\d{1,9})\|>)\s*")
+_NUMBERED_PLACE = re.compile(r"<\|image_\d{1,9}\|>")
 ROLES = {"human": "user", "gpt": "assistant"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -38,8 +41,9 @@ class Formats:
     def __iter__(self) -> Iterator[tuple[str, list[dict] | None]]:
         """Yields for each row where it is in the file, and its turns; None for a row that was added to `bad`.
 
-        A turn is `{"images": [names], "user": text, "assistant": text}`. Raises InputError for a file that can't be
-        read as a whole.
+        A turn is `{"images": [names], "user": text, "assistant": text}`, and the first may have `"system"`. Images that
+        have places inside or behind a text keep them, as `<image>`; with literal_tags, which makes text of `<image>`,
+        they come before it. Raises InputError for a file that can't be read as a whole.
         """
         is_table = self.path.suffix.lower() in csv_rows.DELIMITERS
         rows = csv_rows.rows(self.path, self.bad, self.is_image) if is_table else json_rows.rows(self.path, self.bad)
@@ -57,13 +61,14 @@ class Formats:
         images = [name.strip() for key in ("image", "images") for name in row.get(key, "").split(";") if name.strip()]
         turn = {"images": images, "user": row["question"], "assistant": row["answer"]}
         if system := row.get("system", "").strip():
-            turn["user"] = f"{system}\n{turn['user']}"
-        places, _ = _places([("text", turn["user"])], literal=self.literal_tags and not images)
+            turn["system"] = system
+        parts, literal = [("text", turn["user"])], self.literal_tags and not images
+        places, late = _places(parts, literal)
         if len(places) > len(images):
             raise InputError(f"the question has places for {len(places)} images, but the row has {len(images)}")
         if places:
             _fill(places, deque(images), len(images))
-            turn["user"] = IMAGE_PLACE.sub("\n", turn["user"]).strip()
+            turn["user"] = self.text_of(parts, literal, late)
         used = ("image", "images", "question", "answer", "system")
         self.other_fields([field for field in row.items() if field[0] not in used], images)
         return [turn]
@@ -87,29 +92,29 @@ class Formats:
         """Turns made of messages as `read_message` returns them.
 
         images: those of the example. Those for which no message has a place go to the first turn, after its own.
-        system: a text that goes before the first question, as a system message does.
+        system: a text that is put before those of system messages.
         """
         images = _named_once(messages, images)
         has_images = images or any(own or any(what == "image" for what, _ in parts) for _, parts, own in messages)
-        rest, made, question, moved = deque(images), [], None, False
-        before = f"{system.strip()}\n" if system and system.strip() else ""
+        rest, made, question, any_late = deque(images), [], None, False
+        before, systems = "", [system.strip()] if system and system.strip() else []
         for role, parts, own in messages:
             own = deque(own)
             literal = self.literal_tags and (role == "assistant" or not has_images)
-            text = "\n".join(value for what, value in parts if what == "text")
             places, late = _places(parts, literal)
-            if not literal:
-                text = IMAGE_PLACE.sub("\n", text)
-            text = text.strip()
+            text = self.text_of(parts, literal, late and role == "user")
             if role == "assistant" and (places or own):
                 raise InputError(
                     "an answer has an image, but only questions can: remove it, or give --literal_tags if its <image> "
                     "is text"
                 )
             names = _fill(places, own or rest, len(own or images)) + list(own)
-            moved |= late
+            any_late |= late
             if role == "system" and not names:
-                before += f"{text}\n" if text else ""
+                if made or question:  # only the beginning of a conversation has a place for a system text
+                    before += f"{text}\n" if text else ""
+                elif text:
+                    systems.append(text)
             elif role == "user" and question is None:
                 question = {"images": names, "user": before + text}
                 before = ""
@@ -124,11 +129,22 @@ class Formats:
         if not made or question is not None or before:
             raise InputError("the last message must be an answer")
         made[0]["images"] += rest
-        self.notes["images that were behind or inside of a text are before it now"] += moved
+        if systems:
+            made[0]["system"] = "\n".join(systems)
+        change = "are before it now" if self.literal_tags else "stay there"
+        self.notes[f"images that were behind or inside of a text {change}"] += any_late
         self.notes["more images than places for them: the others follow those of the first question"] += bool(
             rest and len(rest) < len(images)
         )
         return made
+
+    def text_of(self, parts: list[tuple], literal: bool, late: bool) -> str:
+        """The text of a message. late: whether an image comes after some text, so that the images keep their places."""
+        if late and not self.literal_tags:
+            text = join_pieces([(what == "image", PLACE if what == "image" else value) for what, value in parts])
+            return _NUMBERED_PLACE.sub(PLACE, text).strip()
+        text = "\n".join(value for what, value in parts if what == "text")
+        return (text if literal else IMAGE_PLACE.sub("\n", text)).strip()
 
     def other_fields(self, fields: list[tuple], images: list):
         """Raises InputError for a field whose content would be lost, and counts the others as unused."""
@@ -143,9 +159,13 @@ class Formats:
         """The turns. Raises InputError if a text of theirs can't stand in a conversation."""
         has_tag = False
         for turn in turns:
-            for role in ("user", "assistant"):
-                problem = text_problem(turn[role])
-                if not problem and (tag := tag_problem(turn[role])):
+            without = len(turn["images"]) - turn["user"].count(PLACE)  # images that have no place
+            if 0 < without < len(turn["images"]) and not self.literal_tags:
+                turn["user"] += "\n" + without * PLACE
+            for role in ("system", "user", "assistant") if "system" in turn else ("user", "assistant"):
+                problem, of_places = text_problem(turn[role]), role == "user" and not self.literal_tags
+                tag = places_problem(turn[role], len(turn["images"])) if of_places else tag_problem(turn[role])
+                if not problem and tag:
                     problem, has_tag = (None if self.literal_tags else tag), True
                 if problem:
                     raise InputError(f"the {role}'s text {problem}")

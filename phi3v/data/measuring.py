@@ -23,10 +23,11 @@ class Size(NamedTuple):
     digest: int  # as `digest` computes it
 
 
-def digest(text: str, states: Sequence[State]) -> int:
+def digest(text, states: Sequence[State]) -> int:
     """A checksum of an example's text and of its images: of the sizes of their files, or of their content in memory.
 
-    states: of the images, as `state_of_image` returns them. Checkpoints hold it, so it never changes.
+    text: as `_content` returns it. states: of the images, as `state_of_image` returns them. Checkpoints hold the
+    checksum, so it never changes.
     """
     of_images = [state and (state[1] if len(state) == 2 else state[0]) for state in states]
     return zlib.crc32(repr([text, *of_images]).encode())
@@ -43,25 +44,30 @@ def measure(dataset, indices: Sequence[int], kept: KeptSizes | None = None) -> I
     for start in range(0, len(indices), TOGETHER):
         part, new_texts = [], []
         for index in indices[start : start + TOGETHER]:
-            text, images = dataset.chat(index)
+            text, images, learned = dataset.chat(index)
             images_key = dataset.images_key(index)
             if images_key is None or images_key != last_key:
                 last_key, looked_at = images_key, [_Look(dataset, image) for image in images]
             states = [look.state for look in looked_at]
-            key = key_of(text, images, states)
+            key = key_of(_content(text, learned), images, states)
             size, grids = kept.get(key) if kept and key else None, None
             if size is None or not _fits(dataset, size[0]):
                 grids = [look.grid for look in looked_at]
                 key = key if all(look.is_good for look in looked_at) else None
                 new_texts.append(text)
-            part.append((index, text, states, key, size, grids))
+            part.append((index, text, learned, states, key, size, grids))
         chunks = iter(dataset.processor.chunks_of(new_texts) if new_texts else ())
-        for index, text, states, key, size, grids in part:
+        for index, text, learned, states, key, size, grids in part:
             if grids is None:
                 yield Size(*size), key
             else:
-                size, is_whole = _count(dataset, index, text, states, grids, *next(chunks))
-                yield size, key if is_whole else None
+                counts, is_whole = _count(dataset, index, text, learned, grids, *next(chunks))
+                yield Size(*counts, digest(_content(text, learned), states)), key if is_whole else None
+
+
+def _content(text: str, learned: tuple[bool, ...] | None):
+    """What identifies a text and what is learned of it: the text alone if that is every answer."""
+    return text if learned is None else (text, learned)
 
 
 def _fits(dataset, tokens: int) -> bool:
@@ -83,9 +89,9 @@ class _Look:
 
 
 def _count(
-    dataset, index: int, text: str, states, grids, chunks: list[list[int]], tags: list[int]
-) -> tuple[Size, bool]:
-    """The Size, and whether it is that of the whole example, which was not cut off.
+    dataset, index: int, text: str, learned, grids, chunks: list[list[int]], tags: list[int]
+) -> tuple[tuple[int, int, int, int], bool]:
+    """A Size without its digest, and whether it is that of the whole example, which was not cut off.
 
     chunks, tags: as the processor's `chunks_of` returns them.
     """
@@ -96,27 +102,27 @@ def _count(
     tokens = sum(map(len, chunks)) + image_tokens
     is_whole = _fits(dataset, tokens)
     if not is_whole:  # which is an error, or the example is cut off
-        encoded = dataset.encode_text(index, text, grids)
+        encoded = dataset.encode_text(index, text, grids, learned)
         ids, labels = encoded["input_ids"], encoded["labels"]
         tokens, image_tokens, targets = len(ids), int((ids < 0).sum()), int((labels != IGNORE_INDEX).sum())
     else:
-        targets = _targets(chunks, tags, of_images, processor.tokenizer)
-    return Size(tokens, image_tokens, sum(h * w + 1 for h, w in grids), targets, digest(text, states)), is_whole
+        targets = _targets(chunks, tags, of_images, processor.tokenizer, learned)
+    return (tokens, image_tokens, sum(h * w + 1 for h, w in grids), targets), is_whole
 
 
-def _targets(chunks: list[list[int]], tags: list[int], of_images: list[int], tokenizer) -> int:
-    """The number of supervised tokens: those of every answer up to the next turn, as labels have them.
+def _targets(chunks: list[list[int]], tags: list[int], of_images: list[int], tokenizer, learned) -> int:
+    """The number of supervised tokens: those of every learned answer up to the next turn, as labels have them.
 
-    of_images: the tokens of each image.
+    of_images: the tokens of each image. learned: as `ConversationDataset.chat` returns it.
     """
     roles = dict(zip(tokenizer.convert_tokens_to_ids(list(ROLE_TOKENS)), ROLE_TOKENS, strict=True))
-    targets, answering = 0, False
+    targets, answering, answers = 0, False, iter(learned or ())
     for tag, chunk in zip([None, *tags], chunks, strict=True):
         if answering and tag and -tag != IGNORE_INDEX:
             targets += of_images[tag - 1]
         for token in chunk:
             if token in roles:
-                answering = roles[token] == ASSISTANT
+                answering = roles[token] == ASSISTANT and next(answers, True)
             else:
                 targets += answering
     return targets

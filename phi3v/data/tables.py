@@ -16,8 +16,9 @@ from ..hub import fetch_data
 from ..hub_names import data_revision
 from ..inside import Inside, real_folders
 from ..ranks import is_first, is_first_of_node
-from .annotations import ROLES, text_problem
+from .annotations import ROLES
 from .table_files import damage, features_of, files_of_split
+from .texts import text_problem
 from .unsupported import tag_problem
 
 ROW = "row_in_split"  # a column with the number that a row has in its split

@@ -49,8 +49,8 @@ def flatten(messages: list[dict], image_tag) -> tuple[list[dict], list]:
 
     A content is a text, or a list of {"type": "text", "text"}, {"type": "image"} with the image under "image", "url",
     "path" or "base64", and {"type": "image_url", "image_url": {"url"}}. An image that is only a place has none of
-    these keys; the caller gives such images himself. Images are numbered over all messages. Tags of neighbouring images
-    stand together, and a line break stands between them and texts, as in training.
+    these keys; the caller gives such images himself. Images are numbered over all messages. The text of a message is
+    what `join_pieces` makes of its parts, as in training.
 
     image_tag: returns the tag of an image, by its number.
     Raises ValueError for content of another kind.
@@ -72,11 +72,29 @@ def flatten(messages: list[dict], image_tag) -> tuple[list[dict], list]:
                 images += _image_of(part)
             else:
                 raise ValueError(f"a message has a part of type {kind!r:.80}, must be text, image or image_url")
-        lines = []
-        for is_image, group in groupby(pieces, key=lambda piece: piece[0]):
-            lines.append(("" if is_image else "\n").join(text for _, text in group))
-        flat.append({**message, "content": "\n".join(lines)})
+        flat.append({**message, "content": join_pieces(pieces)})
     return flat, images
+
+
+def join_pieces(pieces: list[tuple[bool, str]]) -> str:
+    """One text of texts and tags of images, each given as (is a tag, text).
+
+    Neighbouring tags stand together, and texts in lines of their own. If all tags come first, a line break stands
+    between them and the text. Between another tag and a text it stands only where the text has no white space itself,
+    so that "Image-1: ", tag, " is" is one sentence.
+    """
+    groups = [
+        (is_tag, ("" if is_tag else "\n").join(text for _, text in group))
+        for is_tag, group in groupby(pieces, key=lambda piece: piece[0])
+    ]
+    tags_come_first = [is_tag for is_tag, _ in groups] == [True, False]
+    joined = ""
+    for i, (is_tag, text) in enumerate(groups):
+        at_seam = joined[-1:] if is_tag else text[:1]  # of the text beside the tag
+        if i and (tags_come_first or not at_seam.isspace()):
+            joined += "\n"
+        joined += text
+    return joined
 
 
 def _image_of(part: dict) -> list:

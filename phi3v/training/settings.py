@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 
 from ..deepspeed_config import BATCHES
 from ..errors import InputError
+from ..hub_names import data_commits
 from ..secrets import without_secrets_in
 
 # Flags that may differ between the processes of one run.
@@ -135,6 +136,17 @@ def settings_of(args, training_args, **more) -> dict:
     args: a script's flags; training_args: a TrainingArguments; more: what else the result depends on.
     """
     return _as_json(training_args.to_dict() | vars(args) | {"world_size": training_args.world_size} | more)
+
+
+def settings_of_run(args, training_args, tokens: int | None, data: str, stored: dict) -> dict:
+    """`settings_of` with what a run finds out: the tokens that fill a micro-batch, a fingerprint of the data, and those
+    of what it starts from. stored: the settings in the checkpoint that it resumes from."""
+    more = fingerprints(args) | {"tokens": tokens, "data": data}
+    if data_commits:
+        more["data_commits"] = dict(sorted(data_commits.items()))
+    # A resumed run keeps what it began with: cached features differ from computed ones by rounding.
+    more["cached"] = stored.get("cached", False) if args.cache_vision_features else False
+    return settings_of(args, training_args, **more)
 
 
 def with_defaults(stored: dict, now: dict, args, training_args) -> dict:

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from phi3v.data.annotations import check_text, read_conversations, text_problem
+from phi3v.data.annotations import read_conversations
 from phi3v.data.check import check_images
 from phi3v.data.conversations import ConversationDataset
+from phi3v.data.texts import check_text, text_problem
 from phi3v.errors import BadExamples, InputError
 from phi3v.report.page import _thumbnail
 from phi3v.text import printable
@@ -93,6 +94,9 @@ def test_bad_annotations_are_named(name, folder):
     assert text.count("\n") == (0 if "problems" not in text else min(10, int(text.split()[1].replace(",", ""))))
 
 
+MORE = {"system": {"system"}, "train": {"train"}, "a_place": {"places"}}  # keys of turns in a case of ACCEPTED
+
+
 @pytest.mark.parametrize("name", bad_inputs.ACCEPTED)
 def test_unusual_annotations_are_read(name, folder):
     path = folder / f"{name}.jsonl"
@@ -101,7 +105,8 @@ def test_unusual_annotations_are_read(name, folder):
     for example in examples:
         assert isinstance(example["id"], (str, int)) and set(example) == {"id", "conversations"}
         for turn in example["conversations"]:
-            assert set(turn) == {"images", "user", "assistant"} and all(map(os.path.isfile, turn["images"]))
+            assert all(map(os.path.isfile, turn["images"]))
+            assert set(turn) - {"images", "user", "assistant"} == MORE.get(name, set()) & set(turn)
     assert name != "no_id" or examples[0]["id"] == f"{path}:1"
 
 
@@ -207,6 +212,68 @@ def test_tags_of_media_can_be_allowed(folder):
     path.write_bytes(bad_inputs.turn(user="<|image_1|>"))
     with pytest.raises(InputError, match="the chat format reserves"):
         read_conversations(path, folder / "images", literal_tags=True)
+
+
+def turns_of(folder, **changes):
+    path = folder / "turns.jsonl"
+    path.write_bytes(bad_inputs.line(**changes))
+    return read_conversations(path, folder / "images")[0]["conversations"]
+
+
+@pytest.mark.parametrize(
+    ("user", "wanted", "is_inside"),
+    [
+        ("Which?", "Which?", False),
+        ("<image><image>\nWhich?", "Which?", False),
+        (" <image>\n<image> Which? ", "Which? ", False),
+        ("1: <image> 2: <image> Which?", "1: <image> 2: <image> Which?", True),
+        ("<image> or <image>?", "<image> or <image>?", True),
+        ("<image>\n<image>\nWhich? &lt;image&gt;", "Which? &lt;image&gt;", False),
+    ],
+)
+def test_places_of_images(user, wanted, is_inside, folder):
+    names = ["a.png", "folder/c.png"]
+    (turn,) = turns_of(folder, conversations=[bad_inputs.TURN | {"images": names, "user": user}])
+    assert turn == {
+        "images": [str(folder / "images" / name) for name in names], "user": wanted, "assistant": "yes",
+        **({"places": True} if is_inside else {}),
+    }  # fmt: skip
+    path = folder / "turns.jsonl"  # with --literal_tags, it is text
+    (example,) = read_conversations(path, folder / "images", literal_tags=True)
+    assert example["conversations"] == [{"images": turn["images"], "user": user, "assistant": "yes"}]
+
+
+def test_a_system_text_comes_before_the_first_turn(folder):
+    first, second = turns_of(folder, system="Be brief.", conversations=[bad_inputs.TURN] * 2)
+    assert first["system"] == "Be brief." and "system" not in second
+
+
+@pytest.mark.parametrize(
+    ("flags", "loss_on", "message"),
+    [
+        ([False], "all", "no answer is learned, because train is false in all turns: remove the field"),
+        ([False, False], "all", "no answer is learned"),
+        ([False], "last", "conversations[0].train is false, but --loss_on last trains this answer alone"),
+        ([True, False], "last", "conversations[1].train is false, but --loss_on last"),
+        ([True, False], "all", None),
+        ([False, True], "last", None),
+        ([False, None], "last", None),
+        ([False, False], None, None),  # evaluation asks the last turn in any case
+    ],
+)
+def test_something_must_be_learned(flags, loss_on, message, folder):
+    turns = [bad_inputs.TURN | {"train": train} for train in flags]
+    path, bad = folder / "learned.jsonl", BadExamples(skip=True)
+    path.write_bytes(bad_inputs.line(conversations=turns) + bad_inputs.line(id="2"))
+    if message is None:
+        examples = read_conversations(path, folder / "images", loss_on=loss_on)
+        assert [turn.get("train", True) for turn in examples[0]["conversations"]] == [t is not False for t in flags]
+        return
+    with pytest.raises(InputError) as error:
+        read_conversations(path, folder / "images", loss_on=loss_on)
+    assert f"{path}:1: {message}" in str(error.value) and "\n" not in str(error.value)
+    (example,) = read_conversations(path, folder / "images", bad, loss_on=loss_on)
+    assert example["id"] == "2" and message in bad.left_out[0]
 
 
 def test_bad_lines_are_left_out_and_remembered(folder, capsys):

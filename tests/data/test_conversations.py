@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from phi3v import Phi3VProcessor
-from phi3v.data.annotations import text_problem
 from phi3v.data.check import check_images
 from phi3v.data.conversations import encode_conversation
+from phi3v.data.texts import text_problem
 from phi3v.errors import InputError
 
 SNAPSHOT = os.environ.get("PHI3V_SNAPSHOT")

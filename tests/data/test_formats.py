@@ -74,7 +74,8 @@ def test_images_beside_the_messages(messages, images, tmp_path):
 def test_images_inside_of_a_message(part, tmp_path):
     assert one(tmp_path, say([part, text("What?")])) == (["a.png"], "What?", "A cat.", [])
     found = one(tmp_path, say([part, text("<image> What?"), {"type": "image"}]) | {"images": ["b.png", "c.png"]})
-    assert found[:3] == (["a.png", "b.png", "c.png"], "What?", "A cat.") and "behind or inside of a text" in found[3][0]
+    assert found[:2] == (["a.png", "b.png", "c.png"], "<image>\n<image> What?\n<image>")
+    assert "behind or inside of a text stay there" in found[3][0]
 
 
 def test_images_of_a_message(tmp_path):
@@ -118,7 +119,9 @@ def test_parts_by_index_as_in_llava_instruct_mix(tmp_path):
     parts = [{"index": None, "text": "Which?", "type": "text"}] + [
         {"index": i, "text": None, "type": "image"} for i in (0, 1)
     ]
-    assert one(tmp_path, say(parts) | {"images": ["a.png", "b.png"]})[:2] == (["a.png", "b.png"], "Which?")
+    found = one(tmp_path, say(parts) | {"images": ["a.png", "b.png"]})
+    assert found[:2] == (["a.png", "b.png"], "Which?\n<image><image>")
+    assert one(tmp_path, say(parts[1:] + parts[:1]) | {"images": ["a.png", "b.png"]})[1] == "Which?"
     with pytest.raises(InputError, match="a place is for image 2 of the list, but image 1 is the next one"):
         read(tmp_path, say(parts[::2]) | {"images": ["a.png", "b.png"]})
 
@@ -131,18 +134,50 @@ def test_images_without_a_place_follow_those_with_one(tmp_path):
     assert [turn["images"] for turn in found[0]] == [["b.png"], ["a.png"]] and "more images than places" in notes[0]
 
 
-@pytest.mark.parametrize(
-    ("content", "wanted", "moved"),
-    [
-        ("<image>\n<image>\nWhich?", "Which?", False),
-        ("Which? <image> <image>", "Which?", True),
-        ("Is <image> larger than <|image_2|>?", "Is\nlarger than\n?", True),
-        ([{"type": "image"}, text("Which?"), {"type": "image"}], "Which?", True),
-    ],
-)
-def test_images_that_are_moved_before_their_text_are_counted(content, wanted, moved, tmp_path):
-    images, user, _, notes = one(tmp_path, say(content) | {"images": ["a.png", "b.png"]})
-    assert (images, user) == (["a.png", "b.png"], wanted) and bool(notes) == moved
+PLACES = [  # (content, text with places that stay, text with --literal_tags, where all images come before it)
+    ("<image>\n<image>\nWhich?", "Which?", "Which?"),
+    (" <|image_1|><|image_2|> Which?\n", "Which?", "Which?"),
+    ([{"type": "image"}, text("<image>\nWhich?")], "Which?", "Which?"),
+    ("Which? <image> <image>", "Which? <image> <image>", "Which?"),
+    ("Which?\n<image>\n<image>\n", "Which?\n<image>\n<image>", "Which?"),
+    ("Is <image> larger than <|image_2|>?", "Is <image> larger than <image>?", "Is\nlarger than\n?"),
+    ("<image> or <image>: which?", "<image> or <image>: which?", "or\n: which?"),
+    ([{"type": "image"}, text("Which?"), {"type": "image"}], "<image>\nWhich?\n<image>", "Which?"),
+    ([text("1: "), {"type": "image"}, text(" 2: "), {"type": "image"}], "1: <image> 2: <image>", "1: \n 2:"),
+]
+
+
+@pytest.mark.parametrize(("content", "wanted", "moved"), PLACES)
+def test_images_inside_or_behind_their_text_stay_there(content, wanted, moved, tmp_path):
+    example = say(content) | {"images": ["a.png", "b.png"]}
+    assert one(tmp_path, example) == (
+        ["a.png", "b.png"], wanted, "A cat.",
+        ["1 images that were behind or inside of a text stay there"] if "<image>" in wanted else [],
+    )  # fmt: skip
+    images, user, _, notes = one(tmp_path, example, literal_tags=True)
+    assert (images, user) == (["a.png", "b.png"], moved) and bool(notes) == ("<image>" in wanted)
+    assert not notes or "before it now" in notes[0]
+
+
+@pytest.mark.parametrize("content", [content for content, *_ in PLACES if isinstance(content, str)])
+def test_places_in_a_table_are_those_of_a_message(content, tmp_path):
+    table = f'image,question,answer\na.png;b.png,"{content}",A cat.\n'
+    wanted = one(tmp_path, say(content) | {"images": ["a.png", "b.png"]})[:2]
+    assert one(tmp_path, table, name="a.csv")[:2] == wanted
+
+
+def test_images_without_a_place_follow_a_text_whose_images_stay(tmp_path):
+    images = ["a.png", "b.png", "c.png"]
+    found = one(tmp_path, say("Is <image> red?") | {"images": images})
+    assert found[:2] == (images, "Is <image> red?\n<image><image>")
+    ask = {"role": "user", "content": "Is <image> red?", "images": images[1:]}
+    ((turn, second),), _ = read(tmp_path, {"messages": [ASK, ANSWER, ask, ANSWER]})
+    assert (turn["user"], second["images"], second["user"]) == ("What?", images[1:], "Is <image> red?\n<image>")
+
+
+def test_an_escaped_place_is_no_place(tmp_path):
+    with pytest.raises(InputError, match="the user's text holds '<image>', which stands for"):
+        one(tmp_path, say(r"Is \<image> red?") | {"images": ["a.png"]})
 
 
 # ---- System texts
@@ -151,22 +186,33 @@ def test_images_that_are_moved_before_their_text_are_counted(content, wanted, mo
 @pytest.mark.parametrize(
     ("example", "wanted"),
     [
-        ({"system": "Be brief."}, "Be brief.\nWhat?"),
-        ({"system": " "}, "What?"),
-        ({"system": None}, "What?"),
-        ({"messages": [{"role": "system", "content": "Be brief."}, ASK, ANSWER]}, "Be brief.\nWhat?"),
-        ({"system": "One.", "messages": [{"role": "system", "content": "Two."}, ASK, ANSWER]}, "One.\nTwo.\nWhat?"),
-        ({"messages": [*({"role": "system", "content": t} for t in ("1", "2")), ASK, ANSWER]}, "1\n2\nWhat?"),
+        ({"system": "Be brief."}, "Be brief."),
+        ({"system": " "}, None),
+        ({"system": None}, None),
+        ({"messages": [{"role": "system", "content": "Be brief."}, ASK, ANSWER]}, "Be brief."),
+        ({"messages": [{"role": "system", "content": [text("Be"), text("brief.")]}, ASK, ANSWER]}, "Be\nbrief."),
+        ({"system": "One.", "messages": [{"role": "system", "content": "Two."}, ASK, ANSWER]}, "One.\nTwo."),
+        ({"messages": [*({"role": "system", "content": t} for t in ("1", "2")), ASK, ANSWER]}, "1\n2"),
     ],
 )
-def test_system_texts_come_before_the_first_question(example, wanted, tmp_path):
-    assert one(tmp_path, {"messages": [ASK, ANSWER]} | example)[1] == wanted
+def test_a_system_text_is_that_of_the_conversation(example, wanted, tmp_path):
+    (((turn),),), _ = read(tmp_path, {"messages": [ASK, ANSWER]} | example)
+    assert turn.get("system") == wanted and turn["user"] == "What?"
+
+
+def test_a_later_system_text_comes_before_the_next_question(tmp_path):
+    later = {"role": "system", "content": "Be brief."}
+    ((first, second),), _ = read(tmp_path, {"messages": [later, *TWO_TURNS[:2], later, *TWO_TURNS[2:]]})
+    assert first["system"] == "Be brief." and second["user"] == "Be brief.\nWhy?" and "system" not in second
+    with pytest.raises(InputError, match="the system's text holds '<video>'"):
+        read(tmp_path, {"messages": TWO_TURNS, "system": "<video>"})
 
 
 def test_the_system_column_of_a_table(tmp_path):
     content = "image,question,answer,system,source\na.png,What?,A cat.,Be brief.,web\n"
-    wanted = (["a.png"], "Be brief.\nWhat?", "A cat.", ["note: a: fields that are not used: source (1 times)"])
-    assert one(tmp_path, content, name="a.csv") == wanted
+    ((turn,),), notes = read(tmp_path, content, name="a.csv")
+    assert turn == {"images": ["a.png"], "user": "What?", "assistant": "A cat.", "system": "Be brief."}
+    assert notes == ["note: a: fields that are not used: source (1 times)"]
 
 
 # ---- What can't be used

@@ -53,6 +53,23 @@ def test_order_of_texts_and_images(photo):
     assert flat == [{"role": "user", "content": "a\n<|image_1|>\nb\nc"}] and images == []
 
 
+@pytest.mark.parametrize(
+    ("pieces", "wanted"),
+    [
+        (["I", "I", "Which?"], "II\nWhich?"),
+        (["I", " Which?"], "I\n Which?"),
+        (["1: ", "I", " 2: ", "I", " Which?"], "1: I 2: I Which?"),
+        (["1:\n", "I", "I", "2:", "I"], "1:\nII\n2:\nI"),
+        (["I", " or ", "I", "?"], "I or I\n?"),
+        (["Which?", "I"], "Which?\nI"),
+        (["I"], "I"),
+        ([], ""),
+    ],
+)
+def test_line_breaks_between_texts_and_images(pieces, wanted):
+    assert chat.join_pieces([(piece == "I", piece) for piece in pieces]) == wanted
+
+
 def test_places_of_images(photo, monkeypatch):
     encoded = base64.b64encode(photo.read_bytes()).decode()
     monkeypatch.setattr(urllib.request, "urlopen", lambda address, timeout: open(photo, "rb"))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import convert_ucf101
 from convert_ucf101 import InputError, class_problem, convert_video, find_videos, main, printable, why_not_a_video
-from phi3v.data.annotations import text_problem
+from phi3v.data.texts import text_problem
 from phi3v.data.unsupported import tag_problem
 from phi3v.model.chat import END_TOKENS, OTHER_TOKENS, ROLE_TOKENS
 

@@ -73,6 +73,32 @@ def test_the_answer_is_that_of_generate(number, images, processor, capsys):
     assert asked(capsys, CHECKPOINT, "--question", QUESTION, *images[:number]) == wanted + "\n"
 
 
+def test_images_inside_of_a_question_and_a_text_of_the_system(images, processor, capsys):
+    model = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+
+    def wanted(content, system=""):
+        prompt = f"{system}<|user|>\n{content}<|end|>\n<|assistant|>\n"
+        return expected(model, processor, prompt, images, 20) + "\n"
+
+    ask_both = [CHECKPOINT, *images, "--max_new_tokens", 20, "--question"]
+    inside = "Is <|image_1|> larger than <|image_2|>?"
+    assert asked(capsys, *ask_both, "Is <image> larger than <image>?") == wanted(inside)
+    found = asked(capsys, *ask_both, "Is <image> larger than <image>?", "--system", "Be brief.")
+    assert found == wanted(inside, "<|system|>\nBe brief.<|end|>\n")
+    assert asked(capsys, *ask_both, "<image> <image>\nWhich?") == wanted("<|image_1|><|image_2|>\nWhich?")
+    literal = asked(capsys, *ask_both, "What is <image>?", "--literal_tags")
+    assert literal == wanted("<|image_1|><|image_2|>\nWhat is <image>?")
+    for question, message in (
+        ("Is <image> red?", "--question is 'Is <image> red[?]', with 1 of the places <image> for 2 images"),
+        ("<image><image>", "--question is '<image><image>', which holds no text beside its places"),
+    ):
+        with pytest.raises(ask.InputError, match=message):
+            ask.parse_arguments(list(map(str, [*ask_both, question])))
+    with pytest.raises(ask.InputError, match=r"--system holds '<\|end\|>'"):
+        ask.parse_arguments([str(CHECKPOINT), "--system", "a<|end|>"])
+    ask.parse_arguments([str(CHECKPOINT), "--question", "What does <image> mean?"])  # without images it is text
+
+
 def test_a_follow_up_keeps_the_conversation(images, monkeypatch, capsys):
     conversations = []
     encode = ask.encode

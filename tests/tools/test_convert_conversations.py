@@ -9,7 +9,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from helpers import ROOT
+from helpers import ROOT, fuzz
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from phi3v.data.annotations import read_conversations
@@ -17,6 +19,7 @@ from phi3v.errors import InputError
 from tools import convert_conversations
 
 SCHEMA = json.loads((ROOT / "tools" / "conversations.schema.json").read_text(encoding="utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 MESSAGES = {
     "messages": [
         {"role": "system", "content": "Be brief."},
@@ -92,7 +95,8 @@ def test_formats(name, images, tmp_path):
     assert len(set(images_of(train + val))) == 4 * n_images and not (tmp_path / "out" / "left_out.txt").exists()
     if name == "a.jsonl":
         first, second = val[0]["conversations"]
-        assert first["user"] == "Be brief.\nWhich?" and first["assistant"] == "The left."
+        assert first["system"] == "Be brief." and '"system": "Be brief.", "conversations"' in lines[3]
+        assert first["user"] == "<image>\nWhich?\n<image>" and first["assistant"] == "The left."
         assert second == {"images": [], "user": "Why?", "assistant": "It is."}
 
 
@@ -478,7 +482,9 @@ GOOD_TURN = {"images": [], "user": "a", "assistant": "a"}
         {"id": True, "conversations": [{"images": [], "user": "a", "assistant": "a"}]},
         [1],
         *({"conversations": [GOOD_TURN | {"user": tag}]} for tag in ("<video>", "<ImageHere>", "<image 1>")),
-        *({"conversations": [GOOD_TURN], name: "x"} for name in ("image", "images", "system", "messages", "videos")),
+        *({"conversations": [GOOD_TURN], name: "x"} for name in ("image", "images", "messages", "videos")),
+        *({"conversations": [GOOD_TURN], "system": text} for text in (" ", 3, "<image>", "<|end|>", "<video>")),
+        *({"conversations": [GOOD_TURN | {"train": value}]} for value in (0, "no", [])),
         *({"conversations": [GOOD_TURN | {name: "x"}]} for name in ("image", "system", "audio_url", "bboxes")),
     ],
 )  # fmt: skip
@@ -503,3 +509,37 @@ def test_the_schema_agrees_about_what_is_not_used(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n")
     assert read_conversations(tmp_path / "a.jsonl", tmp_path) == [{"id": 1, "conversations": [GOOD_TURN]}]
     assert "fields that are not used: conversations[].note (1 times), extra (1 times)\n" in capsys.readouterr().out
+
+
+# Texts of a turn, made of pieces that are allowed, places, and what either of the two might see differently.
+PIECES = ["<image>", "<image>", " ", "\n", "a", "<image", "\\<image>", "<Image>", "<image 1>", "<|image_1|>", "<|im"]
+PIECES += ["<video>", "<s>", "<IMG_CONTEXT>", "[IMG_BREAK]", "<vi_END>", "\0", "age>", "&lt;image&gt;"]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=5).map("".join) | st.sampled_from([None, 3, "Which?", "1: <image>"])
+TURNS = st.fixed_dictionaries(
+    {"user": TEXTS | st.integers(0, 9).map(lambda n: "1" + "<image>" * n), "assistant": TEXTS | st.just("yes")},
+    optional={
+        "images": st.integers(0, 9).map(lambda n: ["a.png"] * n) | st.sampled_from([None, [], "a.png", [1]]),
+        "train": st.sampled_from([True, False, False, None, 0, "no"]),
+        "system": st.sampled_from(["", None, "x"]),
+    },
+)
+EXAMPLES = st.fixed_dictionaries(
+    {"conversations": st.lists(TURNS, max_size=2)},
+    optional={"system": TEXTS, "id": st.sampled_from([None, "", 1, "a"])},
+)
+
+
+@fuzz(250)
+@given(EXAMPLES)
+def test_the_schema_agrees_with_the_reader_about_random_turns(tmp_path_factory, example):
+    folder = tmp_path_factory.getbasetemp() / "schema"
+    if not folder.exists():
+        folder.mkdir()
+        Image.new("RGB", (9, 9)).save(folder / "a.png")
+    (folder / "a.jsonl").write_text(json.dumps(example) + "\n")
+    try:
+        read_conversations(folder / "a.jsonl", folder)
+        problem = None
+    except InputError as e:
+        problem = e
+    assert VALIDATOR.is_valid(example) == (problem is None), problem

@@ -5,7 +5,7 @@ import shutil
 import bad_files
 import pytest
 import torch
-from helpers import CHECKPOINT, SIX_STEPS, train_losses
+from helpers import CHECKPOINT, SIX_STEPS, loss_by_hand, train_losses, write_written_data
 from PIL import Image
 
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
@@ -51,6 +51,15 @@ def test_training_is_the_same_with_cached_features(toy_data, tmp_path, always_pa
     assert again == cached
     in_evaluation = sum(encoded) - again_from  # after training; nothing is computed for training
     assert in_evaluation < without / 4
+
+
+def test_features_of_images_inside_of_texts(made_once, tmp_path, always_pays):
+    data = made_once("written", write_written_data)
+    flags = (
+        "--freeze_vision_model --max_steps 1 --batch_size 4 --batch_size_per_gpu 4 --deepspeed none --no_eval_before"
+    )
+    first = train_losses(data, tmp_path / "out", *flags.split(), "--cache_vision_features", str(tmp_path / "cache"))
+    assert first == [pytest.approx(loss_by_hand(data), rel=1e-6)] and list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def dataset_of(toy_data, **options):

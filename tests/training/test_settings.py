@@ -25,6 +25,7 @@ CHANGES = [
     (["--seed", "7"], "seed: 42 then, 7 now", True),
     (["--batch_size", "8"], "batch_size: 4 then, 8 now", True),
     (["--max_train_samples", "20"], "data: ", True),
+    (["--loss_on", "last"], 'loss_on: "all" then, "last" now', True),
     (["--num_crops", "1"], "num_crops: 2 then, 1 now", True),
     (["--exif_rotate"], "exif_rotate: null then, true now", True),
     (["--freeze_vision_model"], "freeze_vision_model: false then, true now", False),

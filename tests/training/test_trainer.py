@@ -5,7 +5,19 @@ import re
 
 import pytest
 import torch
-from helpers import CHECKPOINT, SHORT, SIX_STEPS, arguments, assert_same_run, train_losses, train_resumable
+from helpers import (
+    CHECKPOINT,
+    SHORT,
+    SIX_STEPS,
+    arguments,
+    assert_same_run,
+    loss_by_hand,
+    losses_of,
+    train,
+    train_losses,
+    train_resumable,
+    write_written_data,
+)
 
 import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
@@ -38,6 +50,15 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_of_a_step(toy_data, one
         if abs(sum(sums[i][0] for i in (a, b, c, d)) / sum(sums[i][1] for i in (a, b, c, d)) - first) < 1e-6
     ]
     assert found
+
+
+@pytest.mark.parametrize(("at_once", "loss_on"), [(1, "all"), (4, "all"), (4, "last")])
+def test_the_loss_is_that_of_the_learned_answers_by_hand(at_once, loss_on, made_once, tmp_path):
+    """With images inside of texts, a text of the system, a turn that is not learned, alone and in one packed row."""
+    data = made_once("written", write_written_data)
+    flags = f"--max_steps 1 --batch_size 4 --batch_size_per_gpu {at_once} --deepspeed none --no_eval_before"
+    trainer = train(data, tmp_path, *flags.split(), "--loss_on", loss_on)
+    assert losses_of(trainer) == [pytest.approx(loss_by_hand(data, loss_on), rel=1e-6)]
 
 
 def test_micro_batches_of_four(toy_data, tmp_path, one_process):

@@ -31,9 +31,11 @@ from helpers import (
     assert_same_run,
     digest_of_weights,
     environment,
+    loss_by_hand,
     start_training,
     train_losses,
     wait_for_checkpoint,
+    write_written_data,
 )
 from safetensors.torch import load_file
 from two_ranks import LAUNCH_TWO_RANKS, TwoRanks
@@ -130,6 +132,13 @@ def test_two_ranks_that_train_whole_parts_are_one_training(mode, ranks, toy_data
         found = load_file(tmp_path / "two" / path.name)
         for name, tensor in load_file(path).items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_two_ranks_learn_the_answers_that_are_chosen(ranks, made_once, tmp_path):
+    data = made_once("written", write_written_data)
+    flags = "--max_steps 1 --batch_size 4 --batch_size_per_gpu 2 --deepspeed none --no_eval_before --loss_on last"
+    first, second = ranks.train(*arguments(data, tmp_path / "out", *flags.split()))
+    assert first["losses"] == second["losses"] == [pytest.approx(loss_by_hand(data, "last"), rel=1e-6)]
 
 
 def test_two_ranks_with_micro_batches_filled_by_tokens_are_one_training(ranks, toy_data, tmp_path, one_process):
