@@ -5,6 +5,8 @@
 #                offline; WORKERS=4 takes four processes, and WORKERS=0 one
 # make gpu-report  proves on this machine's GPU what the documentation says, and writes output/gpu-report/report.md; give
 #                flags with FLAGS="--stages right --minutes 10"
+# make test-browser   drives the page of `tools/ask.py --serve` in Chromium, which it takes from the system, or else from
+#                Playwright in .venv-browser
 # make shared    copies the blocks between `# shared:` and `# end shared` from finetune_hf_trainer_docvqa.py to the other
 #                training scripts
 # make test-oldest   installs the lower bounds of requirements.txt into .venv-oldest (about 6 GB), and runs the tests of
@@ -28,7 +30,7 @@ FLAGS_frozen := --freeze_vision_model
 FLAGS_lora := --use_lora --learning_rate 2e-3
 FLAGS_qlora := --use_qlora --learning_rate 2e-3
 
-.PHONY: demo check-demo install test test-oldest gpu-report shared
+.PHONY: demo check-demo install test test-browser test-oldest gpu-report shared
 
 demo: check-demo .venv/installed $(DATA)/made
 	@echo "== fine-tuning demo/base_checkpoint: TASK=$(TASK) MODE=$(MODE), one process per GPU or two on a CPU"
@@ -76,6 +78,15 @@ test: .venv/installed-test
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=10 \
 		-n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.venv-browser/installed:
+	test -x .venv-browser/bin/python || $(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/pip install -q playwright pillow
+	test -n "$$(command -v chromium chromium-browser google-chrome)" || .venv-browser/bin/playwright install chromium
+	touch $@
+
+test-browser: .venv/installed-test .venv-browser/installed
+	.venv-browser/bin/python tests/browser/served_page.py
 
 gpu-report: .venv/installed
 	$(BIN)/python benchmarks/gpu_report.py $(FLAGS)

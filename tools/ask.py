@@ -3,6 +3,7 @@
     python tools/ask.py output/ cat.jpg --question "What is shown?"
     python tools/ask.py output/ left.jpg right.jpg      # a conversation: type the questions
     python tools/ask.py output/ < questions.txt         # a conversation without images, one question per line
+    python tools/ask.py output/ --serve                 # a page for the browser, to drop pictures on and ask
 
 The folder holds a whole model, or an adapter whose base model is loaded too. The images come before the first
 question, or at its places <image>, as in --question "Is <image> larger than <image>?". An empty line or Ctrl-D ends the
@@ -14,6 +15,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +54,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--question", help="ask only this; default: questions from standard input, one per line")
     parser.add_argument("--system", help="a text for the system, before the conversation, as in training")
     parser.add_argument("--literal_tags", action="store_true", help="<image> in a question is text, and no place")
+    parser.add_argument("--serve", action="store_true", help="serve a local web page; needs pip install -e '.[serve]'")
+    parser.add_argument("--host", default="127.0.0.1", help="with --serve: address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="with --serve: port (default: %(default)s)")
     parser.add_argument("--base", help="the adapter's base model, if it is not where adapter_config.json says")
     parser.add_argument(
         "--load_in_4bit",
@@ -65,8 +70,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.max_new_tokens < 1 or (args.num_crops is not None and args.num_crops < 1):
         raise InputError(f"--num_crops {args.num_crops}, --max_new_tokens {args.max_new_tokens}: must be at least 1")
+    check_serve(parser, args)
     if args.question is not None:
-        make_turn(args, args.question, "--question", is_first=True)
+        make_turn(args, args.images, args.question, "--question", is_first=True)
     if args.system is not None:
         check_text(args.system, "--system")
     args.folder, args.revision = split_revision(args.folder, "folder")
@@ -84,18 +90,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def make_turn(args: argparse.Namespace, question: str, name: str, is_first: bool) -> dict:
-    """A turn of a conversation without its answer; the first has the images and the system text.
+def make_turn(args: argparse.Namespace, images: list, question: str, name: str, is_first: bool) -> dict:
+    """A turn of a conversation without its answer; the first has the system text.
 
     Raises InputError, with the question's name, for a question that can't be asked.
     """
     check_text(question, name)
-    turn = {"images": args.images if is_first else [], "user": question, "assistant": ""}
+    turn = {"images": images, "user": question, "assistant": ""}
     if turn["images"] and PLACE in question and not args.literal_tags:
         if problem := places_problem(question, len(turn["images"])):
             raise InputError(f"{name} {problem}")
         put_in_place(turn)
     return turn | {"system": args.system} if is_first and args.system is not None else turn
+
+
+def check_serve(parser: Parser, args: argparse.Namespace):
+    """Raises InputError for flags that do not go with --serve, or need it."""
+    if not 0 <= args.port < 2**16:
+        parser.error(f"--port {args.port}: must be 0 to 65535; with 0 the system chooses one")
+    if args.serve and (args.images or args.question is not None):
+        parser.error("--serve: give images and questions on its page")
+    needless = [flag for flag in ("host", "port") if getattr(args, flag) != parser.get_default(flag)]
+    if needless and not args.serve:
+        parser.error(f"--{needless[0]} has no effect without --serve")
 
 
 def check_base(args: argparse.Namespace, folder: Path):
@@ -144,39 +161,75 @@ def encode(processor: Phi3VProcessor, turns: list[dict]) -> dict[str, torch.Tens
 
 
 class Streamer(TextStreamer):
-    """Prints an answer while it is generated. What a terminal obeys is escaped: the model may be a stranger's."""
+    """Prints an answer while it is generated, or gives its pieces to `show`. What a terminal obeys is escaped before it
+    is printed: the model may be a stranger's."""
+
+    def __init__(self, tokenizer, show: Callable[[str], None] | None = None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show = show
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
-        super().on_finalized_text(printable(text, keep="\n\t"), stream_end=stream_end)
+        if self.show:
+            self.show(text)
+        else:
+            super().on_finalized_text(printable(text, keep="\n\t"), stream_end=stream_end)
 
 
 @torch.inference_mode()
-def answer(model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: int) -> str:
-    """The greedy answer to the last question, which is printed while it is generated."""
+def answer(
+    model, processor: Phi3VProcessor, turns: list[dict], max_new_tokens: int, show: Callable[[str], None] | None = None
+) -> str:
+    """The greedy answer to the last question.
+
+    show: is called with each piece of the answer while it is generated, perhaps an empty one; by default it is printed.
+    """
     batch = {key: value.to(model.device) for key, value in encode(processor, turns).items()}
     length, limit = batch["input_ids"].shape[1], model.config.max_position_embeddings
     if length + max_new_tokens > limit:
         raise InputError(f"{length} tokens and --max_new_tokens {max_new_tokens} are more than the model's {limit}")
     tokenizer = processor.tokenizer
     use_own_settings(model, processor)
-    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = Streamer(tokenizer, show)
     with lowering("an answer was generated: lower --num_crops or --max_new_tokens, or give --load_in_4bit"):
         ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
-    if not tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip():
+    if not show and not tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip():
         print("(the answer is empty)", file=sys.stderr)
     # If the answer has an image tag in it, the next turn would take it for an image.
     return IMAGE_TAG.sub("", tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip())
 
 
+def serve(args: argparse.Namespace):
+    try:
+        from tools import ask_server  # needs packages that only --serve needs
+    except ModuleNotFoundError as e:
+        raise InputError(f"--serve needs {e.name}: pip install -e '.[serve]'") from None
+    sock = ask_server.listen(args.host, args.port)
+    processor, model = load(args)
+    about = {"model": args.folder, "num_crops": processor.image_processor.num_crops}
+    about["max_new_tokens"] = args.max_new_tokens
+
+    def reply(turns: list[dict], show: Callable[[str], None]) -> str:
+        made = []
+        for turn in turns:
+            made.append(make_turn(args, turn["images"], turn["user"], f"question {len(made) + 1}", is_first=not made))
+            made[-1]["assistant"] = turn["assistant"]
+        return answer(model, processor, made, args.max_new_tokens, show)
+
+    ask_server.serve(sock, reply, about)
+
+
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
+    if args.serve:
+        return serve(args)
     processor, model = load(args)
     turns, asked = [], [args.question]
     if args.question is None:
         asked = iter(lambda: (input("> ") if sys.stdin.isatty() else sys.stdin.readline()).strip(), "")
     try:
         for question in asked:
-            turns.append(make_turn(args, question, f"question {len(turns) + 1}", is_first=not turns))
+            images = [] if turns else args.images
+            turns.append(make_turn(args, images, question, f"question {len(turns) + 1}", is_first=not turns))
             turns[-1]["assistant"] = answer(model, processor, turns, args.max_new_tokens)
     except EOFError:
         print()
