@@ -39,6 +39,7 @@ WITHOUT_A_TEST_FILE = {
     "data.seen_images": "data/test_tables.py reads tables whose splits share images",
     "data.preview": "report/test_summary.py trains, and reads the example that is printed before the first step",
     "report.templates": "report/test_page.py and report/test_card.py read what the templates render",
+    "training.finding": "training/test_memory_check.py reads when it refuses a run, and test_hub.py what it fetches",
     "training.forecast": "training/test_estimate.py reads what it prints",
     "training.meter": "it measures speed; training/test_trackers.py checks that its numbers are logged",
     "training.outline": "training/test_estimate.py compares what it estimates",
