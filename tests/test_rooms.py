@@ -49,6 +49,7 @@ WITHOUT_A_TEST_FILE = {
     "data.texts": "data/test_annotations.py, data/test_tables.py and tools/test_ask.py give texts that can not be used",
     "report.templates": "report/test_page.py and report/test_card.py read what the templates render",
     "training.dry_run": "test_run.py makes dry runs",
+    "training.finding": "training/test_memory_check.py reads when it refuses a run, and test_hub.py what it fetches",
     "training.forecast": "training/test_estimate.py reads what it prints",
     "training.inference": "test_evaluation.py and test_answer_loss.py in training/ evaluate models in it",
     "training.meter": "it measures speed; training/test_trackers.py checks that its numbers are logged",

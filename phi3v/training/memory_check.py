@@ -208,7 +208,7 @@ def _flags_that_fit(args, run, choose_trained: Callable, folder: Path, config: P
     in_full_precision = not (run.bf16 or run.fp16)
     for flags, of_args, of_run in _changes(args, run, on_gpu):
         size = peak(of_args, of_run)
-        if size is None and in_full_precision and "bf16" not in of_run:
+        if size is None and in_full_precision and "bf16" not in of_run and "--bf16" not in fitting:
             flags, size = f"{flags} --bf16", peak(of_args, of_run | {"bf16": True})
         if size is not None:
             fitting[flags] = size
