@@ -198,8 +198,7 @@ class RecipeTrainer(Trainer):
         with_loss, sampler = self.args.eval_strategy != "no", self.sampler
         longest = max(size.tokens for size in self.train_dataset.sizes)
         most_tokens = sampler.max_tokens or sampler.examples_per_gpu * longest  # as in training
-        options = {"with_loss": with_loss, "most_tokens": most_tokens}
-        return self.evaluation.report(model, self.args, on_batch=self.preemption.check, **options)
+        return self.evaluation.report(model, self.args, self.preemption.check, with_loss, most_tokens)
 
     def evaluate_and_save(self, name: str, before: dict | None = None) -> dict:
         """Evaluates before or after training; returns the metric and all predictions. Writes them to the file `name` in

@@ -85,7 +85,8 @@ def test_wrong_flags(flags, said, toy_data, tmp_path):
 # ---- Runs. Evaluations are those of the model, with scores that the test makes up.
 
 FLAGS = [*SHORT, *"--max_steps 7 --eval_steps 2 --save_steps 1 --no_eval_before --max_eval_samples 2".split()]
-FLAGS += "--batch_size 2 --max_new_tokens 1 --num_crops 1 --resume_from_checkpoint auto --use_lora --lora_rank 2 --lora_dropout 0.1".split()
+FLAGS += "--batch_size 2 --max_new_tokens 1 --num_crops 1".split()
+FLAGS += "--resume_from_checkpoint auto --use_lora --lora_rank 2 --lora_dropout 0.1".split()
 PATIENT = [*FLAGS, "--early_stopping_patience", "2"]
 
 
