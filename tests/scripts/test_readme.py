@@ -60,6 +60,7 @@ def test_there_are_commands_to_look_at():
     assert {program for page, words in COMMANDS for program in words if PROGRAM.fullmatch(program)} >= {
         *(path.name for path in ROOT.glob("finetune_hf_trainer_*.py")),
         *("convert_ucf101.py", "tools/ask.py", "tools/convert_conversations.py", "tools/merge_adapter.py"),
+        "tools/compare_runs.py",
     }
 
 

@@ -117,7 +117,7 @@ BAD = {
     "a list": (lambda t: [with_file(make_run(t / "x"), "eval_after.json", "[]")], "is not an evaluation"),
     "NaN": (lambda t: [broken(t / "x", accuracy=float("nan"))], "no number for 'accuracy'"),
     "no predictions": (lambda t: [broken(t / "x", predictions=[])], "it has no predictions"),
-    "no score": (lambda t: [broken(t / "x", predictions=[{"id": 1, "prediction": "", "answers": [1]}])], "prediction 1"),
+    "no score": (lambda t: [broken(t / "x", predictions=[{"id": 1, "prediction": ""}])], "prediction 1"),
     "other task": (lambda t: [make_run(t / "x", task="docvqa", metric="anls")], "task ucf101 and x of docvqa"),
     "other data": (lambda t: [make_run(t / "x", (1.0,), v0={"id": "t"})], "on other data, which share no id"),
 }  # fmt: skip
