@@ -7,6 +7,7 @@ through /proc, as one of the open files of the process that wrote it.
 import array
 import contextlib
 import functools
+import hashlib
 import os
 import secrets
 import tempfile
@@ -149,27 +150,29 @@ def _open(path: str, token: bytes, lines: int) -> tuple[BinaryIO, np.ndarray] | 
 _tell_once = functools.cache(tell)
 
 
-def load_once_per_node(load: Callable[..., tuple], *args) -> tuple:
-    """What `load(*args)` returns, on every rank.
+def load_once_per_node(load: Callable[..., tuple], args, *others) -> tuple:
+    """What `load(args, *others)` returns, on every rank.
 
-    The first process of each node loads, before the others. If the parts are StoredLines, these processes share its
-    files; otherwise they load too, and read the caches that it has filled. If a process raises InputError, all of them
-    raise it: otherwise the others would go on, and end with a traceback when they miss that process.
+    The first process of each node loads, before the others. If the parts are StoredLines, processes with equal `args`
+    share its files; otherwise they load too, and read the caches that it has filled. If a process raises InputError,
+    all of them raise it: otherwise the others would go on, and end with a traceback when they miss that process.
     """
 
     def loaded() -> tuple[tuple | None, str | None]:
         try:
-            return load(*args), None
+            return load(args, *others), None
         except InputError as e:
             return None, str(e)
 
+    asked = hashlib.sha256(repr(args).encode("utf-8", "surrogatepass")).digest()
     parts, failure = loaded() if is_first_of_node() else (None, None)
     shared = [part for part in parts or () if isinstance(part, StoredLines) and part.in_memory is None]
-    answers = gather_object([(shared if parts and len(shared) == len(parts) else None, failure)])
-    _raise_first([failure for _, failure in answers])
+    answers = gather_object([(asked, shared if parts and len(shared) == len(parts) else None, failure)])
+    _raise_first([failure for _, _, failure in answers])
     cannot_open = False
     if not is_first_of_node():
-        parts, _ = answers[rank() - local_rank()]
+        of_first, parts, _ = answers[rank() - local_rank()]
+        parts = parts if of_first == asked else None
         cannot_open = parts is not None and not all([part.open() for part in parts])
         if parts is None or cannot_open:
             parts, failure = loaded()

@@ -192,19 +192,19 @@ class Ranks:
         self.barrier.wait()
         return found
 
-    def load(self, loader) -> list:
-        """What `load_once_per_node` returns or raises on each rank. loader: is called with the rank."""
+    def load(self, loader, flags=lambda rank: "flags") -> list:
+        """What `load_once_per_node` returns or raises on each rank. loader, flags: are called with the rank."""
         found = [None] * self.n
 
         def one(rank):
             self.own.rank = rank
 
-            def load(*args):
+            def load(args):
                 self.loads.append(rank)
-                return loader(rank, *args)
+                return loader(rank)
 
             try:
-                found[rank] = [list(part) for part in load_once_per_node(load)]
+                found[rank] = [list(part) for part in load_once_per_node(load, flags(rank))]
             except InputError as e:
                 found[rank] = str(e)
 
@@ -231,6 +231,12 @@ def test_tables_are_loaded_by_all_after_the_first_of_the_node(monkeypatch):
     ranks = Ranks(2, 2, monkeypatch)
     assert ranks.load(lambda rank: ([rank], StoredLines(iter(LINES), upper))) == [[[i], WANTED] for i in range(4)]
     assert set(ranks.loads[:2]) == {0, 2} and set(ranks.loads[2:]) == {1, 3}
+
+
+def test_a_process_with_other_flags_reads_for_itself(monkeypatch):
+    ranks = Ranks(1, 3, monkeypatch)
+    found = ranks.load(lambda rank: (StoredLines([b"%d" % rank], upper),), lambda rank: f"--data_dir {rank // 2}")
+    assert found == [[[b"0"]], [[b"0"]], [[b"2"]]] and ranks.loads == [0, 2]
 
 
 @pytest.mark.parametrize("failing", [0, 2])
