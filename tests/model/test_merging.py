@@ -44,7 +44,10 @@ def adapter_on(tmp_path_factory):
             made[name] = tmp_path_factory.mktemp("adapter")
             base = tmp_path_factory.mktemp("base")
             device_map = {"": "cpu"} if "quantization_config" in BASES[name] else None
-            Phi3VForCausalLM.from_pretrained(CHECKPOINT, **BASES[name], device_map=device_map).save_pretrained(base)
+            whole = Phi3VForCausalLM.from_pretrained(CHECKPOINT, **BASES[name], device_map=device_map)
+            for parameter in whole.parameters() if name == "fp32" else ():
+                parameter.data *= 1.001  # no longer what bf16 can represent
+            whole.save_pretrained(base)
             Phi3VProcessor.from_pretrained(CHECKPOINT).save_pretrained(base)
             torch.manual_seed(1)
             model = Phi3VForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
