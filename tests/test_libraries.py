@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, environment
 
+from phi3v.errors import exit_on_input_error
 from phi3v.libraries import hide_notices, hide_warnings, quick_imports
 
 
@@ -86,3 +87,14 @@ def test_only_notices_that_mean_nothing_are_hidden(options, caplog, monkeypatch)
     assert said[-2:] == ["the weights are damaged", "this is deprecated"]
     assert len(said) == (4 if options else 2)  # a user who asks for warnings sees all
     assert caplog.messages == ["Failed to load CPU gemm_4bit_forward from x", "no library"]
+
+
+def test_a_program_hides_them_and_no_others():
+    def main():
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, 1)
+        warnings.warn("the weights are damaged", FutureWarning, 1)
+
+    with warnings.catch_warnings(record=True) as shown, pytest.raises(SystemExit):
+        warnings.simplefilter("always")
+        exit_on_input_error(main)
+    assert [str(warning.message) for warning in shown] == ["the weights are damaged"]
