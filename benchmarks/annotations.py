@@ -78,10 +78,10 @@ else:
         data = script.load_data(args, bad)
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 held = anonymous() - before
-start = time.perf_counter()
+start = time.process_time()
 for i in range(0, len(data[0]), 100):
     data[0][i]
-access = (time.perf_counter() - start) / (len(data[0]) / 100)
+access = (time.process_time() - start) / (len(data[0]) / 100)
 with open(f"{out}/{rank}.json", "w") as file:
     json.dump({"seconds": seconds, "cpu": cpu, "held": held, "access": access, "first": data[0][0]["id"]}, file)
 if dist.is_initialized():
@@ -120,7 +120,9 @@ def load_on_ranks(folder: Path, args: argparse.Namespace):
         (folder / "before").mkdir()
         archive = subprocess.run(["git", "archive", args.before], check=True, capture_output=True, cwd=ROOT).stdout
         subprocess.run(["tar", "-x", "-C", folder / "before"], input=archive, check=True)
-    print("| ranks | code | s until all have the data | CPU s, rank 0, others | MiB, rank 0, others | µs an access |")
+    print(
+        "| ranks | code | s until all have the data | CPU s, rank 0, others | MiB, rank 0, others | CPU µs an access |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for ranks in args.ranks:
         for name, code in codes.items():
