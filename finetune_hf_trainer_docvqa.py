@@ -56,8 +56,8 @@ from transformers.hf_argparser import HfArg
 
 from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.collate import PackingCollator
+from phi3v.data.once_per_node import load_once_per_node
 from phi3v.data.seen_images import without_seen_images
-from phi3v.data.stored_lines import load_once_per_node
 from phi3v.data.tables import ROW, TEXTS_ABOUT_IMAGES, Conversations, load_table, question_keys
 from phi3v.data.texts import check_text, check_texts
 from phi3v.errors import BadExamples, blaming, exit_on_input_error

@@ -57,8 +57,8 @@ from transformers.hf_argparser import HfArg
 from phi3v.arguments import RunArguments, parse_arguments
 from phi3v.data.annotations import StoredConversations, store_conversations
 from phi3v.data.collate import PackingCollator
+from phi3v.data.once_per_node import load_once_per_node
 from phi3v.data.split import warn_of_shared_images
-from phi3v.data.stored_lines import load_once_per_node
 from phi3v.errors import BadExamples, InputError, blaming, exit_on_input_error
 from phi3v.model.adapters import add_adapter, continue_adapter
 from phi3v.model.loading import check_complete, nf4_config

@@ -75,6 +75,11 @@ MODES = {
 MODES_COMMON = [*BASE, "--num_crops", "4", "--deepspeed", "none", "--max_new_tokens", "4", "--max_eval_samples", "2"]
 
 
+def answers_of(path: Path) -> dict:
+    """A report of an evaluation, without the loss, which only evaluations of some runs have."""
+    return {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("loss")}
+
+
 def parse_command(script, argv: list[str]):
     """The flags of a script and its TrainingArguments, as its `main` gets them."""
     return parse_arguments(script.RecipeArguments, script.TRAINING, script.PRESETS, script.__doc__, argv)

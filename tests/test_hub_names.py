@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers import BASE, CHECKPOINT, arguments, digest_of_weights
+from helpers import BASE, CHECKPOINT, answers_of, arguments, digest_of_weights
 from hub_repositories import CAULDRON, MINI, MODEL, VIDEOS
 from safetensors.torch import load_file, save_file
 from test_hub import own_copy, reachable  # noqa: F401 (a fixture)
@@ -111,10 +111,7 @@ def test_commits_are_recorded_and_an_adapter_keeps_its_base(reachable, model, to
     assert saved.commits == {MODEL: v1} and saved.base_folder.name == v1
     flags = ["--model_name_or_path", str(out), "--evaluate_only"]
     script.main(arguments(toy_data, tmp_path / "evaluated", *flags, common=RUN))
-    found, after = (
-        json.loads(p.read_text()) for p in (tmp_path / "evaluated" / "evaluation-val.json", out / "eval_after.json")
-    )
-    assert found == after
+    assert answers_of(tmp_path / "evaluated" / "evaluation-val.json") == answers_of(out / "eval_after.json")
     assert v1 in (tmp_path / "evaluated" / "evaluation-val.html").read_text()
     merge_tool.main([str(out), str(tmp_path / "merged"), "--dtype", "fp32"])
     name = "model.embed_tokens.weight"  # no adapter changes it
@@ -227,8 +224,8 @@ def test_an_adapter_of_the_hub_is_as_a_local_one(reachable, adapter, toy_data, t
     for number, name in enumerate((str(adapter), "me/adapter")):
         own = [*BASE, *"--max_new_tokens 4 --max_eval_samples 2 --evaluate_only".split(), "--model_name_or_path", name]
         script.main(arguments(toy_data, tmp_path / str(number), common=own))
-        results.append(json.loads((tmp_path / str(number) / "evaluation-val.json").read_text()))
-    assert results[0] == results[1] == json.loads((adapter / "eval_after.json").read_text())
+        results.append(answers_of(tmp_path / str(number) / "evaluation-val.json"))
+    assert results[0] == results[1] == answers_of(adapter / "eval_after.json")
 
     digests = []
     for number, name in enumerate((str(adapter), "me/adapter")):
@@ -271,10 +268,7 @@ def test_the_output_of_a_full_run_on_the_hub_is_evaluated_with_its_own_num_crops
     shutil.copytree(out, reachable.root / "models" / "me" / "full", ignore=shutil.ignore_patterns("checkpoint-*"))
     own = [*BASE, *"--max_new_tokens 4 --max_eval_samples 2 --evaluate_only --model_name_or_path me/full".split()]
     script.main(arguments(toy_data, tmp_path / "evaluated", common=own))
-    found, after = (
-        json.loads(p.read_text()) for p in (tmp_path / "evaluated" / "evaluation-val.json", out / "eval_after.json")
-    )
-    assert found == after
+    assert answers_of(tmp_path / "evaluated" / "evaluation-val.json") == answers_of(out / "eval_after.json")
 
 
 def test_a_lost_base_asks_for_another(reachable, adapter, tmp_path):  # noqa: F811

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import RESUMABLE_MODES, SAVED_MODES, arguments, train_resumable
+from helpers import RESUMABLE_MODES, SAVED_MODES, answers_of, arguments, train_resumable
 from safetensors.torch import load_file, save_file
 
 import finetune_hf_trainer_ucf101 as script
@@ -130,7 +130,7 @@ def test_a_saved_folder_is_evaluated_as_at_the_end_of_its_run(toy_data, saved_ru
         saved_run(mode) / "eval_after.json",
         saved_run(mode) / "eval_before.json",
     ]
-    found, after, before = (json.loads(path.read_text()) for path in reports)
+    found, after, before = map(answers_of, reports)
     assert found == after and found["predictions"] != before["predictions"]
     page = (tmp_path / "evaluation-val.html").read_text()
     assert "Before" not in page.split("<h2>Examples</h2>")[1] and "<h2>Training</h2>" not in page

@@ -32,7 +32,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from phi3v.console import tell
-from phi3v.data.annotations import check_text
+from phi3v.data.texts import check_text
 from phi3v.errors import InputError
 
 PAGE = Path(__file__).resolve().with_name("ask_page")

@@ -5,7 +5,16 @@ import shutil
 
 import pytest
 import torch
-from helpers import CHECKPOINT, RESUMABLE, arguments, digest_of_weights, losses_of, parse_command, train_resumable
+from helpers import (
+    CHECKPOINT,
+    RESUMABLE,
+    answers_of,
+    arguments,
+    digest_of_weights,
+    losses_of,
+    parse_command,
+    train_resumable,
+)
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -21,13 +30,13 @@ FURTHER = ["--max_steps", "4", "--batch_size_per_gpu", "4"]
 def found(data, out, *flags):
     """The flags of a run after it has looked at what it starts from, and its TrainingArguments."""
     args, training_args = parse_command(script, arguments(data, out, "--use_lora", *flags, common=OWN))
-    find_model(args, training_args)
+    find_model(args, training_args, script.choose_trained)
     return args, training_args
 
 
 def evaluated(data, out, *flags) -> dict:
     script.main(arguments(data, out, *flags, "--evaluate_only", common=OWN))
-    return json.loads((out / "evaluation-val.json").read_text())
+    return answers_of(out / "evaluation-val.json")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,7 @@ def test_an_adapter_decides_on_its_own_flags(adapter, toy_data, tmp_path, capsys
     for more, crops in (([], 2), (["--num_crops", "4"], 4)):
         argv = arguments(toy_data, tmp_path, "--use_qlora", "--adapter", adapter, *more, common=["--no-tqdm"])
         args, training_args = parse_command(script, argv)
-        find_model(args, training_args)
+        find_model(args, training_args, script.choose_trained)
         assert args.num_crops == crops and training_args.learning_rate == 2e-4
 
 
@@ -102,10 +111,10 @@ def test_training_starts_with_the_weights_and_the_score_of_the_adapter(adapter, 
     script.main(argv)
     saved = load_file(adapter / "adapter_model.safetensors") | load_file(adapter / "separators.safetensors")
     assert start.keys() == saved.keys() and all(torch.equal(start[name], saved[name]) for name in saved)
-    before = json.loads((tmp_path / "out" / "eval_before.json").read_text())
+    before = answers_of(tmp_path / "out" / "eval_before.json")
     assert before == evaluated(toy_data, tmp_path / "one", "--adapter", adapter)
     assert before == evaluated(toy_data, tmp_path / "two", "--model_name_or_path", adapter)
-    assert before == json.loads((adapter / "eval_after.json").read_text())
+    assert before == answers_of(adapter / "eval_after.json")
     assert f"with the adapter {adapter} fine-tuned" in (tmp_path / "out" / "README.md").read_text().replace("\\", "")
 
 
