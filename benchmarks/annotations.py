@@ -67,7 +67,7 @@ def anonymous():
 folder, out = sys.argv[1:]
 training_args = TrainingArguments(out, use_cpu=True, ddp_backend="gloo")
 rank, bad = training_args.process_index, BadExamples()
-args = types.SimpleNamespace(data_dir=folder, eval_split="val", follow_links=False, literal_tags=False)
+args = types.SimpleNamespace(data_dir=folder, eval_split="val", follow_links=False, literal_tags=False, loss_on="all")
 if dist.is_initialized():
     dist.barrier()
 before, start, cpu = anonymous(), time.perf_counter(), time.process_time()

@@ -132,6 +132,7 @@ def write_inputs(folder: Path, base_later: Path, tiny: bool):
 
     flags = {"use_lora": True, "freeze_vision_model": False, "lora_rank": 64, "lora_alpha_ratio": 2, "lora_dropout": 0}
     flags |= {"model_revision": None, "use_dora": False, "train_separators": False}
+    flags |= {"adapter_folder": None, "vision_training": "default"}
     with torch.device("meta"):
         adapted = choose_trained(outline, SimpleNamespace(**flags))
     adapted.peft_config["default"].base_model_name_or_path = str(base_later)

@@ -132,6 +132,8 @@ def train_and_report(module: str, flags: list[str]) -> dict:
 
 
 def answer_commands(folder: Path):
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     rank = os.environ["RANK"]
     environment, limit = dict(os.environ), sys.getrecursionlimit()
     with open(folder / f"commands{rank}") as commands, open(folder / f"answers{rank}", "w") as answers:
@@ -142,6 +144,7 @@ def answer_commands(folder: Path):
             os.environ.clear()
             os.environ.update(environment)
             sys.setrecursionlimit(limit)
+            unset_hf_deepspeed_config()  # otherwise the next model would be split as ZeRO-3 does it
             gc.collect()
             print(json.dumps(found), file=answers, flush=True)
 

@@ -6,6 +6,7 @@ multiplication with the addition that follows it counts as two FLOPs; only matri
 
 from collections import Counter
 
+import bitsandbytes as bnb
 from torch import nn
 
 from ..model.adapters import inner_model
@@ -77,6 +78,8 @@ class Costs:
         part: "tower", "projector" or "decoder". None for weights whose copies the backward pass does not need.
         """
         for p in (p for module in modules for p in module.parameters(recurse=False)):
+            if isinstance(p, bnb.nn.Params4bit):  # which autocast leaves as they are
+                continue
             if (p.requires_grad or self.needs_gradient) and p.element_size() > self.compute_bytes:
                 self.rounded_bytes += p.numel() * self.compute_bytes
                 if part:
