@@ -142,6 +142,10 @@ def load_data(args: RecipeArguments, bad: BadExamples | None = None) -> tuple[St
     if not folder.is_dir():
         raise InputError(f"--data_dir {folder} is not a folder: give one that a converter has made")
 
+    splits = sorted(path.stem.removeprefix("ucf101_") for path in folder.glob("ucf101_*.jsonl"))
+    if "train" in splits and args.eval_split not in splits:
+        raise InputError(f"--eval_split {args.eval_split}: {folder} has only the splits {', '.join(splits)}")
+
     def load(split: str, loss_on: str | None = None) -> StoredConversations:
         path, images = folder / f"ucf101_{split}.jsonl", folder / "images"
         return store_conversations(path, images, bad, args.follow_links, args.literal_tags, loss_on)

@@ -31,7 +31,7 @@ from .report.card import write_model_card
 from .report.page import write_page
 from .report.summary import describe_mode, describe_run, describe_sizes, questionable_settings
 from .signals import stop_signals
-from .training import activation_checkpointing, settings
+from .training import activation_checkpointing, output_folder, settings
 from .training.checkpoints import disk_full_as_input_error, find_checkpoint, refuse_pickles, stored_settings
 from .training.dry_run import finish_dry_run
 from .training.early_stopping import EarlyStopping
@@ -135,13 +135,12 @@ class Run:
         with stop_signals.stopping(AFTER_BATCH):
             report = evaluation.report(model, self.training_args, self.preemption.check, with_loss=True)
         if is_first():
-            path = new_evaluation(
-                self.output_dir, self.args.adapter or self.args.model_name_or_path, self.args.eval_split
-            )
+            model_name = self.args.adapter or self.args.model_name_or_path
+            path = new_evaluation(self.output_dir, model_name, self.args.eval_split)
             write_evaluation(path, report)
             left_out, page = self.left_out(evaluation), path.with_suffix(".html").name
             say(*listing(left_out))
-            about = {"model": self.args.adapter or self.args.model_name_or_path} | commits
+            about = {"model": model_name} | commits
             write_page(self.training_args, None, report, about, evaluation.example, name=page, left_out=left_out)
 
     def load_saved(self, saved: Saved):
@@ -288,13 +287,14 @@ class Run:
         if is_first() and trainer.has_finished:
             write_json(self.output_dir / FINISHED, self.settings | self.early_stopping.record(state.global_step))
         say(*listing(left_out))
+        self.facts |= (best := output_folder.better_model(self.output_dir, after) if self.args.keep_best else {})
         self.write_page(trainer, before, after, left_out)
         if is_first():
             self.facts |= {"steps": state.global_step, "epochs": f"{state.epoch:.3g}"}
             write_model_card(self.args, self.training_args, self.facts, before, after, precision_of(self.training_args))
         change = " -> ".join(f"{report[name]:.4f}" for report in (before, after) if report)
         where = "" if self.args.dry_run else f"; the model, its processor and report.html are in {self.output_dir}"
-        say(f"{name} {change}{where}")
+        say(f"{name} {change}{where}", *best.values())
         if self.args.dry_run:
             finish_dry_run(trainer, after, lambda: self.load_saved(find_saved(str(self.output_dir))))
         unlock_folder()

@@ -116,7 +116,9 @@ def check_serve(parser: Parser, args: argparse.Namespace):
 
 
 def check_base(args: argparse.Namespace, folder: Path):
-    """Raises InputError if --base is given for a folder that holds no adapter."""
+    """Raises InputError for a folder that holds no model, and if --base is given for one that holds no adapter."""
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise InputError(f"{args.folder} holds no model: it has neither config.json nor adapter_config.json")
     if args.base and folder.is_dir() and not (folder / "adapter_config.json").is_file():
         raise InputError(f"--base {args.base} is only for an adapter, but {args.folder} has no adapter_config.json")
 
@@ -156,7 +158,11 @@ def load(args: argparse.Namespace):
 
 def encode(processor: Phi3VProcessor, turns: list[dict]) -> dict[str, torch.Tensor]:
     """The model's inputs for the conversation up to its last question."""
-    batch = Collator(processor, "left")([encode_conversation(processor, turns, for_generation=True)])
+    try:
+        encoded = encode_conversation(processor, turns, for_generation=True)
+    except InputError as e:  # the advice of an error in training data
+        raise InputError(str(e).removesuffix(": replace it or remove its example")) from None
+    batch = Collator(processor, "left")([encoded])
     return {key: value for key, value in batch.items() if key != "labels"}
 
 

@@ -17,6 +17,7 @@ from phi3v.report.comparison import ComparedRun, write_comparison
 from phi3v.report.page import shown_positions
 from phi3v.report.page_reader import SavedPage, read_page
 from phi3v.report.templates import shown_text
+from phi3v.training.early_stopping import OF_EARLY_STOPPING
 from phi3v.training.output_folder import BEST, FINISHED
 from phi3v.training.own_files import LOCK, UNFINISHED
 
@@ -96,6 +97,7 @@ def read_run(path: Path, name: str) -> ComparedRun:
     report = read_json(source)
     settings = read_json(folder / FINISHED) if (folder / FINISHED).is_file() else {}
     settings = settings if isinstance(settings, dict) else {}
+    settings = {name: value for name, value in settings.items() if name not in OF_EARLY_STOPPING}  # the page has them
     return ComparedRun(name, source, report, settings, page, examples_of(report, own))
 
 

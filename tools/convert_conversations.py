@@ -50,6 +50,7 @@ from phi3v.inside import Inside, is_inside, open_file, real_folders
 from phi3v.text import printable
 
 FICLONE = 0x40049409  # Linux's request to let a file share the blocks of another one, which btrfs and XFS can
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 WRITTEN = {"images", "ucf101_train.jsonl", "ucf101_val.jsonl", "left_out.txt"}
 ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf)://|data:", re.IGNORECASE)
 
@@ -192,6 +193,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--source {args.source} is not a file")
     if not 1e-9 <= args.val_share < 1:
         raise InputError(f"--val_share is {args.val_share}, must be between 0 and 1")
+    if args.images_dir and not args.images_dir.is_dir():
+        raise InputError(
+            f"--images_dir {args.images_dir} is not a folder: give the one that the image names start from"
+        )
+    if args.source.suffix.lower() in SPREADSHEETS:
+        raise InputError(
+            f"--source {args.source} is a spreadsheet: save it as CSV (UTF-8), with commas between columns"
+        )
     if args.on_bad_example not in ("error", "skip"):
         raise InputError(f"--on_bad_example is {args.on_bad_example}, must be error or skip")
     try:

@@ -29,12 +29,13 @@ from safetensors import SafetensorError
 
 from phi3v.console import tell
 from phi3v.errors import InputError, Parser, exit_on_input_error
-from phi3v.files import replacing_folder
+from phi3v.files import replacing_folder, write_json
 from phi3v.hub_names import is_hub_name, split_revision
 from phi3v.model.generation import use_own_settings
 from phi3v.model.loading import find_saved, nf4_config
 from phi3v.model.merging import MergedWeights
 from phi3v.training.hardware import DTYPES, best_device
+from phi3v.training.start import MERGED
 
 
 def check_adapter(name: str, folder: Path, files: tuple[str, ...] = ("adapter_config.json",)):
@@ -87,6 +88,8 @@ def main(argv: list[str] | None = None):
         try:
             merged.save(folder, DTYPES[args.dtype])
             processor.save_pretrained(folder)
+            if own == saved.folder:  # the number of crops is that of a run
+                write_json(folder / MERGED, {"adapter": args.adapter, "base": saved.base})
         except (OSError, SafetensorError) as e:
             raise InputError(f"{args.output_dir} can't be written ({' '.join(str(e).split())})") from None
     n_parameters = merged.outline.num_parameters()

@@ -249,3 +249,5 @@ def check_data(
         problems.raise_if_any("data")
     elif problems:
         tell("a run leaves out the examples with problems, as --on_bad_example skip says")
+    if not problems:
+        tell("no problems found")

@@ -33,7 +33,7 @@ def rows(path: Path, bad: BadExamples, is_image: Callable[[str], bool]) -> Itera
     if missing and not (missing == ["image"] and "images" in header):
         raise InputError(
             f"{path}: there is no column {', '.join(missing)}, only {header!r:.300}: the first line must name the "
-            f"columns, with {delimiter_name} between them"
+            f"columns in small letters, with {delimiter_name} between them"
         )
     if twice := [name for name, n in Counter(header).items() if name and n > 1]:
         raise InputError(f"{path}: the column {twice[0]!r:.100} is there twice: rename or remove one")

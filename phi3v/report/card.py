@@ -50,6 +50,7 @@ def write_model_card(args, training_args, about: dict, before: dict | None, afte
         **about["data"],
         "epochs": about["epochs"],
         "steps": about["steps"],
+        **({"evaluations": about["better model"]} if "better model" in about else {}),
         "examples per step": args.batch_size,
         "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type.value}",
         "weight decay": args.wd,

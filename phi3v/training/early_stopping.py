@@ -10,6 +10,7 @@ from ..errors import InputError
 
 EXAMPLES = "eval_examples"  # in the log history: how many examples an evaluation covers
 STOPPED_AT = "stopped_early_at"  # in the record of a finished run: the step
+OF_EARLY_STOPPING = {"early_stopping_patience", "early_stopping_on", STOPPED_AT}  # what `record` adds to settings
 
 
 class EarlyStopping(TrainerCallback):

@@ -134,6 +134,19 @@ def is_finished(args, training_args, settings: dict) -> str | None:
     return f"a finished run{how}"
 
 
+def better_model(output_dir: Path, after: dict) -> dict[str, str]:
+    """For the report: where the best model lies, if an earlier one was better than the last; otherwise nothing.
+
+    after: the report of the evaluation after training."""
+    folder, metric = output_dir / BEST, after["metric"]
+    if not is_best(folder):
+        return {}
+    best = read_json(folder / BEST_EVALUATION)
+    if best["num_examples"] != after["num_examples"] or not best[metric] > after[metric]:
+        return {}
+    return {"better model": f"a better one, {metric} {best[metric]:.4f} at step {best['step']:,}, is in {folder}"}
+
+
 def prepare_output(
     args,
     training_args,

@@ -22,6 +22,8 @@ from .output_folder import BEST, BEST_EVALUATION, FINISHED
 
 # Folders in an output folder that a run moves or deletes.
 OWN_FOLDERS = re.compile(r"best|checkpoint-\d+|unfinished|dry_run")
+# In a merged model, if a run saved the adapter's processor: which adapter and which base were merged.
+MERGED = "merged.json"
 # What an adapter decides on, and how messages say it.
 DECIDED = {
     "lora_rank": "rank",
@@ -71,7 +73,7 @@ def _check_model_folder(name: str):
 def num_crops_of_run(name: str | Path) -> int | None:
     """--num_crops of the run that saved this model or adapter; None if no run of these scripts did."""
     folder = Path(name)
-    marks = (FINISHED, BEST_EVALUATION, MANIFEST, "adapter_config.json")
+    marks = (FINISHED, BEST_EVALUATION, MANIFEST, MERGED, "adapter_config.json")
     try:
         return read_json(folder / "preprocessor_config.json")["num_crops"] if _has_any(folder, marks) else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -31,6 +31,7 @@ WRONG = [
     ("--model_name_or_path demo/nowhere", "there is no such folder"),
     ("--model_name_or_path /nowhere/at/all", "there is no such folder"),
     ("--data_dir nowhere", "--data_dir nowhere is not a folder"),
+    ("--eval_split test", "has only the splits train, val"),
     ("--data_dir demo", "ucf101_train.jsonl does not exist"),
     ("--deepspeed nowhere.json", "--deepspeed nowhere.json can't be read"),
     ("--deepspeed README.md", "is not valid JSON"),

@@ -193,7 +193,11 @@ def test_precision_by_default_and_on_request(monkeypatch):
         (["CHECKPOINT", "Makefile", "--question", "a"], "Makefile can't be read as an image (in none of the formats"),
         (["README.md", "CHECKPOINT"], "README.md is not a folder: give the model's folder first"),
         (["nowhere"], "nowhere is not a folder"),
-        (["demo"], "demo can't be loaded"),
+        (["demo"], "demo holds no model: it has neither config.json nor adapter_config.json"),
+        (
+            ["CHECKPOINT", "none.jpg", "--question", "a"],
+            "none.jpg can't be read as an image (the file does not exist)",
+        ),
     ],
 )
 def test_wrong_input_is_one_clear_line(arguments, message, monkeypatch):

@@ -51,6 +51,13 @@ def test_two_runs_with_pictures_from_their_pages(tmp_path, capsys):
     compare(b, a, output=tmp_path / "c.html")  # an earlier comparison is replaced
 
 
+def test_a_run_that_stopped_early_has_no_settings_that_the_other_lacks(tmp_path):
+    early, other = make_run(tmp_path / "early"), make_run(tmp_path / "other")
+    settings = {"early_stopping_patience": 4, "early_stopping_on": "metric", "stopped_early_at": 2, "learning_rate": 5}
+    (early / "finished.json").write_text(json.dumps(settings))
+    assert "early_stopping" not in compare(early, other, output=tmp_path / "c.html").text
+
+
 def test_files_with_other_evaluations(tmp_path):
     out = make_run(tmp_path / "out")
     (out / "best").mkdir()

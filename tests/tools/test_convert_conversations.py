@@ -295,6 +295,18 @@ def test_an_image_swapped_after_the_check_is_not_copied(linked, tmp_path, monkey
         Image.new("RGB", (30, 20)).save(linked / "0.png")
 
 
+def test_a_spreadsheet_and_a_folder_that_is_missing_are_named(tmp_path):
+    for name, flags, message in (
+        ("a.xlsx", [], "a.xlsx is a spreadsheet: save it as CSV"),
+        ("a.csv", ["--images_dir", str(tmp_path / "photo")], "--images_dir .*photo is not a folder"),
+    ):
+        (tmp_path / name).write_text("Image,question,answer\n")
+        with pytest.raises(InputError, match=message):
+            convert_conversations.main(["--source", str(tmp_path / name), "--out_dir", str(tmp_path / "out"), *flags])
+    with pytest.raises(InputError, match="no column image, only .* must name the columns in small letters"):
+        convert_conversations.main(["--source", str(tmp_path / "a.csv"), "--out_dir", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("place", ["file", "file/out", "/proc/out", "x" * 300, "a\0b", "/", "new/folder/out", "."])
 def test_places_for_the_output(place, images, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()

@@ -11,6 +11,7 @@ import finetune_hf_trainer_ucf101 as script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.model.adapters import load_adapter
 from phi3v.model.vision_parts import SEPARATORS
+from phi3v.training.start import num_crops_of_run
 from tools import merge_adapter as merge_tool
 
 
@@ -64,6 +65,7 @@ def test_merging(trained, toy_batch, tmp_path):
     names = load_file(tmp_path / "model.safetensors").keys()
     assert names == load_file(CHECKPOINT / "model.safetensors").keys() and set(SEPARATORS) <= names
     assert Phi3VProcessor.from_pretrained(tmp_path).image_processor.num_crops == 4
+    assert num_crops_of_run(tmp_path) == 4  # so that it is evaluated with them
 
 
 @pytest.mark.parametrize("trained", ["qlora"], indirect=True)

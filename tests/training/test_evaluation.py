@@ -61,8 +61,10 @@ def test_a_prediction_belongs_to_its_example_although_others_are_left_out(proces
 # --keep_best
 
 
-def test_the_best_model_is_kept(toy_data, tmp_path, monkeypatch):
-    values, weights = iter([0.25, 0.75, 0.5, 0.75]), []
+@pytest.mark.parametrize("last", [0.75, 0.5])
+def test_the_best_model_is_kept(last, toy_data, tmp_path, monkeypatch, capsys):
+    """And if it is better than the last one, the run says where it is."""
+    values, weights = iter([0.25, 0.75, 0.5, last]), []
     report = Evaluation.report
 
     def scripted(self, model, args, **kwargs):
@@ -77,6 +79,9 @@ def test_the_best_model_is_kept(toy_data, tmp_path, monkeypatch):
     kept = Phi3VForCausalLM.from_pretrained(tmp_path / "best", dtype=torch.float32).state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in weights[1].items())
     assert not all(torch.equal(kept[name], tensor) for name, tensor in weights[2].items())
+    line = f"a better one, accuracy 0.7500 at step 2, is in {tmp_path / 'best'}"
+    for text in (capsys.readouterr().out, *((tmp_path / name).read_text() for name in ("report.html", "README.md"))):
+        assert (line in text.replace("\\", "")) == (last < 0.75)
 
 
 def test_a_kept_model_is_evaluated_with_its_own_crops(toy_data, tmp_path):
