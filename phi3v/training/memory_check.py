@@ -231,6 +231,8 @@ def _changes(args, run, on_gpu: bool) -> Iterator[tuple[str, dict, dict]]:
         yield "--bf16", {}, {"bf16": True}
     if not args.freeze_vision_model:
         yield "--freeze_vision_model", {"freeze_vision_model": True}, {}
+    if args.train_projector:  # contradicts adapters
+        return
     without = " without --deepspeed" if run.deepspeed and (args.use_lora or run.deepspeed != known.get("zero2")) else ""
     if not args.use_lora:
         yield f"--use_lora{without}", {"use_lora": True}, {"deepspeed": None}

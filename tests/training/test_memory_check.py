@@ -121,6 +121,15 @@ def test_the_flags_that_are_named_fit_and_only_these(large, tmp_path, limited):
     assert "none of the flags that need less would make it fit; docs/hardware.md" in refusal(large, tmp_path)
 
 
+def test_no_flag_is_named_that_contradicts_the_others(large, tmp_path, limited):
+    limited(24)
+    given = ["--freeze_vision_model", "--train_projector"]
+    text = refusal(large, tmp_path, *given)
+    assert "none of the flags that need less" in text
+    limited(60)
+    assert refusal(large, tmp_path, *given, "--bf16") == ""
+
+
 def test_processes_share_the_memory_of_their_node(large, tmp_path, limited, monkeypatch):
     limited(20)
     assert refusal(large, tmp_path, "--use_lora", "--bf16") == ""
