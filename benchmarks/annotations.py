@@ -52,7 +52,7 @@ seconds = time.perf_counter() - start
 print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 RANK = """
-import gc, json, os, sys, time, types
+import gc, json, os, sys, time
 sys.path.insert(0, os.getcwd())
 import torch.distributed as dist
 import finetune_hf_trainer_ucf101 as script
@@ -67,7 +67,7 @@ def anonymous():
 folder, out = sys.argv[1:]
 training_args = TrainingArguments(out, use_cpu=True, ddp_backend="gloo")
 rank, bad = training_args.process_index, BadExamples()
-args = types.SimpleNamespace(data_dir=folder, eval_split="val", follow_links=False, literal_tags=False, loss_on="all")
+args = script.RecipeArguments(data_dir=folder)
 if dist.is_initialized():
     dist.barrier()
 before, start, cpu = anonymous(), time.perf_counter(), time.process_time()

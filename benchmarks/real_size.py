@@ -25,7 +25,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 
@@ -110,7 +109,7 @@ def write_inputs(folder: Path, base_later: Path, tiny: bool):
     from PIL import Image
     from safetensors.torch import save_file
 
-    from finetune_hf_trainer_ucf101 import choose_trained
+    from finetune_hf_trainer_ucf101 import RecipeArguments, choose_trained
     from phi3v import Phi3VConfig, Phi3VImageProcessor, Phi3VProcessor
     from phi3v.model.loading import outline_of
     from phi3v.model.merging import save_model
@@ -130,11 +129,8 @@ def write_inputs(folder: Path, base_later: Path, tiny: bool):
     tokenizer = Phi3VProcessor.from_pretrained(ROOT / "demo" / "base_checkpoint").tokenizer
     Phi3VProcessor(Phi3VImageProcessor(num_crops=1), tokenizer).save_pretrained(base)
 
-    flags = {"use_lora": True, "freeze_vision_model": False, "lora_rank": 64, "lora_alpha_ratio": 2, "lora_dropout": 0}
-    flags |= {"model_revision": None, "use_dora": False, "train_separators": False}
-    flags |= {"adapter_folder": None, "vision_training": "default"}
     with torch.device("meta"):
-        adapted = choose_trained(outline, SimpleNamespace(**flags))
+        adapted = choose_trained(outline, RecipeArguments(data_dir="", use_lora=True, lora_rank=64))
     adapted.peft_config["default"].base_model_name_or_path = str(base_later)
     adapted.peft_config["default"].save_pretrained(folder / "adapter")
     of_adapter = get_peft_model_state_dict(adapted, save_embedding_layers=False)

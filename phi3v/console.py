@@ -45,6 +45,15 @@ class _Output(io.FileIO):
             return len(data)
 
 
+class _Unbuffered(io.BufferedWriter):
+    """What `python -u` and PYTHONUNBUFFERED ask for: everything is shown as soon as it is written."""
+
+    def write(self, data) -> int:
+        count = super().write(data)
+        self.flush()
+        return count
+
+
 def begin_line():
     """Ends the line of standard error that a progress bar has left open."""
     sys.stderr.flush()
@@ -65,5 +74,6 @@ def outlive_readers():
         if type(stream) is io.TextIOWrapper and stream.fileno() == number:
             stream.flush()
             options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-            buffer = io.BufferedWriter(_Output(number, "w", closefd=False))
+            kind = _Unbuffered if stream.write_through else io.BufferedWriter
+            buffer = kind(_Output(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", **options))

@@ -41,12 +41,15 @@ def replacing(path: str | Path, *, durable: bool = True, several_writers: bool =
 @contextlib.contextmanager
 def replacing_folder(path: str | Path, earlier: Container[str] = ()) -> Iterator[Path]:
     """Gives a new folder beside `path` to fill, which holds only MARK. When the block ends, that folder becomes `path`,
-    which must not exist or must be an empty folder; after an exception it is deleted with everything in it.
+    which must not exist or must be an empty folder, or a link to one; after an exception it is deleted with everything
+    in it.
 
     earlier: the names of what earlier versions, which made no MARK, left there when they were killed. Raises InputError
     if another process is filling the folder, or if something of its name is there that is not ours.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
+    if path.is_mount():  # which can't be replaced when all the work has been done
+        raise InputError(f"{path} is where a file system is mounted: choose a new folder in it, such as {path / 'new'}")
     partial = path.with_name(f"{path.name}.partial")
     if os.path.lexists(partial):
         is_folder = partial.is_dir() and not partial.is_symlink()

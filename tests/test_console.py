@@ -133,6 +133,24 @@ def test_what_can_not_be_written_is_dropped(fault):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_line_is_shown_before_what_is_printed_next(unbuffered):
+    """With PYTHONUNBUFFERED, which images of containers often set, even the beginning of a line is."""
+    code = """
+import os, sys
+from phi3v.console import outlive_readers
+outlive_readers()
+sys.stderr.write("a bar")
+if not sys.argv[1]:
+    sys.stderr.write("\\n")
+os.write(2, b"another line")
+"""
+    given = environment() | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, "-c", code, unbuffered], env=given, capture_output=True, text=True)
+    assert done.stderr == ("a baranother line" if unbuffered else "a bar\nanother line")
+
+
+@pytest.mark.slow
 def test_the_model_alone_does_not_load_what_reads_tables():
     """They take 80 MB."""
     code = (

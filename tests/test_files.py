@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -134,3 +135,18 @@ def test_json_that_is_none_is_an_error_with_the_files_name(tmp_path):
             read_json(irregular)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")
+
+
+def test_a_link_to_an_empty_folder_leads_to_the_new_one(tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "out").symlink_to("large_disk")
+    with files.replacing_folder(tmp_path / "out") as partial:
+        (partial / "a").touch()
+    assert (tmp_path / "out").is_symlink() and os.listdir(tmp_path / "large_disk") == ["a"]
+
+
+def test_a_folder_that_can_not_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(InputError, match="a file system is mounted: choose a new folder in it, such as .*/new"):
+        with files.replacing_folder(tmp_path):
+            raise AssertionError

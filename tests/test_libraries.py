@@ -7,12 +7,15 @@ import subprocess
 import sys
 import warnings
 
+import datasets
 import pytest
 import torch
 from helpers import ROOT, environment
+from transformers.utils import logging as logging_of_transformers
 
 from phi3v.errors import exit_on_input_error
 from phi3v.libraries import hide_notices, hide_warnings, quick_imports
+from phi3v.quiet import quiet_libraries
 
 
 def loaded_by(program: str) -> set[str]:
@@ -98,3 +101,17 @@ def test_a_program_hides_them_and_no_others():
         warnings.simplefilter("always")
         exit_on_input_error(main)
     assert [str(warning.message) for warning in shown] == ["the weights are damaged"]
+
+
+def test_no_tqdm_hides_the_bars_of_all_libraries():
+    shown = datasets.are_progress_bars_disabled(), logging_of_transformers.is_progress_bar_enabled()
+    try:
+        datasets.enable_progress_bars()
+        logging_of_transformers.enable_progress_bar()
+        quiet_libraries(no_bars=False)
+        assert not datasets.are_progress_bars_disabled() and logging_of_transformers.is_progress_bar_enabled()
+        quiet_libraries(no_bars=True)
+        assert datasets.are_progress_bars_disabled() and not logging_of_transformers.is_progress_bar_enabled()
+    finally:
+        (datasets.disable_progress_bars if shown[0] else datasets.enable_progress_bars)()
+        (logging_of_transformers.enable_progress_bar if shown[1] else logging_of_transformers.disable_progress_bar)()

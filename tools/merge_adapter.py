@@ -11,6 +11,7 @@ Models larger than memory can be merged: at most one shard of the result, 5 GB, 
 OUTPUT_DIR appears when the merged model is whole.
 """
 
+import contextlib
 import os
 import signal
 from functools import partial
@@ -45,6 +46,15 @@ def check_adapter(name: str, folder: Path, files: tuple[str, ...] = ("adapter_co
             raise InputError(f"{name} has no {file}: give the output folder of a LoRA run")
 
 
+@contextlib.contextmanager
+def writing(output_dir: Path):
+    """Turns an error of the system in the block, such as a full disk, into an InputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{output_dir} can't be written ({' '.join(str(e).split())})") from None
+
+
 def main(argv: list[str] | None = None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("adapter", help="output folder of a run with --use_lora or --use_qlora, or its name on the Hub")
@@ -75,7 +85,7 @@ def main(argv: list[str] | None = None):
     check = partial(check_adapter, args.adapter)
     saved = find_saved(args.adapter, revision, base=args.base, check=check, base_help=hint)
     own = saved.folder if (saved.folder / "preprocessor_config.json").is_file() else saved.base_folder
-    with replacing_folder(args.output_dir) as folder:
+    with writing(args.output_dir), replacing_folder(args.output_dir) as folder:
         try:
             processor = Phi3VProcessor.from_pretrained(own)
             merged = MergedWeights(saved, dtype, quantization, best_device())
@@ -85,13 +95,10 @@ def main(argv: list[str] | None = None):
             reason = " ".join(str(e).split())
             raise InputError(f"the base model {saved.base} can't be loaded ({reason}){hint}") from None
         use_own_settings(merged.outline, processor)
-        try:
-            merged.save(folder, DTYPES[args.dtype])
-            processor.save_pretrained(folder)
-            if own == saved.folder:  # the number of crops is that of a run
-                write_json(folder / MERGED, {"adapter": args.adapter, "base": saved.base})
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{args.output_dir} can't be written ({' '.join(str(e).split())})") from None
+        merged.save(folder, DTYPES[args.dtype])
+        processor.save_pretrained(folder)
+        if own == saved.folder:  # the number of crops is that of a run
+            write_json(folder / MERGED, {"adapter": args.adapter, "base": saved.base})
     n_parameters = merged.outline.num_parameters()
     tell(f"{args.output_dir}: {saved.base} merged with {args.adapter}, {n_parameters:,} parameters")
 

@@ -70,7 +70,10 @@ def _read(folder: Path, names: Names) -> tuple[int, int] | None:
     try:
         limit = int((folder / names.limit).read_text())
         used = int((folder / names.used).read_text())
-        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such group, or "max"
         return None
+    try:
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # not every sandbox has them; the limit holds nevertheless
+        statistics = {}
     return limit, used - sum(int(statistics.get(name, 0)) for name in names.file_copies)

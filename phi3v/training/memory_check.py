@@ -229,8 +229,11 @@ def _changes(args, run, on_gpu: bool) -> Iterator[tuple[str, dict, dict]]:
             yield f"{n} such GPUs", {}, {"world_size": n}
     elif not (run.bf16 or run.fp16):
         yield "--bf16", {}, {"bf16": True}
-    if not args.freeze_vision_model:
+    trains_vision = args.vision_training != "default" or args.train_separators or args.vision_lr or args.projector_lr
+    if not (args.freeze_vision_model or args.adapter_folder or trains_vision):  # which contradict it
         yield "--freeze_vision_model", {"freeze_vision_model": True}, {}
+    if args.train_projector:  # contradicts adapters
+        return
     without = " without --deepspeed" if run.deepspeed and (args.use_lora or run.deepspeed != known.get("zero2")) else ""
     if not args.use_lora:
         yield f"--use_lora{without}", {"use_lora": True}, {"deepspeed": None}

@@ -92,3 +92,9 @@ def test_merging_what_cannot_be_merged(arguments, message, trained, monkeypatch,
     monkeypatch.chdir(ROOT)
     with pytest.raises(merge_tool.InputError, match=message):
         merge_tool.main([str(trained[1]) if a == "ADAPTER" else a for a in arguments])
+
+
+def test_a_folder_that_can_not_be_made(trained, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(merge_tool.InputError, match="file/merged can't be written .*Not a directory"):
+        merge_tool.main([str(trained[1]), str(tmp_path / "file" / "merged")])

@@ -55,3 +55,13 @@ def test_copies_of_files_count_as_free(version, tmp_path):
     assert free_memory(tmp_path, tmp_path / "own") == 49 * mib
     group(folder, version, 64 * mib, used=65 * mib)
     assert free_memory(tmp_path, tmp_path / "own") == 0
+
+
+def test_a_limit_holds_where_nothing_says_what_the_memory_is_used_for(tmp_path):
+    (tmp_path / "own").write_text("0::/\n")
+    group(tmp_path, 2, GIB, used=GIB // 4)
+    for statistics in ("", "no pairs\nat all\n"):
+        (tmp_path / "memory.stat").write_text(statistics)
+        assert memory_limit(tmp_path, tmp_path / "own") == GIB
+    (tmp_path / "memory.stat").unlink()
+    assert memory_limit(tmp_path, tmp_path / "own") == GIB and free_memory(tmp_path, tmp_path / "own") <= 3 * GIB // 4

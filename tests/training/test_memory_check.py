@@ -121,6 +121,22 @@ def test_the_flags_that_are_named_fit_and_only_these(large, tmp_path, limited):
     assert "none of the flags that need less would make it fit; docs/hardware.md" in refusal(large, tmp_path)
 
 
+def test_no_flag_is_named_that_contradicts_the_others(large, tmp_path, limited):
+    limited(24)
+    given = ["--freeze_vision_model", "--train_projector"]
+    text = refusal(large, tmp_path, *given)
+    assert "none of the flags that need less" in text
+    limited(60)
+    assert refusal(large, tmp_path, *given, "--bf16") == ""
+    run = SimpleNamespace(deepspeed=None, bf16=False, fp16=False)
+    for flags in ("", "--vision_training all", "--use_lora --train_separators", "--use_lora --vision_lr 1e-5"):
+        args, _ = parse_command(script, arguments(tmp_path, tmp_path / "out", *flags.split()))
+        named = {flags for flags, *_ in memory_check._changes(args, run, on_gpu=False)}
+        assert "--use_qlora" in named and ("--freeze_vision_model" in named) == (not flags)
+    args.vision_lr, args.adapter_folder = None, "an adapter, which says what trains"
+    assert "--freeze_vision_model" not in {flags for flags, *_ in memory_check._changes(args, run, on_gpu=False)}
+
+
 def test_processes_share_the_memory_of_their_node(large, tmp_path, limited, monkeypatch):
     limited(20)
     assert refusal(large, tmp_path, "--use_lora", "--bf16") == ""
