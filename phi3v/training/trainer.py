@@ -195,10 +195,10 @@ class RecipeTrainer(Trainer):
     def _report(self) -> dict:
         model = self.accelerator.unwrap_model(self.model)
         # With --eval_steps, all evaluations have the loss, so that its curve can be compared with those at both ends.
-        with_loss, sampler = self.args.eval_strategy != "no", self.sampler
-        longest = max(size.tokens for size in self.train_dataset.sizes)
-        most_tokens = sampler.max_tokens or sampler.examples_per_gpu * longest  # as in training
-        return self.evaluation.report(model, self.args, self.preemption.check, with_loss, most_tokens)
+        longest, sampler = max(size.tokens for size in self.train_dataset.sizes), self.sampler
+        loss = {"with_loss": self.args.eval_strategy != "no"}
+        loss["most_tokens"] = sampler.max_tokens or sampler.examples_per_gpu * longest  # as in training
+        return self.evaluation.report(model, self.args, on_batch=self.preemption.check, **loss)
 
     def evaluate_and_save(self, name: str, before: dict | None = None) -> dict:
         """Evaluates before or after training; returns the metric and all predictions. Writes them to the file `name` in
