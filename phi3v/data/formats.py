@@ -41,9 +41,10 @@ class Formats:
     def __iter__(self) -> Iterator[tuple[str, list[dict] | None]]:
         """Yields for each row where it is in the file, and its turns; None for a row that was added to `bad`.
 
-        A turn is `{"images": [names], "user": text, "assistant": text}`, and the first may have `"system"`. An
-        answer that is not learned has `"train": False`. Images that have places inside or behind a text keep them, as
-        `<image>`; with literal_tags, which makes text of `<image>`, they come before it. Raises InputError for a file that can't be read as a whole.
+        A turn is `{"images": [names], "user": text, "assistant": text}`, and the first may have `"system"`. An answer
+        that is not learned has `"train": False`. Images that have places inside or behind a text keep them, as
+        `<image>`; with literal_tags, which makes text of `<image>`, they come before it. Raises InputError for a file
+        that can't be read as a whole.
         """
         is_table = self.path.suffix.lower() in csv_rows.DELIMITERS
         rows = csv_rows.rows(self.path, self.bad, self.is_image) if is_table else json_rows.rows(self.path, self.bad)
