@@ -123,6 +123,7 @@ ANNOTATIONS = {
     "system_with_a_token": (line(system="a<|end|>"), "{path}:1: system holds '<|end|>'"),
     "system_with_a_place": (line(system="see <image>"), "{path}:1: system holds '<image>', which stands for"),
     "train_is_text": (turn(train="no"), "{path}:1: conversations[0].train is 'no', must be true or false"),
+    "train_beside_the_turns": (line(train=False), "{path}:1: train is False, but it belongs into a turn"),
     "train_is_number": (turn(train=0), "{path}:1: conversations[0].train is 0, must be true or false"),
     "messages": (line(messages=[1]), "{path}:1: messages is [1], but convert the file with tools/"),
     "video": (line(video="v.mp4"), "{path}:1: video is 'v.mp4', but the model sees images only"),

@@ -167,6 +167,7 @@ _MISPLACED = {
     "images": "images belong into a turn, in its list images",
     "system": "it belongs beside conversations, as the system text of the whole conversation",
     "messages": "convert the file with tools/convert_conversations.py",
+    "train": "it belongs into a turn, beside the answer that is not learned",
 }
 
 
@@ -251,7 +252,7 @@ class _Check:
         """Adds a problem for each field whose content would be lost, and counts the others as unused."""
         for name, value in fields.items():
             problem = None
-            if name in _MISPLACED and not is_empty(value):
+            if name in _MISPLACED and not is_empty(value) and (name != "train" or value is False):
                 problem = f"is {_SHORT.repr(value)}, but {_MISPLACED[name]}"
             problem = problem or field_problem(name, value) or (None if has_images else media_problem(name, value))
             if problem:

@@ -41,9 +41,10 @@ class Formats:
     def __iter__(self) -> Iterator[tuple[str, list[dict] | None]]:
         """Yields for each row where it is in the file, and its turns; None for a row that was added to `bad`.
 
-        A turn is `{"images": [names], "user": text, "assistant": text}`, and the first may have `"system"`. Images that
-        have places inside or behind a text keep them, as `<image>`; with literal_tags, which makes text of `<image>`,
-        they come before it. Raises InputError for a file that can't be read as a whole.
+        A turn is `{"images": [names], "user": text, "assistant": text}`, and the first may have `"system"`. An answer
+        that is not learned has `"train": False`. Images that have places inside or behind a text keep them, as
+        `<image>`; with literal_tags, which makes text of `<image>`, they come before it. Raises InputError for a file
+        that can't be read as a whole.
         """
         is_table = self.path.suffix.lower() in csv_rows.DELIMITERS
         rows = csv_rows.rows(self.path, self.bad, self.is_image) if is_table else json_rows.rows(self.path, self.bad)
@@ -84,7 +85,11 @@ class Formats:
         if system is not None and not isinstance(system, str):
             raise InputError(f"system is {_SHORT.repr(system)}, must be a text")
         others = [(key, example[key]) for key in example if key not in (*kinds, "image", "images", "system")]
-        made = self.turns([read_message(message, kinds[0], others) for message in messages], images_of(example), system)
+        read = [read_message(message, kinds[0], others) for message in messages]
+        made = self.turns(read, images_of(example), system)
+        answers = (message for message, (role, *_) in zip(messages, read, strict=True) if role == "assistant")
+        for turn, message in zip(made, answers, strict=True):
+            turn |= {"train": False} if message.get("train") is False else {}
         self.other_fields(others, [image for turn in made for image in turn["images"]])
         return made
 
@@ -213,6 +218,7 @@ def read_message(message: dict, kind: str, others: list[tuple]) -> tuple[str, li
         (f"{kind}[].{key}", value)
         for key, value in message.items()
         if key not in ("role", "from", "content", "value", "image", "images")
+        and not (key == "train" and value is False and role in ("assistant", "gpt"))
     ]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]

@@ -25,7 +25,7 @@ def text_problem(text) -> str | None:
     if "<" in text and (found := _RESERVED.search(text)):
         return (
             f"holds {_SHORT.repr(found[0])}, which the chat format reserves: remove it (list images in the field "
-            "images; their tags are put before the text automatically)"
+            "images; their tags come before the user's text, or where it has <image>)"
         )
     return None
 

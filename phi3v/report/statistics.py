@@ -62,9 +62,11 @@ def sign_test(n_up: int, n_down: int) -> float:
 
 
 def result_of(report: dict) -> dict:
-    """The metric of an evaluation with its confidence interval; "low" is None if the metric is not the mean score."""
+    """The metric of an evaluation with its confidence interval; "low" is None if the metric is not the mean score.
+    "loss" is the validation loss, None if the evaluation has none."""
     value, scores = report[report["metric"]], [row["score"] for row in report["predictions"]]
     result = {"value": value, "n": report["num_examples"], "low": None}
+    result["loss"] = loss if isinstance(loss := report.get("loss"), (int, float)) else None
     if scores and abs(sum(scores) / len(scores) - value) < 1e-6:
         result["low"], result["high"], result["method"] = confidence_interval(scores)
         result["unit"] = 0 <= result["low"] and result["high"] <= 1

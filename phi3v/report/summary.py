@@ -1,6 +1,7 @@
 """Descriptions of a run: what it will do, its data, its mode, its packages, and settings that often go wrong."""
 
 import importlib.metadata
+import math
 from collections.abc import Sequence
 
 from transformers import TrainingArguments
@@ -117,6 +118,15 @@ def questionable_settings(
         )
     if args.keep_best and (training_args.eval_strategy == "no" or training_args.eval_steps > steps >= 1):
         found.append("--keep_best sees no evaluation during training: give --eval_steps below the number of steps")
+    patience, every = args.early_stopping_patience, training_args.eval_steps or 0
+    evaluations = math.ceil(steps / every) - 1 if every >= 1 else math.inf
+    if patience and evaluations <= patience and not args.dry_run:
+        found.append(
+            f"--early_stopping_patience {patience} can't end this run early, which has "
+            f"{evaluations} evaluations before its last step: lower it, or --eval_steps"
+        )
+    if args.vision_training != "default" and not args.use_lora and not any(size.crops for size in sizes):
+        found.append(f"--vision_training {args.vision_training} learns nothing, because no training example has images")
     without = sum(size.targets == 0 for size in sizes)
     if without:
         found.append(f"{without} examples have no answer to learn from")

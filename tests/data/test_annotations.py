@@ -210,7 +210,9 @@ def test_tags_of_media_can_be_allowed(folder):
     (example,) = read_conversations(path, folder / "images", literal_tags=True)
     assert example["conversations"][0]["user"] == "<video> or <image>?"
     path.write_bytes(bad_inputs.turn(user="<|image_1|>"))
-    with pytest.raises(InputError, match="the chat format reserves"):
+    with pytest.raises(
+        InputError, match="the chat format reserves: .* come before the user's text, or where it has <image>"
+    ):
         read_conversations(path, folder / "images", literal_tags=True)
 
 

@@ -215,6 +215,15 @@ def test_the_system_column_of_a_table(tmp_path):
     assert notes == ["note: a: fields that are not used: source (1 times)"]
 
 
+def test_an_answer_that_is_not_learned(tmp_path):
+    ((first, second),), notes = read(
+        tmp_path, {"messages": [*TWO_TURNS[:1], ANSWER | {"train": False}, *TWO_TURNS[2:]]}
+    )
+    assert first["train"] is False and "train" not in second and not notes
+    (((turn),),), notes = read(tmp_path, {"conversations": [HUMAN | {"train": False}, GPT | {"train": True}]})
+    assert "train" not in turn and notes == ["note: a: fields that are not used: conversations[].train (2 times)"]
+
+
 # ---- What can't be used
 
 

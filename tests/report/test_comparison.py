@@ -39,6 +39,15 @@ def test_metrics_with_intervals_and_paired_differences(tmp_path):
     assert "of twenty" not in compare(tmp_path, run("A", [1.0]), run("B", [1.0])).text
 
 
+def test_runs_with_and_without_a_validation_loss(tmp_path):
+    runs = run("A", [1.0]), run("B", [1.0])
+    runs[1].report["loss"] = 1.5
+    page = compare(tmp_path, *runs)
+    assert (
+        page.text.count("Validation loss") == 1 and "1 examples Validation loss 1.5000 B/eval_after.json" in page.text
+    )
+
+
 def test_curves_of_all_runs_in_one_chart(tmp_path):
     other = SavedPage(curves={"Validation loss": Curve("", [5], [0.5]), "Loss": Curve("", [5, 10], [9.0, 0.1])})
     page = compare(tmp_path, run("A", [1.0]), run("B", [1.0], page=other), run("C", [1.0], page=SavedPage(task="x")))

@@ -140,6 +140,13 @@ def test_there_is_no_interval_if_the_metric_is_not_a_mean(tmp_path):
     assert "0.9000" in page.text and "the metric is not the mean of their scores" in page.text
 
 
+def test_the_validation_loss_stands_below_the_metric(tmp_path):
+    evaluations = {"before": evaluation([0, 1]), "after": evaluation([0, 1]) | {"loss": 0.25}}
+    assert report(tmp_path, **evaluations)[1].text.count("Validation loss 0.2500") == 1
+    alone = report(tmp_path, before=None, after=evaluations["after"], history=None)[1]  # as --evaluate_only writes
+    assert "2 examples Validation loss 0.2500" in alone.text
+
+
 def test_a_failure_leaves_the_old_report(tmp_path):
     report(tmp_path)
     old = (tmp_path / "report.html").read_bytes()

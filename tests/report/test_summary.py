@@ -37,6 +37,13 @@ def args_steps(training_args) -> int:
         (["--warmup_steps", "50"], "--warmup_steps 50 is as long as the run of 40 steps"),
         (["--save_steps", "100"], "--save_steps 100 is more than the 40 steps"),
         (["--eval_steps", "90", "--keep_best"], "--keep_best sees no evaluation"),
+        (
+            ["--eval_steps", "10", "--early_stopping_patience", "3"],
+            "--early_stopping_patience 3 can't end this run early, which has 3 evaluations before its last step",
+        ),
+        (["--eval_steps", "9", "--early_stopping_patience", "3"], None),
+        (["--vision_training", "tower"], "--vision_training tower learns nothing, because no training example has"),
+        (["--vision_training", "tower", "--use_lora", "--learning_rate", "2e-4"], None),
         (["--max_steps", "10"], "10 optimizer steps are few"),
         ([], None),
     ],
