@@ -95,7 +95,9 @@ def answers(model, data, out) -> list:
 
 
 @pytest.fixture
-def small_shards(monkeypatch):
+def small_shards(monkeypatch, saved_run, finished_run):
+    """A model of some MB is saved in several shards. The runs that tests share are made before that."""
+    saved_run("full"), finished_run("full")
     monkeypatch.setattr(weights, "SHARD_SIZE", "500KB")
 
 
